@@ -22,6 +22,8 @@ import argparse
 import math
 import sys
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from time import perf_counter
 
 
 def parse_args(argv=None):
@@ -325,6 +327,12 @@ def make_norm(config):
     return nn.LayerNorm(config.hidden_size, eps=1e-6, elementwise_affine=False)
 
 
+def attend(q, k, v):
+    """Softmax attention written out, (B,h,L,d) each; the softmax itself is always in fp32."""
+    weights = (q * q.shape[-1]**-0.5 @ k.transpose(-1, -2)).softmax(dim=-1, dtype=torch.float32)   # B h L L
+    return weights.to(v.dtype) @ v                                                                 # B h L d
+
+
 class Attention(nn.Module):
     """Softmax attention with normalised and rotated q and k, scale d^-1/2."""
 
@@ -334,18 +342,20 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
         self.q_norm = RMSNorm(D // self.heads) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D // self.heads) if config.qk_norm else nn.Identity()
+        self.plain = False                                # True: attention written out in fp32, as the official code has it
 
     def forward(self, x, rope=None):                                                               # B L D
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)            # B h L d, each
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        if x.is_cuda or not torch.is_grad_enabled():
-            out = F.scaled_dot_product_attention(q, k, v)                                          # B h L d
+        if self.plain:
+            with torch.autocast(x.device.type, enabled=False):
+                out = attend(q.float(), k.float(), v.float()).to(v.dtype)                          # B h L d
+        elif x.is_cuda or not torch.is_grad_enabled():
+            out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)                  # B h L d
         else:                                             # on a CPU the fused kernel's backward is the slower one
-            weights = (q * q.shape[-1]**-0.5 @ k.transpose(-1, -2)).softmax(dim=-1, dtype=torch.float32)   # B h L L
-            out = weights.to(v.dtype) @ v                                                          # B h L d
+            out = attend(q.to(v.dtype), k.to(v.dtype), v)                                          # B h L d
         return self.proj(out.transpose(1, 2).flatten(2))                                           # B L D
 
 
@@ -436,7 +446,8 @@ class AuxHead(nn.Module):
 class TimeHead(AuxHead):
     """How noisy is this image?  Squared error against t."""
 
-    def loss(self, answer, batch):
+    @staticmethod
+    def loss(answer, batch):
         return F.mse_loss(answer.float().squeeze(1), batch["t"])
 
 
@@ -444,7 +455,8 @@ class RotationHead(AuxHead):
     """By how many quarter turns was this image rotated?  Cross-entropy over four classes (RotNet)."""
     outputs = 4
 
-    def loss(self, answer, batch):
+    @staticmethod
+    def loss(answer, batch):
         return F.cross_entropy(answer.float(), batch["turns"])
 
 
@@ -497,6 +509,11 @@ class JiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    def plain_attention(self, plain):
+        """Choose attention written out in fp32 (True) or whatever is fastest on the device (False)."""
+        for block in self.blocks:
+            block.attn.plain = plain
+
     def rope(self, context):
         """(cos, sin) for `context` class tokens followed by the image tokens, or None."""
         if not self.config.rope:
@@ -521,6 +538,25 @@ class JiT(nn.Module):
                 answer = self.aux_head(x[:, context:])
         out = unpatchify(self.final_layer(x[:, context:], c), config.patch_size)                   # B C H W
         return (out, answer) if with_aux else out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+def picture(rows, titles=(), cell=64):
+    """Rows of images (C,H,W) in [-1,1] -> one PIL picture, a title above each column; small images are enlarged."""
+    from PIL import Image, ImageDraw
+    side = max(rows[0][0].shape[-1], cell // rows[0][0].shape[-1] * rows[0][0].shape[-1])
+    top = 14 if titles else 0
+    sheet = Image.new("RGB", (side * max(map(len, rows)), side * len(rows) + top), "white")
+    for x, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((x * side + 3, 1), str(title)[:side // 6], fill="black")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            pixels = to_uint8(image).permute(1, 2, 0).cpu().numpy()
+            sheet.paste(Image.fromarray(pixels).resize((side, side), Image.NEAREST), (x * side, y * side + top))
+    return sheet
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -581,6 +617,34 @@ def load_weights(net, weights, path):
     if extra:
         raise ValueError(f"{path} holds a weight {extra[0]} that the network does not have")
     net.load_state_dict({k: v for k, v in weights.items() if k in own}, strict=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hardware
+# ---------------------------------------------------------------------------------------------------------------------
+
+def bf16_is_fast(device):
+    """Is there hardware for bf16?  Ampere and later GPUs; CPUs with avx512_bf16 or amx."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    try:
+        return any(flag in Path("/proc/cpuinfo").read_text() for flag in ("avx512_bf16", "amx_bf16"))
+    except OSError:
+        return False
+
+
+def matmul_rate(device, dtype):
+    """FLOP/s of one big matrix product here and now, on random numbers: the ceiling that utilisation is measured against."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(8):
+        start = perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(perf_counter() - start)
+    return 2 * size**3 / sorted(times[2:])[2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
