@@ -108,14 +108,22 @@ def velocity(net, z, t, labels, t_eps):
     return model.convert(net(z, times, labels), pred, "v", z, times, path, t_eps)
 
 
-def guided_velocity(net, z, t, labels, cfg=1.0, interval=(0.0, 1.0), t_eps=0.05):
-    """v_uncond + w (v_class - v_uncond), with w = cfg inside the interval, low < t < high, and 1 outside.  (JiT section 5)
+def guidance_at(t, cfg, interval):
+    """w at the time t: cfg for low < t < high, else 1; a low end of 0 includes t = 0.
 
-    z: (B,C,H,W) state.  t: float.  labels: (B,) class ids.  Both halves go through the network as one batch; where w is 1
-    the unconditional half is skipped, where w is 0 the other.  A low end of 0 includes t = 0.
+    subtle: grid points such as 6/20 land a rounding error beside the ends 0.3 and 0.7; the margin decides for "outside".
     """
     low, high = interval
-    w = cfg if t < high and (low == 0 or t > low) else 1.0
+    return cfg if t < high - 1e-6 and (low == 0 or t > low + 1e-6) else 1.0
+
+
+def guided_velocity(net, z, t, labels, cfg=1.0, interval=(0.0, 1.0), t_eps=0.05):
+    """v_uncond + w (v_class - v_uncond), with w = cfg inside the interval of time and 1 outside.        (JiT section 5)
+
+    z: (B,C,H,W) state.  t: float.  labels: (B,) class ids.  Both halves go through the network as one batch; where w is 1
+    the unconditional half is skipped, where w is 0 the other.
+    """
+    w = guidance_at(t, cfg, interval)
     if w == 1:
         return velocity(net, z, t, labels, t_eps)
     null = torch.full_like(labels, net.config.num_classes)
@@ -127,7 +135,7 @@ def guided_velocity(net, z, t, labels, cfg=1.0, interval=(0.0, 1.0), t_eps=0.05)
 
 def two_passes(net, z, t, labels, cfg=1.0, interval=(0.0, 1.0), t_eps=0.05):
     """The plain way, for --benchmark only: always both passes, one after the other."""
-    w = cfg if interval[0] < t < interval[1] or t == interval[0] == 0 else 1.0
+    w = guidance_at(t, cfg, interval)
     v_class, v_null = velocity(net, z, t, labels, t_eps), velocity(net, z, t, torch.full_like(labels, net.config.num_classes), t_eps)
     return v_null + w * (v_class - v_null)
 
@@ -180,7 +188,7 @@ def generate(net, noise, labels, *, solver="heun", steps=50, cfg=1.0, interval=(
     """Images (N,C,H,W), float in about [-1,1], from noise (N,C,H,W) with std k and labels (N,) int64.
 
     steps: of the time grid from 0 to 1; Heun-50 costs 99 network evaluations.  step_noise(i) -> like noise, fresh for step i
-    (ddpm only; torch.randn_like otherwise).  trace: a list that receives (t, z, x_pred) of every step.  Raises ValueError.
+    (ddpm only; torch.randn_like otherwise).  trace: a dict that receives t -> (z, x_pred) of every step.  Raises ValueError.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r} is unknown: one of {', '.join(SOLVERS)}")
@@ -193,8 +201,8 @@ def generate(net, noise, labels, *, solver="heun", steps=50, cfg=1.0, interval=(
 
     def slope(z, t):
         v = guide(net, z, t, labels, cfg, interval, t_eps)
-        if trace is not None and (not trace or trace[-1][0] < t):
-            trace.append((t, z, model.convert(v, "v", "x", z, torch.full((len(z),), t, device=z.device), path)))
+        if trace is not None:                             # heun's look ahead to t comes first and is overwritten
+            trace[t] = z, model.convert(v, "v", "x", z, torch.full((len(z),), t, device=z.device), path)
         return v
 
     for i, (t, s) in enumerate(zip(grid, grid[1:])):
@@ -324,14 +332,17 @@ def save_gif(frames, path):
 
 def trajectory(net, folder, labels, s, device, autocast):
     """Draw, for four images, the state z_t in one row and the network's clean image in the next."""
-    trace, config = [], net.config
+    trace, config = {}, net.config
     final = draw_batch(net, config, range(4), labels[:4] if len(labels) >= 4 else labels * 4, s, device, autocast, trace=trace)
-    shown = trace[::max(1, len(trace) // 9)][:9]
-    rows = [[pick(step)[i] for step in shown] + [final[i]] for i in range(4) for pick in (lambda step: step[1] / max(1, config.noise_scale), lambda step: step[2])]
-    write_whole(folder / "trajectory.png", lambda part: model.picture(rows, [f"t={t:.2f}" for t, _, _ in shown] + ["result"]).save(part, "png"))
-    frames = [model.picture([list(z / max(1, config.noise_scale)), list(x)]) for _, z, x in trace] + [model.picture([list(final), list(final)])]
+    scale, steps = max(1, config.noise_scale), list(trace.items())
+    shown = steps[::max(1, len(steps) // 9)][:9]
+    rows = []
+    for i in range(4):
+        rows += [[z[i] / scale for _, (z, _) in shown] + [final[i]], [x[i] for _, (_, x) in shown] + [final[i]]]
+    write_whole(folder / "trajectory.png", lambda part: model.picture(rows, [f"t={t:.2f}" for t, _ in shown] + ["result"]).save(part, "png"))
+    frames = [model.picture([list(z / scale), list(x)]) for _, (z, x) in steps] + [model.picture([list(final), list(final)])]
     write_whole(folder / "trajectory.gif", lambda part: save_gif(frames, part))
-    print(f"{folder / 'trajectory.png'}: z_t above, the prediction below, {len(shown)} of {len(trace)} times; also as .gif")
+    print(f"{folder / 'trajectory.png'}: z_t above, the prediction below, {len(shown)} of {len(steps)} times; also as .gif")
 
 
 def evolution(folder, labels, s, args, device, autocast):
