@@ -142,8 +142,8 @@ def draw_shape(job):
     seed, index, size = job
     rng = np.random.default_rng((seed, index))
     outline, hole = list(SHAPES.values())[index % len(SHAPES)]
-    radius, turn = size * rng.uniform(0.26, 0.42), math.radians(rng.uniform(-25, 25))
-    centre = size / 2 + rng.uniform(-0.7, 0.7, 2) * (size / 2 - radius)
+    radius, turn = size * rng.uniform(0.31, 0.42), math.radians(rng.uniform(-12, 12))
+    centre = size * (0.5 + rng.uniform(-0.07, 0.07, 2))
     while True:                                           # two colours whose brightness differs enough to see the shape
         hues = rng.random(2)
         ink = np.array(colorsys.hsv_to_rgb(hues[0], rng.uniform(0.55, 1), rng.uniform(0.6, 1)))
@@ -157,7 +157,7 @@ def draw_shape(job):
         if points is not None:
             ImageDraw.Draw(mask).polygon([tuple(p) for p in (points @ rotation * radius + centre) * fine], fill=level)
     cover = np.asarray(mask.reduce(fine), dtype=np.float32)[..., None] / 255
-    angle, depth = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.35)      # the paper darkens towards one side
+    angle, depth = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.2)       # the paper darkens towards one side
     y, x = np.mgrid[:size, :size] / size - 0.5
     light = 1 - depth * (0.5 + 0.7 * (x * math.cos(angle) + y * math.sin(angle)))[..., None]
     return ((paper * light * (1 - cover) + ink * cover) * 255 + 0.5).clip(0, 255).astype(np.uint8)

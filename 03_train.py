@@ -22,6 +22,7 @@ import math
 import os
 import signal
 import sys
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
@@ -35,7 +36,7 @@ from pathlib import Path
 AUTO = None                                               # worked out from the data, the hardware or the other settings
 SETTINGS = {  # group: {name: (default, kind or choices, help)}; the flag is the name with dashes
     "what to train on": {
-        "preset": ("shapes", str, "row of PRESETS: shapes cifar10 imagenette photos imagenet-B imagenet-L imagenet-H 1percent"),
+        "preset": ("shapes", str, "shapes cifar10 imagenette photos imagenet-B imagenet-L imagenet-H 1percent"),
         "experiment": ("", str, "row of EXPERIMENTS: baseline exp1..exp5 plain rope-qknorm context dit sd3"),
         "data": (AUTO, str, "data set: data/NAME, or a folder"), "run": (AUTO, str, "runs/NAME, or a folder (default: the preset)"),
         "steps": (AUTO, int, "optimizer steps; overrides --epochs"), "epochs": (600.0, float, "passes over the data"),
@@ -77,8 +78,8 @@ FREE = {"run", "resume", "overwrite", "steps", "epochs", "compile", "device", "l
 
 IMAGENET = {"data": "imagenet", "model": "JiT-B/16", "preview-every": 5000, "sampling": {"cfg": 2.9, "interval": [0.1, 1.0]}}
 PRESETS = {
-    "shapes": {"data": "shapes", "model": "JiT-T/16", "batch-size": 32, "steps": 4000, "lr": 1.5e-3, "schedule": "cosine",
-               "ema": "0.998", "sampling": {"cfg": 3.0, "steps": 20}},
+    "shapes": {"data": "shapes", "model": "JiT-T/16", "batch-size": 32, "steps": 4400, "lr": 5e-3, "schedule": "cosine",
+               "noise-scale": 2.0, "p-mean": -1.0, "p-std": 1.0, "ema": "0.998", "sampling": {"cfg": 3.0, "steps": 15}},
     "cifar10": {"data": "cifar10", "model": "JiT-S/4", "batch-size": 256, "epochs": 200, "lr": 4e-4, "ema": "0.9999,0.999",
                 "sampling": {"cfg": 2.0, "interval": [0.1, 1.0]}},
     "imagenette": {"data": "imagenette-160", "model": "JiT-S/16", "batch-size": 256, "epochs": 600, "lr": 4e-4,
@@ -110,19 +111,19 @@ EXPERIMENTS = {  # combine with any preset
 
 def parse_args(argv=None):
     """Flags given -> {name: value}, only those given.  Wrong ones end the script with one line and exit code 2."""
-    parser = argparse.ArgumentParser(description="Train a JiT.", usage="%(prog)s [options]", allow_abbrev=False,
-                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=130))
+    parser, page = argparse.ArgumentParser(allow_abbrev=False), ["usage: 03_train.py [options]     (defaults in brackets)"]
     for title, rows in SETTINGS.items():
-        group = parser.add_argument_group(title)
+        entries = []
         for name, (default, kind, text) in rows.items():
-            shown = f"{text}{f' ({default})' if default not in (AUTO, '', True, False) else ''}".replace("%", "%%")
             if kind is bool:
-                group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction if default is not False else "store_true",
-                                   default=argparse.SUPPRESS, help=shown)
-            elif isinstance(kind, tuple):
-                group.add_argument(f"--{name}", choices=kind, default=argparse.SUPPRESS, help=shown)
+                parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction if default is not False else "store_true", default=argparse.SUPPRESS)
             else:
-                group.add_argument(f"--{name}", type=kind, metavar="N" if kind is not str else "NAME", default=argparse.SUPPRESS, help=shown)
+                parser.add_argument(f"--{name}", **({"choices": kind} if isinstance(kind, tuple) else {"type": kind}), default=argparse.SUPPRESS)
+            value = "" if kind is bool else " " + ("|".join(kind) if isinstance(kind, tuple) else "NAME" if kind is str else "N")
+            shown = f" [{default}]" if default not in (AUTO, "", True, False) else ""
+            entries.append(f"--{'[no-]' if kind is bool and default is not False else ''}{name}{value}{shown}{': ' if text else ''}{text}")
+        page += ["", title, *textwrap.wrap(";  ".join(entries), 116, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)]
+    parser.format_help = lambda: "\n".join(page) + "\n"
     parser.error = lambda message: sys.exit(fail(f"{message} (see --help)", 2))
     return {name.replace("_", "-"): value for name, value in vars(parser.parse_args(argv)).items()}
 
@@ -225,7 +226,7 @@ def diffusion_loss(out, batch, z, v, config, space):
     """
     truth = {"x": batch["x"], "e": batch["e"], "v": v}[config.pred]
     scale, _ = model.conversion(config.pred, space, batch["t"], config.path)                       # B
-    return scale**2 * (out.float() - truth).square().mean(dim=(1, 2, 3))                           # B
+    return scale**2 * (out.float() - truth).square().flatten(1).mean(dim=1)                       # B
 
 
 def training_loss(net, batch, s, config, autocast):

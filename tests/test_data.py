@@ -1,0 +1,313 @@
+"""Data: the crop against an independent one, packing that survives a kill, and bad inputs of every kind."""
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import ROOT, call, data, images_of, train
+
+
+def photo(seed=0, size=(40, 30), mode="RGB"):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode)
+
+
+def folder(root, classes=("cat", "dog"), count=6, splits=("train", "val"), **options):
+    """Class folders of PNG files."""
+    for split in splits or [""]:
+        for c, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                photo(100 * c + i, **options).save(root / split / name / f"{i}.png")
+    return root
+
+
+def pack(*args):
+    return call(data, "--source", "folder", "--root", "in", "--size", 16, "--name", "set", "--workers", 1, *args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is packed is right
+# ---------------------------------------------------------------------------------------------------------------------
+
+def adm_crop(image, size):
+    """ADM's center_crop_arr from its description, on the shape alone: halve with BOX, BICUBIC to the short side, cut."""
+    w, h = image.size
+    while min(w, h) >= 2 * size:
+        w, h = w // 2, h // 2
+        image = image.resize((w, h), resample=Image.Resampling.BOX)
+    scale = size / min(w, h)
+    w, h = round(w * scale), round(h * scale)
+    image = image.resize((w, h), resample=Image.Resampling.BICUBIC)
+    return np.array(image.crop(((w - size) // 2, (h - size) // 2, (w - size) // 2 + size, (h - size) // 2 + size)))
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (16, 16), (200, 33), (17, 90), (1, 1), (31, 64)])
+def test_crop_is_adms(shape):
+    image = photo(1, shape)
+    assert np.array_equal(data.center_crop(image, 16), adm_crop(image, 16))
+
+
+def test_shapes_depend_on_seed_and_index_alone(there):
+    assert np.array_equal(data.draw_shape((3, 17, 32)), data.draw_shape((3, 17, 32)))
+    assert not np.array_equal(data.draw_shape((3, 17, 32)), data.draw_shape((4, 17, 32)))
+    assert call(data, "--size", 16, "--count", 100, "--workers", 2, "--name", "two") == 0
+    _, arrays = data.open_data("data/two")
+    assert np.array_equal(arrays["train"][0][13], data.draw_shape((0, 13, 16))) and arrays["train"][1][13] == 3
+    assert len(data.SHAPES) >= 10 and len(np.unique(arrays["train"][0].reshape(100, -1), axis=0)) == 100
+
+
+def test_shapes_are_their_own_mirror_images():
+    """Training mirrors half of the images: no class may change by it."""
+    for name, (outline, hole) in data.SHAPES.items():
+        size = 200
+        masks = []
+        for flip in (1, -1):
+            image = Image.new("L", (size, size))
+            for points, level in ((outline, 255), (hole, 0)):
+                if points is not None:
+                    data.ImageDraw.Draw(image).polygon([tuple(p) for p in points * [flip, 1] * 80 + 100], fill=level)
+            masks.append(np.array(image) > 0)
+        assert (masks[0] ^ masks[1]).mean() < 0.01, name
+
+
+def test_folder_with_splits(there):
+    folder(there / "in")
+    assert pack() == 0
+    meta, arrays = data.open_data("data/set")
+    assert meta["classes"] == ["cat", "dog"] and meta["counts"] == {"train": 12, "val": 12}
+    assert np.array_equal(arrays["train"][0][7], data.center_crop(Image.open("in/train/dog/1.png"), 16)) and arrays["train"][1].tolist() == [0] * 6 + [1] * 6
+    assert Path("data/set/preview.png").exists() and not Path("data/set.partial").exists()
+    assert data.file_hash("data/set/train_images.npy", "sha256") == meta["sha256"]["train_images.npy"]
+
+
+def test_flat_folder_holds_out_a_part_and_empties_no_class(there):
+    folder(there / "in", classes=("a", "b", "c"), count=4, splits=())
+    folder(there / "in", classes=("single",), count=1, splits=())
+    assert pack("--val-fraction", 0.3) == 0
+    meta, arrays = data.open_data("data/set")
+    assert meta["counts"] == {"train": 9, "val": 4} and set(arrays["train"][1]) == {0, 1, 2, 3}
+
+
+def test_unlabelled_folder_and_fraction(there):
+    (there / "in").mkdir()
+    for i in range(100):
+        photo(i, (16, 16)).save(there / "in" / f"{i:03d}.png")
+    assert pack("--fraction", 0.3, "--val-fraction", 0.1) == 0
+    meta, arrays = data.open_data("data/set")
+    assert meta["classes"] == [] and meta["counts"] == {"train": 27, "val": 10} and meta["settings"]["fraction"] == 0.3
+    first = arrays["train"][0].copy()
+    assert pack("--fraction", 0.3, "--val-fraction", 0.1, "--overwrite") == 0
+    assert np.array_equal(data.open_data("data/set")[1]["train"][0], first)
+    from conftest import TINY_FLAGS
+    assert call(train, *TINY_FLAGS, "--data", "set", "--steps", 2, "--run", "u") == 0   # becomes an unconditional network
+
+
+def test_one_percent_of_imagenet_is_12811_images():
+    jobs, labels = data.keep_fraction(range(1_281_167), range(1_281_167), 0.01, 0)
+    assert len(jobs) == 12_811 and jobs == sorted(set(jobs)) and jobs != data.keep_fraction(range(1_281_167), range(1_281_167), 0.01, 1)[0]
+
+
+def cifar_archive(path, break_it=None):
+    """A tiny file in the form of the binary CIFAR-10."""
+    with tarfile.open(path, "w:gz") as tar:
+        for k, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+            body = b"".join(bytes([i % 10]) + images_of(1, 32, seed=100 * k + i).transpose(0, 3, 1, 2).tobytes() for i in range(20))
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}.bin")
+            info.size = len(body)
+            tar.addfile(info, io.BytesIO(body))
+
+
+def test_cifar10_binary_layout(there, monkeypatch):
+    (there / "in").mkdir()
+    cifar_archive(there / "in" / "cifar-10-binary.tar.gz")
+    monkeypatch.setitem(data.ARCHIVES, "cifar10", (data.ARCHIVES["cifar10"][0], data.file_hash(there / "in" / "cifar-10-binary.tar.gz", "md5")))
+    assert call(data, "--source", "cifar10", "--root", "in") == 0
+    meta, arrays = data.open_data("data/cifar10")
+    assert meta["counts"] == {"train": 100, "val": 20} and meta["classes"][3] == "cat"
+    assert np.array_equal(arrays["train"][0][25], images_of(1, 32, seed=105)[0]) and arrays["train"][1][25] == 5
+
+
+def test_imagenette_is_unpacked_with_the_data_filter(there, monkeypatch):
+    folder(there / "imagenette2-160", classes=("n01440764", "n02102040"))
+    (there / "in").mkdir()
+    with tarfile.open(there / "in" / "imagenette2-160.tgz", "w:gz") as tar:
+        tar.add("imagenette2-160")
+    monkeypatch.setitem(data.ARCHIVES, "imagenette-160", (data.ARCHIVES["imagenette-160"][0], data.file_hash(there / "in" / "imagenette2-160.tgz", "md5")))
+    assert call(data, "--source", "imagenette-160", "--root", "in", "--size", 16, "--workers", 1) == 0
+    assert data.open_data("data/imagenette-160")[0]["classes"] == ["tench", "springer"]
+    with tarfile.open("evil.tgz", "w:gz") as tar:
+        info = tarfile.TarInfo("../escaped.txt")
+        tar.addfile(info, io.BytesIO(b""))
+    with pytest.raises(tarfile.TarError):
+        data.unpack(Path("evil.tgz"), there / "deep" / "out")
+    assert not (there / "deep" / "escaped.txt").exists() and not (there / "deep" / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing lost
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_packing_goes_on_after_a_kill(there):
+    """Killed at a random moment, the same command finishes, and the result equals an undisturbed one."""
+    command = [sys.executable, ROOT / "01_data.py", "--size", "48", "--count", "6000", "--workers", "1"]
+    child = subprocess.Popen([*command, "--name", "killed"])
+    while child.poll() is None and not Path("data/killed.partial/train.json").exists():
+        time.sleep(0.005)
+    child.kill()
+    child.wait()
+    assert Path("data/killed.partial").exists() and not Path("data/killed").exists()
+    done = json.loads(Path("data/killed.partial/train.json").read_text())["done"]
+    assert 0 < done < 6000
+    assert subprocess.run([*command, "--name", "killed"]).returncode == 0 and subprocess.run([*command, "--name", "calm"]).returncode == 0
+    a, b = (data.open_data(f"data/{name}")[0]["sha256"] for name in ("killed", "calm"))
+    assert a == b
+
+
+def test_existing_sets_are_neither_overwritten_nor_ignored(there, capsys):
+    assert call(data, "--size", 16, "--count", 100, "--workers", 1) == 0
+    assert call(data, "--size", 16, "--count", 100) == 0 and "nothing to do" in capsys.readouterr().out
+    assert call(data, "--size", 32, "--count", 100) == 1 and "--overwrite" in capsys.readouterr().err
+    assert data.open_data("data/shapes")[0]["size"] == 16
+    assert call(data, "--size", 32, "--count", 100, "--workers", 1, "--overwrite") == 0 and data.open_data("data/shapes")[0]["size"] == 32
+
+
+def test_a_broken_download_leaves_nothing(there, monkeypatch, capsys):
+    monkeypatch.setitem(data.ARCHIVES, "cifar10", ((there / "served" / "cifar-10-binary.tar.gz").as_uri(), "0" * 32))
+    assert call(data, "--source", "cifar10") == 1 and "fetch it yourself" in capsys.readouterr().err
+    (there / "served").mkdir()
+    (there / "served" / "cifar-10-binary.tar.gz").write_bytes(b"half a file")
+    assert call(data, "--source", "cifar10") == 1
+    assert not list((there / "data" / "downloads").iterdir()) and not Path("data/cifar10").exists()
+
+
+def test_a_damaged_archive_is_named(there, capsys):
+    (there / "in").mkdir()
+    (there / "in" / "cifar-10-binary.tar.gz").write_bytes(b"damaged")
+    assert call(data, "--source", "cifar10", "--root", "in") == 1 and "is damaged" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad images: skipped, counted, listed; readable oddities are read
+# ---------------------------------------------------------------------------------------------------------------------
+
+def huge_header():
+    """A PNG whose header claims 60000 x 60000 pixels."""
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+
+
+def as_bytes(image, kind, **options):
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+UNREADABLE = {
+    "empty.png": b"", "text.png": b"this is text", "html.jpg": b"<html>404</html>", "cut.jpg": as_bytes(photo(1, (200, 200)), "JPEG")[:2000],
+    "cut.png": as_bytes(photo(1, (200, 200)), "PNG")[:3000], "huge.png": huge_header(), "zeros.jpg": bytes(5000), "thin.png": as_bytes(photo(1, (2000, 1)), "PNG"),
+    "garbage.webp": b"RIFF1234WEBPgarbage", "header.gif": b"GIF89a", "bitmap.bmp": b"BM" + bytes(20), "broken.tif": b"II*\0" + bytes(8),
+}
+READABLE = {
+    "cmyk.jpg": as_bytes(photo(1, mode="CMYK"), "JPEG"), "grey.png": as_bytes(photo(1, mode="L"), "PNG"), "binary.png": as_bytes(photo(1, mode="1"), "PNG"),
+    "palette.png": as_bytes(photo(1).quantize(16), "PNG", transparency=0), "alpha.png": as_bytes(photo(1, mode="RGBA"), "PNG"), "pixel.png": as_bytes(photo(1, (1, 1)), "PNG"),
+    "deep.png": as_bytes(Image.fromarray(np.arange(900, dtype=np.uint16).reshape(30, 30)), "PNG"), "moving.gif": as_bytes(photo(1), "GIF", save_all=True, append_images=[photo(2)]),
+    "UPPER.JPEG": as_bytes(photo(1), "JPEG"), "spaß & more.png": as_bytes(photo(1), "PNG"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_unreadable_images_are_skipped_counted_and_listed(there, capsys, name):
+    folder(there / "in")
+    (there / "in" / "train" / "cat" / name).write_bytes(UNREADABLE[name])
+    assert pack() == 0
+    out = capsys.readouterr()
+    assert "1 unreadable images left out" in out.out and "Traceback" not in out.err
+    assert name in Path("data/set/skipped.txt").read_text()
+    meta, arrays = data.open_data("data/set")
+    assert meta["counts"]["train"] == 12 and arrays["train"][1].tolist() == [0] * 6 + [1] * 6
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_odd_images_are_read(there, name):
+    folder(there / "in")
+    (there / "in" / "train" / "cat" / name).write_bytes(READABLE[name])
+    assert pack() == 0 and data.open_data("data/set")[0]["counts"]["train"] == 13
+
+
+def damage(change):
+    """A packed set with one thing changed."""
+    def make():
+        assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--name", "set") == 0
+        change(Path("data/set"))
+    return make
+
+
+def rewrite_labels(value):
+    return damage(lambda path: np.save(path / "train_labels.npy", np.full(100, value)))
+
+
+SETS = {
+    "label too high": (rewrite_labels(10), "outside 0..9"), "label negative": (rewrite_labels(-1), "outside 0..9"),
+    "images cut": (damage(lambda p: os.truncate(p / "train_images.npy", 5000)), "damaged"), "images empty": (damage(lambda p: os.truncate(p / "train_images.npy", 0)), "damaged"),
+    "labels gone": (damage(lambda p: (p / "train_labels.npy").unlink()), "damaged"), "meta is no json": (damage(lambda p: (p / "meta.json").write_text("{")), "damaged"),
+    "labels pickled": (damage(lambda p: np.save(p / "train_labels.npy", np.array([{}] * 100, dtype=object), allow_pickle=True)), "damaged"),
+    "other size": (damage(lambda p: np.save(p / "val_images.npy", images_of(100, 8))), "do not fit"), "no set": (lambda: None, "make it first"),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_damaged_sets_are_refused_in_one_line(there, capsys, name):
+    SETS[name][0]()
+    assert call(train, "--data", "set", "--steps", 1) == 1
+    error = capsys.readouterr().err
+    assert SETS[name][1] in error and len(error.strip().splitlines()) == 1 and not Path("runs").exists()
+
+
+FOLDERS = {
+    "missing": (lambda: None, "is no folder", 2), "empty": (lambda: Path("in").mkdir(), "holds no images", 2),
+    "text only": (lambda: (Path("in").mkdir(), Path("in/a.txt").write_text("x")), "holds no images", 2),
+    "none readable": (lambda: (Path("in").mkdir(), [Path(f"in/{i}.png").write_bytes(b"x") for i in range(3)]), "none of the", 1),
+    "class empty": (lambda: (folder(Path("in")), Path("in/train/eel").mkdir(), Path("in/val/eel").mkdir()), "eel holds no images", 1),
+    "class unreadable": (lambda: (folder(Path("in")), [Path(f"in/{s}/eel").mkdir() or Path(f"in/{s}/eel/a.png").write_bytes(b"x") for s in ("train", "val")]), "class eel has no readable", 1),
+    "splits differ": (lambda: (folder(Path("in")), Path("in/train/dog").rename("in/train/fox")), "is in one only", 1),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_unusable_folders_are_refused_in_one_line(there, capsys, name):
+    make, words, code = FOLDERS[name]
+    make()
+    assert pack() == code
+    error = capsys.readouterr().err
+    assert words in error and len(error.strip().splitlines()) == 1 and not Path("data/set").exists()
+
+
+def test_no_space_is_said_before_the_start(there, capsys, monkeypatch):
+    folder(there / "in")
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    assert pack() == 1 and "are free: make room" in capsys.readouterr().err and not Path("data/set").exists()
+
+
+@pytest.mark.parametrize("flags", [["--size", 3], ["--fraction", 0], ["--count", 5], ["--source", "mnist"], ["--source", "folder"], ["--val-fraction", 1], ["--workers", 0],
+                                   ["--seed", -1], ["--name", "a/b"], ["--source", "cifar10", "--size", 64], ["--sise", 3]])
+def test_wrong_flags(there, capsys, flags):
+    assert call(data, *flags) == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1 and "error" in error and not Path("data").exists()
+
+
+def test_benchmark_compares_with_the_originals(there, capsys):
+    folder(there / "in")
+    assert pack() == 0 and call(data, "--name", "set", "--benchmark") == 0
+    assert "times as fast" in capsys.readouterr().out

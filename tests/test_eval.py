@@ -1,0 +1,281 @@
+"""Scores against closed forms and definitions rewritten the slow way; the networks against functional rewrites."""
+import csv
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from conftest import ROOT, TINY_FLAGS, call, data, evaluate, images_of, sample, train
+
+
+def features(n, d, seed=0, shift=0.0):
+    return np.random.default_rng(seed).standard_normal((n, d)) + shift
+
+
+def moments(x):
+    m = evaluate.Moments()
+    for part in np.array_split(x, 7):
+        m.add(part)
+    return m.result()
+
+
+def test_streaming_moments_are_the_moments():
+    x = features(500, 20) * 3 + 1e4                       # a large mean: where naive sums lose their digits
+    mu, sigma = moments(x)
+    assert np.allclose(mu, x.mean(0), rtol=1e-12) and np.allclose(sigma, np.cov(x, rowvar=False), atol=1e-8)
+    parts = [evaluate.Moments() for _ in range(3)]
+    for part, share in zip(parts, np.array_split(x, [100, 350])):
+        part.add(share)
+    assert np.allclose(evaluate.merge(parts).result()[1], sigma, atol=1e-7)
+    with pytest.raises(ValueError, match="too few"):
+        moments(x[:1][:, :3].repeat(1, 0)) if False else (lambda m: (m.add(x[:1]), m.result()))(evaluate.Moments())
+
+
+def test_frechet_distance_closed_forms():
+    mu, sigma = moments(features(300, 12))
+    assert evaluate.frechet_distance(mu, sigma, mu, sigma) < 1e-9
+    assert evaluate.frechet_distance(mu, sigma, mu + 2, sigma) == pytest.approx(4 * 12)
+    a, b = np.diag([1.0, 4.0, 9.0]), np.diag([4.0, 4.0, 1.0])
+    assert evaluate.frechet_distance(np.zeros(3), a, np.zeros(3), b) == pytest.approx(1 + 0 + 4)       # sum of (std1 - std2)^2
+    s1, s2 = moments(features(40, 6, 1))[1], moments(features(40, 6, 2))[1]
+    roots = np.sqrt(np.linalg.eigvals(s1 @ s2).real).sum()                              # the general definition, not symmetric
+    assert evaluate.frechet_distance(np.zeros(6), s1, np.zeros(6), s2) == pytest.approx(np.trace(s1 + s2) - 2 * roots)
+    thin = moments(features(5, 30))[1]                    # singular: 5 images, 30 numbers
+    assert evaluate.frechet_distance(np.zeros(30), thin, np.ones(30), thin) == pytest.approx(30)
+    assert np.isfinite(evaluate.frechet_distance(np.zeros(3), np.zeros((3, 3)), np.zeros(3), a))
+
+
+def test_inception_score_by_definition():
+    logits = features(103, 5) * 2
+    order, scores = np.random.RandomState(2020).permutation(103), []
+    for i in range(10):
+        part = [np.exp(row) / np.exp(row).sum() for row in logits[order][i * 103 // 10:(i + 1) * 103 // 10]]
+        marginal = np.mean(part, axis=0)
+        scores.append(np.exp(np.mean([sum(p * np.log(p / q) for p, q in zip(row, marginal)) for row in part])))
+    assert evaluate.inception_score(logits) == pytest.approx((np.mean(scores), np.std(scores)))
+    assert evaluate.inception_score(np.zeros((100, 4)))[0] == pytest.approx(1)
+    certain = np.eye(4)[np.arange(4000) % 4] * 100
+    assert evaluate.inception_score(certain)[0] == pytest.approx(4, rel=1e-2)
+
+
+def test_kernel_distance_by_definition():
+    a, b = features(30, 4), features(25, 4, 1, 0.5)
+    random, scores = np.random.RandomState(2020), []
+    for _ in range(3):
+        x, y = a[random.choice(30, 10, replace=False)], b[random.choice(25, 10, replace=False)]
+        k = lambda u, v: (u @ v / 4 + 1)**3
+        scores.append(sum(k(x[i], x[j]) + k(y[i], y[j]) for i in range(10) for j in range(10) if i != j) / 90 - 2 * sum(k(u, v) for u in x for v in y) / 100)
+    assert evaluate.kernel_distance(a, b, 3, 10) == pytest.approx((np.mean(scores), np.std(scores)))
+    with pytest.raises(ValueError, match="subsets of 1000"):
+        evaluate.kernel_distance(a, b)
+
+
+def test_precision_and_recall_by_definition():
+    a, b = features(60, 3), features(50, 3, 1, 0.7)
+    radius = lambda x: [sorted(np.linalg.norm(x - p, axis=1))[3] for p in x]
+    inside = lambda p, x, r: any(np.linalg.norm(p - q) <= s for q, s in zip(x, r))
+    expected = np.mean([inside(p, b, radius(b)) for p in a]), np.mean([inside(p, a, radius(a)) for p in b])
+    assert evaluate.precision_recall(a, b, block=7) == pytest.approx(expected)
+    assert evaluate.precision_recall(a, a) == (1, 1) and evaluate.precision_recall(a, a + 100) == (0, 0)
+
+
+def test_tf1_resize_by_definition():
+    x = torch.rand(1, 2, 5, 7)
+    out = evaluate.resize_tf1(x, 11)
+    for i in range(11):
+        for j in range(11):
+            y, z = i * 5 / 11, j * 7 / 11
+            y0, z0 = int(y), int(z)
+            y1, z1, fy, fz = min(y0 + 1, 4), min(z0 + 1, 6), y - int(y), z - int(z)
+            expected = (x[0, :, y0, z0] * (1 - fy) + x[0, :, y1, z0] * fy) * (1 - fz) + (x[0, :, y0, z1] * (1 - fy) + x[0, :, y1, z1] * fy) * fz
+            assert torch.allclose(out[0, :, i, j], expected, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inception-v3: a functional rewrite that only knows the names of the weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+def functional_inception(sd, images):
+    """The original FID's network from a state dict, one line per block."""
+    x = (evaluate.resize_tf1(images.permute(0, 3, 1, 2).float(), 299) - 128) / 128
+
+    def c(x, name, stride=1, padding=0):
+        bn = f"{name}.bn."
+        x = F.conv2d(x, sd[f"{name}.conv.weight"], stride=stride, padding=padding)
+        scale = sd[bn + "weight"] / (sd[bn + "running_var"] + 1e-3).sqrt()
+        return (x * scale.view(1, -1, 1, 1) + (sd[bn + "bias"] - sd[bn + "running_mean"] * scale).view(1, -1, 1, 1)).clamp_min(0)
+
+    def average(x):                                       # 3x3 mean over the pixels inside the picture
+        ones = F.conv2d(torch.ones_like(x[:1, :1]), torch.ones(1, 1, 3, 3), padding=1)
+        return F.conv2d(x, torch.ones(x.shape[1], 1, 3, 3), padding=1, groups=x.shape[1]) / ones
+    x = c(c(c(x, "Conv2d_1a_3x3", 2), "Conv2d_2a_3x3"), "Conv2d_2b_3x3", 1, 1)
+    x = c(c(F.max_pool2d(x, 3, 2), "Conv2d_3b_1x1"), "Conv2d_4a_3x3")
+    x = F.max_pool2d(x, 3, 2)
+    for n in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
+        d = c(c(c(x, n + ".branch3x3dbl_1"), n + ".branch3x3dbl_2", 1, 1), n + ".branch3x3dbl_3", 1, 1)
+        x = torch.cat([c(x, n + ".branch1x1"), c(c(x, n + ".branch5x5_1"), n + ".branch5x5_2", 1, 2), d, c(average(x), n + ".branch_pool")], 1)
+    n = "Mixed_6a"
+    x = torch.cat([c(x, n + ".branch3x3", 2), c(c(c(x, n + ".branch3x3dbl_1"), n + ".branch3x3dbl_2", 1, 1), n + ".branch3x3dbl_3", 2), F.max_pool2d(x, 3, 2)], 1)
+    for n in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
+        one = c(x, n + ".branch1x1")
+        if n == "Mixed_6d":
+            spatial = one[:, :7]
+        s = c(c(c(x, n + ".branch7x7_1"), n + ".branch7x7_2", 1, (0, 3)), n + ".branch7x7_3", 1, (3, 0))
+        d = c(x, n + ".branch7x7dbl_1")
+        for i, pad in ((2, (3, 0)), (3, (0, 3)), (4, (3, 0)), (5, (0, 3))):
+            d = c(d, f"{n}.branch7x7dbl_{i}", 1, pad)
+        x = torch.cat([one, s, d, c(average(x), n + ".branch_pool")], 1)
+    n = "Mixed_7a"
+    s = c(c(c(c(x, n + ".branch7x7x3_1"), n + ".branch7x7x3_2", 1, (0, 3)), n + ".branch7x7x3_3", 1, (3, 0)), n + ".branch7x7x3_4", 2)
+    x = torch.cat([c(c(x, n + ".branch3x3_1"), n + ".branch3x3_2", 2), s, F.max_pool2d(x, 3, 2)], 1)
+    for n in ("Mixed_7b", "Mixed_7c"):
+        s, d = c(x, n + ".branch3x3_1"), c(c(x, n + ".branch3x3dbl_1"), n + ".branch3x3dbl_2", 1, 1)
+        pool = average(x) if n == "Mixed_7b" else F.max_pool2d(x, 3, 1, 1)
+        x = torch.cat([c(x, n + ".branch1x1"), c(s, n + ".branch3x3_2a", 1, (0, 1)), c(s, n + ".branch3x3_2b", 1, (1, 0)), c(d, n + ".branch3x3dbl_3a", 1, (0, 1)),
+                       c(d, n + ".branch3x3dbl_3b", 1, (1, 0)), c(pool, n + ".branch_pool")], 1)
+    features = x.mean((2, 3))
+    return features, spatial.permute(0, 2, 3, 1).reshape(len(x), -1), features @ sd["fc.weight"].T
+
+
+@pytest.fixture(scope="module")
+def inception():
+    torch.manual_seed(0)
+    net = evaluate.Inception().eval()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1), module.running_var.uniform_(0.5, 1.5), module.weight.data.uniform_(0.8, 1.6), module.bias.data.normal_(0, 0.1)
+        elif isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    return net
+
+
+def test_inception_agrees_with_rewrite(inception):
+    with torch.no_grad():
+        images = torch.from_numpy(images_of(2, 40))
+        out, expected = inception(images), functional_inception(inception.state_dict(), images)
+    for name, value in zip(("features", "spatial", "logits"), expected):
+        assert (out[name] - value).abs().max() < 1e-4 * value.abs().max() and value.std() > 0, name
+    assert out["features"].shape == (2, 2048) and out["spatial"].shape == (2, 2023) and out["logits"].shape == (2, 1008)
+
+
+def test_inception_weights_file(there, inception, capsys):
+    torch.save(inception.state_dict(), "mine.pth")
+    net, name, digest = evaluate.load_inception(Path("mine.pth"))
+    assert name.startswith("FD (mine.pth") and "not the published weights file" in capsys.readouterr().err and len(digest) == 8
+    state = inception.state_dict()
+    del state["Mixed_6c.branch_pool.bn.running_var"]
+    torch.save(state, "less.pth")
+    with pytest.raises(ValueError, match="Mixed_6c.branch_pool.bn.running_var is missing"):
+        evaluate.load_inception(Path("less.pth"))
+    Path("text.pth").write_text("hello")
+    with pytest.raises(ValueError, match="text.pth"):
+        evaluate.load_inception(Path("text.pth"))
+
+
+def test_scores_with_inception_end_to_end(work, inception, capsys):
+    """A folder against an npz; statistics written here and read back give the same distance."""
+    torch.save(inception.state_dict(), "mine.pth")
+    Path("pngs").mkdir()
+    for i, image in enumerate(images_of(12, 24)):
+        Image.fromarray(image).save(f"pngs/{i:02d}.png")
+    np.savez("real.npz", arr_0=images_of(10, 24, 5))
+    flags = ["--samples", "pngs", "--features", "inception", "--inception-weights", "mine.pth", "--batch-size", 5]
+    Path("runs/x").mkdir(parents=True)
+    assert call(evaluate, "--run", "x", *flags, "--reference", "real.npz") == 0
+    first = json.loads(Path("runs/x/metrics.json").read_text())
+    assert first["n_generated"] == 12 and first["n_real"] == 10 and {"fd", "sfd", "is", "precision", "recall"} <= first.keys() and "kid" not in first
+    assert call(evaluate, "--samples", "real.npz", "--features", "inception", "--inception-weights", "mine.pth", "--save-statistics", "stats.npz") == 0
+    assert call(evaluate, "--run", "x", *flags, "--reference", "stats.npz", "--out", "again.json") == 0
+    again = json.loads(Path("again.json").read_text())
+    assert again["fd"] == pytest.approx(first["fd"], rel=1e-4) and again["sfd"] == pytest.approx(first["sfd"], rel=1e-4) and "precision" not in again
+    assert call(evaluate, "--run", "x", *flags, "--reference", "pngs", "--out", "self.json") == 0
+    own = json.loads(Path("self.json").read_text())
+    assert own["fd"] < 1e-3 * first["fd"] and own["precision"] == own["recall"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The offline score, the sweep, and what is refused
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def scored(work):
+    """A tiny run with samples."""
+    assert call(train, *TINY_FLAGS, "--steps", 4) == 0 and call(sample, "--num", 20, "--steps", 2, "--amp", "off") == 0
+    return work
+
+
+def test_offline_score(scored, capsys):
+    assert call(evaluate) == 0
+    result, out = json.loads(Path("runs/shapes/metrics.json").read_text()), capsys.readouterr()
+    assert result["score"] == "FD (classifier features)" and result["fd_floor"] < result["fd"] and result["n_generated"] == result["n_floor"] == 20
+    assert 0 <= result["class_accuracy"] <= 1 and result["class_accuracy_real"] > 0.3 and result["sampling"]["steps"] == 2 and result["sampling"]["weights"]
+    assert "FID" not in out.out and "20 images are few" in out.err
+    assert call(evaluate) == 0 and "already there" in capsys.readouterr().out
+    assert call(sample, "--num", 20, "--steps", 3, "--amp", "off", "--overwrite") == 0
+    assert call(evaluate) == 1 and "--overwrite" in capsys.readouterr().err
+    assert call(evaluate, "--overwrite") == 0
+    Path("data/shapes/classifier.pt").write_bytes(b"damaged")
+    assert call(evaluate, "--overwrite") == 0 and "training the classifier again" in capsys.readouterr().err
+
+
+def test_sweep_is_resumable_and_draws(scored, capsys):
+    assert call(evaluate, "--sweep", "cfg=1:2:1", "--num", 6) == 0
+    rows = list(csv.DictReader(open("runs/shapes/sweep.csv")))
+    assert [row["point"] for row in rows] == ["cfg=1.0", "cfg=2.0"] and all(row["n_generated"] == "6" for row in rows)
+    assert call(evaluate, "--sweep", "cfg=1:3:1", "--num", 6) == 0 and len(list(csv.DictReader(open("runs/shapes/sweep.csv")))) == 3
+    assert Image.open("runs/shapes/sweep.png").width == 840
+    assert call(evaluate, "--sweep", "cfg=1:2:1", "--num", 7) == 1 and "other N or features" in capsys.readouterr().err
+
+
+def test_sweep_grammar():
+    assert evaluate.parse_sweep("cfg=1:2:0.5,ema=0/1") == [{"cfg": c, "ema": e} for c in (1.0, 1.5, 2.0) for e in (0, 1)]
+    for wrong in ("cfg", "speed=1", "cfg=1:2", "cfg=2:1:1", "cfg=a"):
+        with pytest.raises(ValueError):
+            evaluate.parse_sweep(wrong)
+
+
+def bad_sides(there):
+    Path("mixed").mkdir()
+    Image.new("RGB", (8, 8)).save("mixed/a.png"), Image.new("RGB", (9, 8)).save("mixed/b.png")
+    Path("void").mkdir()
+    np.savez("float.npz", arr_0=np.zeros((3, 8, 8, 3), np.float32))
+    np.savez("nothing.npz", other=np.zeros(3))
+    np.savez("small.npz", mu=np.zeros(64), sigma=np.eye(64))
+    np.savez("pickled.npz", arr_0=np.array([{}], dtype=object))
+    np.savez("few.npz", arr_0=images_of(9, 16))
+    Path("broken.npz").write_bytes(b"PK broken")
+
+
+@pytest.mark.parametrize("flags,words,code", [
+    (["--samples", "mixed"], "must have one size", 1), (["--samples", "void"], "no images in void", 1), (["--samples", "float.npz"], "must be uint8", 1), (["--samples", "nothing.npz"], "neither images", 1),
+    (["--samples", "few.npz", "--reference", "small.npz"], "no data set at small.npz", 1), (["--samples", "pickled.npz"], "no readable npz", 1), (["--samples", "broken.npz"], "no readable npz", 1),
+    (["--samples", "few.npz", "--reference", "data/shapes", "--metrics", "kid"], "KID draws subsets", 1), (["--samples", "nowhere"], "nothing at nowhere", 1), (["--metrics", "psnr"], "unknown", 2),
+    (["--sweep", "speed=1"], "the keys are", 2), (["--run", "nope"], "make samples first", 1), (["--features", "inception", "--inception-weights", "gone.pth", "--samples", "few.npz", "--reference", "few.npz"], "gone.pth", 1)])
+def test_wrong_sides(work, capsys, flags, words, code):
+    bad_sides(work)
+    reference = [] if "--reference" in flags or code == 2 else ["--reference", "data/shapes"]
+    assert call(evaluate, *flags, *reference) == code
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error and len([line for line in error.strip().splitlines() if "error" in line]) == 1
+
+
+def test_statistics_of_another_feature_size(work, inception, capsys):
+    bad_sides(work)
+    torch.save(inception.state_dict(), "mine.pth")
+    assert call(evaluate, "--samples", "few.npz", "--reference", "small.npz", "--features", "inception", "--inception-weights", "mine.pth", "--out", "x.json") == 1
+    assert "features of 64 numbers, the samples of 2048" in capsys.readouterr().err
+
+
+def test_memory_of_precision_and_recall_is_not_quadratic():
+    """20,000 x 20,000 distances in fp64 alone would be 3.2 GB."""
+    code = ("import sys, resource, numpy as np; sys.path.insert(0, %r); from importlib import import_module; e = import_module('05_eval'); x = np.random.rand(20000, 16);"
+            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; e.precision_recall(x, x[::-1].copy()); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)" % str(ROOT))
+    assert int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) < 1_500_000

@@ -1,0 +1,101 @@
+"""The five scripts as a newcomer meets them: in sequence, without input, with --help, and as the README shows them."""
+import ast
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, TINY_FLAGS, data, evaluate, model, sample, shell, train
+
+SCRIPTS = ["01_data.py", "02_model.py", "03_train.py", "04_sample.py", "05_eval.py"]
+
+
+def test_the_five_scripts_in_sequence(there):
+    """By subprocess, tiny; the second time each says that its work is done."""
+    for again in (False, True):
+        for command in (["01_data.py", "--size", 16, "--count", 200, "--workers", 2], ["02_model.py", "--model", "JiT-T/8"], ["03_train.py", *TINY_FLAGS, "--steps", 10],
+                        ["04_sample.py", "--num", 20, "--steps", 2], ["05_eval.py"]):
+            done = shell(*command, cwd=there)
+            assert done.returncode == 0, done.stderr
+            assert "Traceback" not in done.stderr and "%|" not in done.stderr           # bars only on a terminal
+            if again and command[0] in ("01_data.py", "03_train.py"):
+                assert "nothing to do" in done.stdout
+    for file in ("data/shapes/preview.png", "data/shapes/meta.json", "runs/shapes/config.json", "runs/shapes/log.csv", "runs/shapes/checkpoint.pt", "runs/shapes/samples/000019.png",
+                 "runs/shapes/grid.png", "runs/shapes/metrics.json"):
+        assert (there / file).is_file(), file
+    assert not list(there.rglob("*.part"))
+    assert json.loads((there / "runs/shapes/metrics.json").read_text())["n_generated"] == 20
+
+
+@pytest.mark.parametrize("script,words", [("03_train.py", "python 01_data.py"), ("04_sample.py", "python 03_train.py"), ("05_eval.py", "python 04_sample.py")])
+def test_called_before_its_input_exists(there, script, words):
+    done = shell(script, cwd=there)
+    assert done.returncode == 1 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not list(there.iterdir())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_quick_and_short(there, script):
+    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / script, "--help"], capture_output=True, text=True, cwd=there)
+    assert done.returncode == 0 and " torch\n" not in done.stderr                       # what makes it quick: no torch
+    assert len(done.stdout.splitlines()) <= 48 and max(map(len, done.stdout.splitlines())) <= 130
+
+
+def test_importing_a_stage_has_no_effect(there):
+    code = "import sys, random; sys.path.insert(0, %r); sys.argv = ['x', '--nonsense']\n" % str(ROOT) + \
+           "import torch, numpy; a = torch.get_rng_state().clone(), numpy.random.get_state()[1].copy(), torch.get_num_threads()\nfrom importlib import import_module\n" + \
+           "".join(f"import_module({s[:-3]!r})\n" for s in SCRIPTS) + \
+           "assert torch.equal(a[0], torch.get_rng_state()) and (a[1] == numpy.random.get_state()[1]).all() and a[2] == torch.get_num_threads()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=there)
+    assert done.returncode == 0 and done.stdout == done.stderr == "" and not list(there.iterdir()), done.stderr
+
+
+def test_stages_import_only_earlier_ones_and_four_packages():
+    allowed = {"torch", "numpy", "PIL", "tqdm"} | set(sys.stdlib_module_names)
+    stages = {"01_data": [], "02_model": [], "03_train": ["01_data", "02_model"], "04_sample": ["02_model"], "05_eval": ["01_data", "02_model"]}
+    for stage, earlier in stages.items():
+        text = (ROOT / f"{stage}.py").read_text()
+        names = {n.name.split(".")[0] for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import) for n in node.names}
+        names |= {node.module.split(".")[0] for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
+        assert names <= allowed, (stage, names - allowed)
+        assert re.findall(r'import_module\("(\w+)"\)', text) == earlier
+
+
+def test_layout():
+    shown = {p.name for p in ROOT.iterdir() if not p.name.startswith(".")} - {"data", "runs", "__pycache__"}
+    assert shown == {"README.md", "requirements.txt", "tests", *SCRIPTS}
+
+
+def readme_commands():
+    """Every python or torchrun line of the README's code blocks, as argument lists."""
+    text = (ROOT / "README.md").read_text()
+    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in re.split(r"&&|;", re.sub(r"(^|\s)#.*", "", line)):
+                words = shlex.split(part.strip())
+                if words and words[0] in ("python", "torchrun") and (script := next((w for w in words if w in SCRIPTS), None)):
+                    yield script, words[words.index(script) + 1:]
+
+
+@pytest.mark.parametrize("script,args", [pytest.param(*c, id=" ".join([c[0], *c[1]])) for c in readme_commands()])
+def test_every_command_of_the_readme_parses(script, args):
+    module = {"01_data.py": data, "02_model.py": model, "03_train.py": train, "04_sample.py": sample, "05_eval.py": evaluate}[script]
+    args = [re.sub(r"\$\{?\w+\}?", "1", a) if "$" in a and "=" not in a else a for a in args]
+    args = ["baseline" if a == "1" and args[i - 1] == "--experiment" else "x" if a == "1" and args[i - 1] in ("--pred", "--loss") else a for i, a in enumerate(args)]
+    given = module.parse_args(args)
+    if script == "03_train.py":
+        train.resolve(given)
+
+
+def test_the_readme_has_commands_and_repeats_no_error_of_the_reading():
+    assert len(list(readme_commands())) > 10
+    text = (ROOT / "README.md").read_text()
+    for section in ("Questions", "How to cite", "What the reading gets wrong"):
+        assert section in text
+    for path in re.findall(r"\]\((\.github/[^)]+)\)|src=\"(\.github/[^\"]+)\"", text):
+        assert (ROOT / (path[0] or path[1])).is_file(), path
