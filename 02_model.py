@@ -652,12 +652,12 @@ def matmul_rate(device, dtype):
 # As a script: the table of sizes, and one batch with the shape after each step
 # ---------------------------------------------------------------------------------------------------------------------
 
-def count_macs(config):
-    """Multiply-adds of one forward pass of one image, counted by torch on tensors without storage."""
+def count_macs(config, net=None):
+    """Multiply-adds of one forward pass of one image, counted by torch on tensors without storage (net: built on "meta")."""
     from torch.utils.flop_counter import FlopCounterMode
     from torch.nn.attention import SDPBackend, sdpa_kernel
     with torch.device("meta"):
-        net = JiT(JiTConfig(**{**asdict(config), "aux": "none"})).eval()
+        net = net or JiT(JiTConfig(**{**asdict(config), "aux": "none"})).eval()
         z, t, y = torch.empty(1, config.in_channels, config.image_size, config.image_size), torch.empty(1), torch.zeros(1).long()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         net(z, t, y)
@@ -676,9 +676,9 @@ def print_table(names):
     for name in names:
         config = JiTConfig(**MODELS[name])
         with torch.device("meta"):
-            parameters = count_parameters(JiT(config))
+            net = JiT(config).eval()
         print(f"{name:10s} {config.image_size:6d} {config.patch_size:6d} {(config.image_size // config.patch_size)**2:7d} "
-              f"{config.hidden_size:7d} {config.depth:6d} {parameters:14,d} {count_macs(config) / 1e9:7.2f} "
+              f"{config.hidden_size:7d} {config.depth:6d} {count_parameters(net):14,d} {count_macs(config, net) / 1e9:7.2f} "
               f"{PAPER_GMAC.get(name, '-'):>6}")
 
 

@@ -5,7 +5,7 @@ gradient accumulation, averaged weights (EMA), checkpoints that survive a kill, 
 Reads data/<name>/ (01_data.py).   Writes runs/<name>/: config.json, log.csv, checkpoint.pt, snapshots/, preview/
 Run it:   python 03_train.py                                   the shapes preset on two CPU cores
           python 03_train.py --resume                          go on after a kill
-          torchrun --nproc_per_node 8 03_train.py --preset imagenet-B     the same model on 8 GPUs as on one
+          torchrun --nproc_per_node 8 -- 03_train.py --preset imagenet-B  the same model on 8 GPUs as on one
           python 03_train.py --benchmark --model JiT-B/16      images/s and utilisation, no data needed
 
 One step, in the letters of 02_model.py (t = 0 noise, t = 1 data; JiT Algorithm 1):
@@ -78,8 +78,8 @@ FREE = {"run", "resume", "overwrite", "steps", "epochs", "compile", "device", "l
 
 IMAGENET = {"data": "imagenet", "model": "JiT-B/16", "preview-every": 5000, "sampling": {"cfg": 2.9, "interval": [0.1, 1.0]}}
 PRESETS = {
-    "shapes": {"data": "shapes", "model": "JiT-T/16", "batch-size": 32, "steps": 4400, "lr": 5e-3, "schedule": "cosine",
-               "noise-scale": 2.0, "p-mean": -1.0, "p-std": 1.0, "ema": "0.998", "sampling": {"cfg": 3.0, "steps": 15}},
+    "shapes": {"data": "shapes", "model": "JiT-T/16", "batch-size": 32, "steps": 4200, "lr": 7e-3, "schedule": "cosine", "ema": "0.998",
+               "noise-scale": 2.0, "p-mean": -0.9, "p-std": 1.0, "sampling": {"cfg": 1.8, "steps": 12}},
     "cifar10": {"data": "cifar10", "model": "JiT-S/4", "batch-size": 256, "epochs": 200, "lr": 4e-4, "ema": "0.9999,0.999",
                 "sampling": {"cfg": 2.0, "interval": [0.1, 1.0]}},
     "imagenette": {"data": "imagenette-160", "model": "JiT-S/16", "batch-size": 256, "epochs": 600, "lr": 4e-4,
@@ -346,7 +346,6 @@ class Trainer:
             self.sums[-2:] += torch.stack([norm.double(), torch.ones_like(norm, dtype=torch.float64)])
         self.scaler.update()
         self.step += 1
-        return finite
 
     @torch.no_grad()
     def update_ema(self):
@@ -506,8 +505,6 @@ def complete(s, meta, device, world):
         config = model.JiTConfig(**base)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    if s["aux"] == "rotation" and meta and len(meta["classes"]) == 0 and s["aux-weight"] == 0:
-        raise UsageError("--aux rotation with --aux-weight 0 only turns the images; leave it out")
     s["micro-batch"] = s["micro-batch"] or next(m for m in range(s["batch-size"] // world, 0, -1) if s["batch-size"] % (m * world) == 0 and m <= 128) \
         if s["batch-size"] >= world else s["micro-batch"] or 1
     unit = s["micro-batch"] * world
@@ -564,7 +561,7 @@ def train(trainer, arrays, folder, rank):
     saved_at = lap = time.perf_counter()
     lap_step = trainer.step
     while trainer.step < s["steps"]:
-        finite = trainer.train_step((slot, *next(loader)) for slot in slots)
+        trainer.train_step((slot, *next(loader)) for slot in slots)
         bar.update()
         if trainer.bad >= s["max-skipped"]:
             raise ValueError(f"{trainer.bad} steps in a row had a non-finite gradient, the last at step {trainer.step}; lower --lr or use "
@@ -629,6 +626,8 @@ def start(given, device, rank, world):
     if s["benchmark"]:
         trainer = Trainer(s, complete(s, None, device, world), device, world)
         return benchmark(trainer)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):                            # torchrun --max-restarts brought us back
+        s["resume"], s["overwrite"] = (folder / "checkpoint.pt").exists(), True
     state = previous(given, folder) if s["resume"] else None
     if state:
         s = {**s, **state["settings"], **{k: v for k, v in given.items() if k in FREE}}

@@ -5,7 +5,7 @@ interval of time.  Reads runs/<name>/checkpoint.pt (ours or the official release
 Writes runs/<name>/samples/ (PNG files and samples.json; samples.npz with --npz) and runs/<name>/grid.png.
 Run it:   python 04_sample.py                                   1,000 images from the shapes run
           python 04_sample.py --labels star,3 --num 16 --cfg 4 --out stars
-          torchrun --nproc_per_node 8 04_sample.py --checkpoint jit-b-16.pth --num 50000 --cfg 2.9 --interval 0.1,1 --npz
+          torchrun --nproc_per_node 8 -- 04_sample.py --checkpoint jit-b-16.pth --num 50000 --cfg 2.9 --interval 0.1,1 --npz
 
 t = 0 is noise, t = 1 is data.  Guidance: v = v_uncond + w (v_class - v_uncond); w = 1 is off, and the pass without class is
 then skipped.  Every image has its own random numbers, a function of (seed, index): the same picture whatever the batch

@@ -377,7 +377,7 @@ def accuracy(net, images, labels, device):
     return float(np.sum(hits) / max(1, len(labels)))
 
 
-def train_classifier(images, labels, classes, device, images_seen=60_000):
+def train_classifier(images, labels, classes, device, images_seen=40_000):
     """A Classifier after images_seen training images, mirrored by chance; the same weights for the same data."""
     torch.manual_seed(0)
     net, batch = Classifier(classes).to(device), 128

@@ -80,6 +80,11 @@ def test_two_processes_train_the_same_model_as_one(work):
     done = torchrun("04_sample.py", "--run", "two", "--num", 6, "--batch-size", 2, "--steps", 2, "--amp", "off", cwd=work)
     assert done.returncode == 0, done.stderr
     assert len(list(Path("runs/two/samples").glob("0*.png"))) == 6 and Path("runs/two/grid.png").exists()
+    assert shell("05_eval.py", "--run", "two", "--batch-size", 4, cwd=work).returncode == 0           # trains and caches the classifier
+    done = torchrun("05_eval.py", "--run", "two", "--batch-size", 4, "--out", "two.json", cwd=work)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads(Path(path).read_text()) for path in ("runs/two/metrics.json", "two.json"))
+    assert two["fd"] == pytest.approx(one["fd"], rel=1e-6) and two["precision"] == one["precision"] and two["class_accuracy"] == one["class_accuracy"]
 
 
 def test_a_rank_that_fails_ends_the_run(work):
