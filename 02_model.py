@@ -32,6 +32,7 @@ def parse_args(argv=None):
     parser.add_argument("--model", default="JiT-S/16", help="the network to walk through (default: %(default)s)")
     parser.add_argument("--resolution-study", action="store_true",
                         help="only the rows that show: cost hardly grows with resolution when the patch grows along")
+    parser.add_argument("--speed", action="store_true", help="also measure images/s of a forward pass, here and now (some minutes on a CPU)")
     parser.error = lambda message: sys.exit(fail(f"{message} (see --help)", 2))
     return parser.parse_args(argv)
 
@@ -669,17 +670,32 @@ def count_parameters(net):
     return sum(p.numel() for p in net.parameters() if p.requires_grad)
 
 
-def print_table(names):
+def forward_rate(config, batch=4):
+    """Images/s of one forward pass in bf16 where it is fast, on the GPU if there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with device:
+        net, z = JiT(config).eval(), torch.randn(batch, config.in_channels, config.image_size, config.image_size)
+        t, y = torch.rand(batch), torch.zeros(batch).long()
+    times = []
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device)):
+        for _ in range(3):
+            start = perf_counter()
+            net(z, t, y).sum().item()
+            times.append(perf_counter() - start)
+    return batch / min(times)
+
+
+def print_table(names, speed=False):
     """One line per model: what it costs, beside the paper's figure."""
     print(f"{'model':10s} {'image':>6s} {'patch':>6s} {'tokens':>7s} {'hidden':>7s} {'depth':>6s} {'parameters':>14s} "
-          f"{'GMAC':>7s} {'paper':>6s}")
+          f"{'GMAC':>7s} {'paper':>6s}{'  images/s, forward' if speed else ''}")
     for name in names:
         config = JiTConfig(**MODELS[name])
         with torch.device("meta"):
             net = JiT(config).eval()
         print(f"{name:10s} {config.image_size:6d} {config.patch_size:6d} {(config.image_size // config.patch_size)**2:7d} "
               f"{config.hidden_size:7d} {config.depth:6d} {count_parameters(net):14,d} {count_macs(config, net) / 1e9:7.2f} "
-              f"{PAPER_GMAC.get(name, '-'):>6}")
+              f"{PAPER_GMAC.get(name, '-'):>6}{f'{forward_rate(config):19.1f}' if speed else ''}")
 
 
 def walk(config, batch=2):
@@ -708,7 +724,7 @@ def walk(config, batch=2):
 def main(args):
     if args.model not in MODELS:
         return fail(f"--model {args.model} is unknown: one of {', '.join(MODELS)}", 2)
-    print_table(["JiT-B/16", "JiT-B/32", "JiT-B/64"] if args.resolution_study else MODELS)
+    print_table(["JiT-B/16", "JiT-B/32", "JiT-B/64"] if args.resolution_study else MODELS, args.speed)
     if not args.resolution_study:
         print(f"\nOne batch through {args.model}:")
         walk(JiTConfig(**MODELS[args.model]))

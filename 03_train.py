@@ -17,9 +17,9 @@ a resumed run repeats bit for bit what an undisturbed one does, and two processe
 """
 import argparse
 import csv
-import json
 import math
 import os
+import resource
 import signal
 import sys
 import textwrap
@@ -27,6 +27,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,7 +174,6 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from tqdm import tqdm
 
 data, model = import_module("01_data"), import_module("02_model")
@@ -366,7 +366,7 @@ class Trainer:
         """All that resuming needs and all that sampling needs: tensors and plain Python values."""
         s = {k: v for k, v in self.s.items() if k not in ("resume", "overwrite", "benchmark")}
         info = {"step": self.step, "images": self.step * s["batch-size"], "decays": self.decays, "classes": s["classes"],
-                "data": s["data"], "preset": s["preset"], "experiment": s["experiment"], "sampling": s["sampling"]}
+                "data": s["data"], "preset": s["preset"], "experiment": s["experiment"], "sampling": {"shift": s["shift"], **s["sampling"]}}
         return {"config": asdict(self.config), "info": info, "settings": s, "model": self.net.state_dict(), "ema": self.ema,
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "sums": self.sums.cpu(),
                 "skipped": self.skipped, "bad": self.bad}
@@ -450,7 +450,7 @@ class Log:
             writer.writeheader()
             writer.writerows(row for row in rows if row["step"] and int(row["step"]) <= start)
         os.replace(part, self.path)
-        if __import__("importlib.util").util.find_spec("tensorboard"):
+        if find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(folder / "tensorboard", purge_step=start)
 
@@ -461,7 +461,7 @@ class Log:
             self.board.add_scalar(name, float(value), row["step"])
 
 
-def log_row(trainer, images_per_s, flops, rate):
+def log_row(trainer, images_per_s):
     """Take the sums since the last line, over all processes, and turn them into a line of the log."""
     sums = trainer.sums.clone()
     if dist.is_initialized():
@@ -469,13 +469,11 @@ def log_row(trainer, images_per_s, flops, rate):
     trainer.sums.zero_()
     sums = sums.tolist()
     losses, counts = sums[:BINS], sums[BINS:2 * BINS]
-    memory = torch.cuda.max_memory_allocated() / 2**20 if trainer.device.type == "cuda" else \
-        __import__("resource").getrusage(__import__("resource").RUSAGE_SELF).ru_maxrss / 2**10
+    memory = torch.cuda.max_memory_allocated() / 2**20 if trainer.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return {"step": trainer.step, "images": trainer.step * trainer.s["batch-size"], "loss": sum(losses) / max(1, sum(counts)),
             **{f"loss_t{k / BINS:.1f}": losses[k] / counts[k] if counts[k] else "" for k in range(BINS)},
             "aux": sums[2 * BINS] / max(1, sums[2 * BINS + 1]), "grad_norm": sums[-2] / max(1, sums[-1]), "lr": trainer.lr(trainer.step - 1),
-            "skipped": trainer.skipped, "images_per_s": round(images_per_s, 1), "memory_MiB": round(memory),
-            "utilisation": round(images_per_s * flops / rate / trainer.world, 3)}
+            "skipped": trainer.skipped, "images_per_s": round(images_per_s, 1), "memory_MiB": round(memory)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -543,55 +541,72 @@ def previous(given, folder):
     return state
 
 
+def agree(stop, device):
+    """The signal to stop at, or None; all processes learn of it at the same step."""
+    if dist.is_initialized():
+        flag = torch.tensor([float(max(stop, default=0))], device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        stop = [int(flag.item())] if flag.item() else []
+    return signal.Signals(stop[0]) if stop else None
+
+
+class Keeper:
+    """What the first process writes down between steps: log, preview, snapshots, checkpoint."""
+
+    def __init__(self, trainer, folder, shown):
+        self.trainer, self.folder, self.shown, s = trainer, folder, shown, trainer.s
+        self.log, self.flops = Log(folder, trainer.step), 6 * model.count_macs(trainer.config)
+        self.rate = model.matmul_rate(trainer.device, PRECISION[s["amp"]])
+        self.marks = {round(s["steps"] * (k + 1) / s["snapshots"]) for k in range(s["snapshots"])}
+        self.saved_at = time.perf_counter()
+
+    def line(self, row):
+        """One line of the log, every tenth with the held-out loss."""
+        s, step = self.trainer.s, self.trainer.step
+        row["utilisation"] = round(row["images_per_s"] * self.flops / self.rate / self.trainer.world, 3)
+        seen = (step // s["log-every"]) % 10 == 0 or step == s["steps"]
+        self.log.write({**row, "held_out": held_out(self.trainer, *self.shown) if seen else ""})
+
+    def files(self, stop):
+        """Whatever is due after this step."""
+        trainer, s, done = self.trainer, self.trainer.s, self.trainer.step == self.trainer.s["steps"]
+        if done or (s["preview-every"] and trainer.step % s["preview-every"] == 0):
+            preview(trainer, *self.shown, self.folder / "preview" / f"{trainer.step:07d}.png")
+        if trainer.step in self.marks:
+            save({k: v for k, v in trainer.state().items() if k in ("config", "info", "ema")}, self.folder / "snapshots" / f"{trainer.step:07d}.pt")
+        due = s["save-every"] and trainer.step % s["save-every"] == 0
+        if done or stop or due or time.perf_counter() - self.saved_at > 60 * s["save-minutes"]:
+            save(trainer.state(), self.folder / "checkpoint.pt")
+            self.saved_at = time.perf_counter()
+
+
 def train(trainer, arrays, folder, rank):
-    """The loop.  Returns the exit code."""
-    s, stop = trainer.s, []
-    (train_images, train_labels), (val_images, val_labels) = arrays["train"], arrays["val"]
-    train_labels = check_labels(train_labels, trainer.config, s["data"])
-    shown = (val_images, check_labels(val_labels, trainer.config, s["data"])) if len(val_labels) else (train_images, train_labels)
+    """The loop.  Returns the exit code.  Raises ValueError when too many steps in a row are not finite."""
+    s, stop, (images, labels), shown = trainer.s, [], arrays["train"], arrays["val"] if len(arrays["val"][1]) else arrays["train"]
+    labels, shown = check_labels(labels, trainer.config, s["data"]), (shown[0], check_labels(shown[1], trainer.config, s["data"]))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stop.append(number))
-    feed, flops = Feed(train_images, train_labels, s, trainer.device), 6 * model.count_macs(trainer.config)
-    log, rate = (Log(folder, trainer.step), model.matmul_rate(trainer.device, PRECISION[s["amp"]])) if rank == 0 else (None, 1.0)
+    keeper = Keeper(trainer, folder, shown) if rank == 0 else None
     slots = range(rank, s["batch-size"] // s["micro-batch"], trainer.world)
-    work = ((step, slot) for step in range(trainer.step, s["steps"]) for slot in slots)
-    loader = feed.run(work, s["micro-batch"])
-    marks = {round(s["steps"] * (k + 1) / s["snapshots"]) for k in range(s["snapshots"])} if s["snapshots"] else set()
+    loader = Feed(images, labels, s, trainer.device).run(((step, slot) for step in range(trainer.step, s["steps"]) for slot in slots), s["micro-batch"])
     bar = tqdm(total=s["steps"], initial=trainer.step, desc=folder.name, unit=" steps", disable=None if rank == 0 else True)
-    saved_at = lap = time.perf_counter()
-    lap_step = trainer.step
+    lap, lap_step = time.perf_counter(), trainer.step
     while trainer.step < s["steps"]:
         trainer.train_step((slot, *next(loader)) for slot in slots)
         bar.update()
         if trainer.bad >= s["max-skipped"]:
-            raise ValueError(f"{trainer.bad} steps in a row had a non-finite gradient, the last at step {trainer.step}; lower --lr or use "
-                             f"--amp bf16. The last good checkpoint is {folder / 'checkpoint.pt'}" if (folder / "checkpoint.pt").exists() else
-                             f"{trainer.bad} steps in a row had a non-finite gradient at step {trainer.step}: lower --lr or use --amp bf16")
-        done = trainer.step == s["steps"]
-        if dist.is_initialized():                         # all processes stop at the same step
-            flag = torch.tensor([float(len(stop))], device=trainer.device)
-            dist.all_reduce(flag)
-            stop = stop or ([signal.SIGTERM] if flag.item() else [])
+            kept = f"; the last good checkpoint is {folder / 'checkpoint.pt'}" if (folder / "checkpoint.pt").exists() else ""
+            raise ValueError(f"{trainer.bad} steps in a row had a non-finite gradient, the last is step {trainer.step}: lower --lr or use --amp bf16{kept}")
+        signalled, done = agree(stop, trainer.device), trainer.step == s["steps"]
         if trainer.step % s["log-every"] == 0 or done:
-            now = time.perf_counter()
-            row = log_row(trainer, (trainer.step - lap_step) * s["batch-size"] / (now - lap), flops, rate)
-            if rank == 0:
-                seen = (trainer.step // s["log-every"]) % 10 == 0 or done
-                log.write({**row, "held_out": held_out(trainer, *shown) if seen else ""})
-                bar.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{row['images_per_s']:.0f}")
+            row = log_row(trainer, (trainer.step - lap_step) * s["batch-size"] / (time.perf_counter() - lap))
+            bar.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{row['images_per_s']:.0f}")
+            keeper and keeper.line(row)
             lap, lap_step = time.perf_counter(), trainer.step
-        if rank == 0:
-            if done or (s["preview-every"] and trainer.step % s["preview-every"] == 0):
-                preview(trainer, *shown, folder / "preview" / f"{trainer.step:07d}.png")
-            if trainer.step in marks:
-                save({k: v for k, v in trainer.state().items() if k in ("config", "info", "ema")}, folder / "snapshots" / f"{trainer.step:07d}.pt")
-            due = s["save-every"] and trainer.step % s["save-every"] == 0
-            if done or stop or due or time.perf_counter() - saved_at > 60 * s["save-minutes"]:
-                save(trainer.state(), folder / "checkpoint.pt")
-                saved_at = time.perf_counter()
-        if stop and not done:
+        keeper and keeper.files(signalled)
+        if signalled and not done:
             bar.close()
-            return fail(f"stopped by {signal.Signals(stop[0]).name} at step {trainer.step}, saved; go on with --resume", 128 + stop[0])
+            return fail(f"stopped by {signalled.name} at step {trainer.step}, saved; go on with --resume", 128 + signalled)
     bar.close()
     return 0
 
@@ -610,12 +625,12 @@ def benchmark(trainer):
             torch.cuda.synchronize()
         trainer.step > 3 and times.append(time.perf_counter() - start)
     step = sorted(times)[len(times) // 2]
-    row = log_row(trainer, s["batch-size"] / step, 6 * model.count_macs(config), rate)
+    row, used = log_row(trainer, s["batch-size"] / step), 6 * model.count_macs(config) * s["batch-size"] / step / rate / trainer.world
     print(f"{s['model']} {config.image_size} px, {s['amp']}, {'compiled' if s['compile'] else 'eager'}, attention {s['attention']}, "
           f"{'recomputed, ' if s['checkpointing'] else ''}batch {s['batch-size']} in micro-batches of {s['micro-batch']}, {trainer.world} process(es) on "
           f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'}, torch {torch.__version__}\n"
           f"{s['batch-size'] / step:.1f} images/s, {step * 1e3:.1f} ms per step (median of {len(times)}), peak memory {row['memory_MiB']} MiB, "
-          f"matrix product {rate / 1e12:.3f} TFLOP/s, utilisation {row['utilisation'] * 100:.1f} %")
+          f"matrix product {rate / 1e12:.3f} TFLOP/s, utilisation {used * 100:.1f} %")
     return 0
 
 
@@ -659,7 +674,7 @@ def taken(folder, given):
     state = model.read_checkpoint(folder / "checkpoint.pt") if (folder / "checkpoint.pt").exists() else None
     if not state:
         return fail(f"{folder} holds a run that never saved a checkpoint: pass --overwrite to start it again, or --run NAME")
-    step, steps, name = state["info"]["step"], state["settings"]["steps"], folder.name
+    step, steps = state["info"]["step"], state["settings"]["steps"]
     if step < steps:
         return fail(f"{folder} holds an unfinished run (step {step} of {steps}): pass --resume to go on, --overwrite to start again, or --run NAME")
     if all(state["settings"].get(k) == v for k, v in given.items()):

@@ -282,7 +282,7 @@ def prepare(out, record, overwrite):
 
 def sample_all(net, run, labels, out, s, args, device, autocast, rank, world):
     """Generate what is missing in the folder; batches are the same whoever computes them.  Returns how many were made."""
-    config, size, made = net.config, net.config.image_size, 0
+    config, made = net.config, 0
     batches = [range(i, min(i + args.batch_size, len(labels))) for i in range(0, len(labels), args.batch_size)][rank::world]
     todo = [batch for batch in batches if not all((out / f"{i:06d}.png").exists() for i in batch)]
     bar = tqdm(total=sum(map(len, batches)), initial=sum(map(len, batches)) - sum(map(len, todo)), desc="sampling", unit=" images",
@@ -315,7 +315,7 @@ def class_grid(load, labels, classes, rows=8, columns=10):
     shown = sorted(set(labels))[:columns]
     places = [[i for i, label in enumerate(labels) if label == c][:rows] for c in shown]
     if len(shown) == 1:                                   # one class: fill the sheet with it
-        places = [places[0][i::columns] for i in range(columns)] if (places := [[i for i in range(min(len(labels), rows * columns))]]) else []
+        places = [list(range(min(len(labels), rows * columns)))[i::columns] for i in range(columns)]
     depth = min(map(len, places)) or 1
     titles = [classes[c] if c < len(classes) else str(c) for c in shown] if len(shown) > 1 else []
     return model.picture([[load(column[y]) for column in places if y < len(column)] for y in range(depth)], titles)
@@ -393,6 +393,14 @@ def settle(args, info, config):
     return s
 
 
+def fingerprint(net):
+    """Eight hex digits of a network's weights: samples of other weights are other samples."""
+    crc = 0
+    for value in net.state_dict().values():
+        crc = zlib.crc32(value.cpu().numpy().tobytes(), crc)
+    return f"{crc:08x}"
+
+
 def run(args, device, rank, world):
     """Load, sample, write.  Returns the exit code."""
     folder = Path(args.run) if "/" in args.run else Path("runs") / args.run
@@ -412,11 +420,8 @@ def run(args, device, rank, world):
         return trajectory(net, folder, labels, s, device, autocast)
     if args.evolution:
         return evolution(folder, labels, s, args, device, autocast)
-    crc = 0
-    for value in net.state_dict().values():
-        crc = zlib.crc32(value.cpu().numpy().tobytes(), crc)
     record = {**s, "interval": list(s["interval"]), "amp": args.amp, "num": len(labels), "checkpoint": str(path), "step": info.get("step"), "ema": args.ema,
-              "decays": info.get("decays"), "weights": f"{crc:08x}", "data": info.get("data"), "size": net.config.image_size, "classes": classes, "labels": labels}
+              "decays": info.get("decays"), "weights": fingerprint(net), "data": info.get("data"), "size": net.config.image_size, "classes": classes, "labels": labels}
     out = args.out or folder / "samples"
     if rank == 0:
         prepare(out, record, args.overwrite)

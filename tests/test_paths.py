@@ -1,7 +1,6 @@
 """Paths, predictions, losses and solvers against closed forms: Gaussian data has an exact denoiser."""
 import math
 
-import numpy as np
 import pytest
 import torch
 

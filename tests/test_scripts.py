@@ -5,8 +5,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 

@@ -2,7 +2,6 @@
 import csv
 import json
 import os
-import random
 import resource
 import signal
 import subprocess
@@ -143,6 +142,18 @@ def test_sigterm_leaves_a_checkpoint(work):
     assert "unfinished run" in shell("03_train.py", *TINY_FLAGS, cwd=work).stderr
     wrong = shell("03_train.py", "--resume", "--lr", "5", cwd=work)
     assert wrong.returncode == 1 and "started with --lr 0.001, not 5.0" in wrong.stderr
+
+
+def test_torchrun_restart_goes_on(work, monkeypatch):
+    """torchrun --max-restarts starts the same command again; it must resume, or begin anew if nothing was saved."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    flags = [*TINY_FLAGS, "--steps", 6, "--save-every", 3]
+    assert call(train, *flags) == 0
+    state = model.read_checkpoint("runs/shapes/checkpoint.pt")
+    state["info"]["step"] = 3
+    torch.save({k: v for k, v in state.items()}, "again.pt")
+    os.replace("again.pt", "runs/shapes/checkpoint.pt")
+    assert call(train, *flags) == 0 and model.read_checkpoint("runs/shapes/checkpoint.pt")["info"]["step"] == 6
 
 
 def test_random_kills(work):
