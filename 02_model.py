@@ -166,9 +166,15 @@ def path_coefficients(path, t):
 
 
 def mix(path, x, e, t):
-    """Noised image and its velocity, (z, v), from image x and noise e (B,...) at times t (B,).          (JiT eq. 1, 2)"""
-    a, s, da, ds = (expand(c, x) for c in path_coefficients(path, t))
-    return a * x + s * e, da * x + ds * e
+    """The noised image z = a x + s e (B,...) from image x, noise e (B,...) and times t (B,).                  (JiT eq. 1)"""
+    a, s, _, _ = (expand(c, x) for c in path_coefficients(path, t))
+    return a * x + s * e
+
+
+def velocity_target(path, x, e, t):
+    """v = a' x + s' e, the derivative of mix with respect to t: x - e on the linear path.                     (JiT eq. 2)"""
+    _, _, da, ds = (expand(c, x) for c in path_coefficients(path, t))
+    return da * x + ds * e
 
 
 def conversion(kind, to, t, path="linear", t_eps=T_EPS):

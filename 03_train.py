@@ -207,9 +207,10 @@ def draw(images, labels, s, config):
     diffusion loss is taken on the rotated images too.
     """
     B, device = len(images), images.device
-    x = images.permute(0, 3, 1, 2).float() / 127.5 - 1                                             # B C H W
     if s["flip"]:
-        x = torch.where(torch.rand(B, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
+        images = torch.where(torch.rand(B, 1, 1, 1, device=device) < 0.5, images.flip(2), images)
+    # subtle: without contiguous() x keeps the strides of NHWC, and so does its noise, drawn ten times slower on a CPU
+    x = images.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1                                # B C H W
     turns = torch.zeros(B, dtype=torch.long, device=device)
     if config.aux == "rotation":
         turns = torch.randint(4, (B,), device=device)
@@ -218,26 +219,25 @@ def draw(images, labels, s, config):
     return {"x": x, "y": y, "turns": turns, "t": sample_times(B, s, device), "e": torch.randn_like(x) * config.noise_scale}
 
 
-def diffusion_loss(out, batch, z, v, config, space):
-    """Squared error per image (B,) in the space "x", "e" or "v", in fp32.                            (JiT eq. 6, Table 1)
+def diffusion_loss(out, batch, config, *spaces):
+    """Squared error per image, one (B,) for each of the spaces "x", "e", "v" asked for, in fp32.     (JiT eq. 6, Table 1)
 
     Prediction and truth go through the same affine map (02_model.conversion), so their difference is only scaled by it:
     a perfect prediction has loss zero at every t, and the space of the loss is a weight over t.
     """
-    truth = {"x": batch["x"], "e": batch["e"], "v": v}[config.pred]
-    scale, _ = model.conversion(config.pred, space, batch["t"], config.path)                       # B
-    return scale**2 * (out.float() - truth).square().flatten(1).mean(dim=1)                       # B
+    truth = batch[config.pred] if config.pred != "v" else model.velocity_target(config.path, batch["x"], batch["e"], batch["t"])
+    error = (out.float() - truth).square().flatten(1).mean(dim=1)                                  # B
+    return [model.conversion(config.pred, space, batch["t"], config.path)[0]**2 * error for space in spaces]
 
 
 def training_loss(net, batch, s, config, autocast):
     """Forward pass of one micro-batch -> (loss to differentiate, v-space loss per image (B,), auxiliary loss)."""
-    z, v = model.mix(config.path, batch["x"], batch["e"], batch["t"])
     with autocast:
-        out = net(z, batch["t"], batch["y"], with_aux=config.aux != "none")
+        out = net(model.mix(config.path, batch["x"], batch["e"], batch["t"]), batch["t"], batch["y"], with_aux=config.aux != "none")
     out, answer = out if config.aux != "none" else (out, None)
-    loss = diffusion_loss(out, batch, z, v, config, s["loss"]).mean()
-    aux = model.AUX_HEADS[config.aux].loss(answer, batch) if answer is not None else torch.zeros_like(loss)
-    return loss + s["aux-weight"] * aux, diffusion_loss(out.detach(), batch, z, v, config, "v"), aux.detach()
+    loss, v_loss = diffusion_loss(out, batch, config, s["loss"], "v")
+    aux = model.AUX_HEADS[config.aux].loss(answer, batch) if answer is not None else torch.zeros((), device=loss.device)
+    return loss.mean() + s["aux-weight"] * aux, v_loss.detach(), aux.detach()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -416,7 +416,7 @@ def held_out(trainer, images, labels):
         e = torch.randn(x.shape, generator=generator) * trainer.config.noise_scale
         x, e, t = x.to(trainer.device), e.to(trainer.device), t_all[i:i + 64].to(trainer.device)
         y = torch.from_numpy(labels[i:i + 64]).to(trainer.device)
-        z, _ = model.mix(trainer.config.path, x, e, t)
+        z = model.mix(trainer.config.path, x, e, t)
         error = (trainer.predict(z, t, y) - x).square().mean(dim=(1, 2, 3))
         total += float((model.conversion("x", "v", t, trainer.config.path)[0]**2 * error).sum())
     return total / n
@@ -431,7 +431,7 @@ def preview(trainer, images, labels, path):
         e = torch.randn(x.shape, generator=generator) * trainer.config.noise_scale
         x, e, t = x.to(trainer.device).repeat(5, 1, 1, 1), e.to(trainer.device).repeat(5, 1, 1, 1), torch.tensor(times, device=trainer.device)
         y = torch.from_numpy(labels[i:i + 1]).to(trainer.device).repeat(5)
-        z, _ = model.mix(trainer.config.path, x, e, t)
+        z = model.mix(trainer.config.path, x, e, t)
         cells += [[x[0]] + list(z), [x[0]] + list(trainer.predict(z, t, y))]
     model.picture(cells, ["clean", *(f"t = {t}" for t in times)]).save(path)
 

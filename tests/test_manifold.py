@@ -46,8 +46,8 @@ def experiment(dimension, pred, steps=STEPS, batch=256, seed=0):
     for step in range(steps):
         x = spiral(batch) @ basis.T
         e, t = torch.randn_like(x), train.sample_times(batch, SETTINGS, "cpu")
-        z, v = model.mix("linear", x, e, t)
-        loss = train.diffusion_loss(net(z, t, None), {"x": x, "e": e, "t": t}, z, v, net.config, "v").mean()
+        out = net(model.mix("linear", x, e, t), t, None)
+        loss = train.diffusion_loss(out, {"x": x, "e": e, "t": t}, net.config, "v")[0].mean()
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
         optimizer.zero_grad()
         loss.backward()
