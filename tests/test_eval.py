@@ -184,14 +184,14 @@ def test_scores_with_inception_end_to_end(work, inception, capsys):
     """A folder against an npz; statistics written here and read back give the same distance."""
     torch.save(inception.state_dict(), "mine.pth")
     Path("pngs").mkdir()
-    for i, image in enumerate(images_of(12, 24)):
+    for i, image in enumerate(images_of(6, 24)):
         Image.fromarray(image).save(f"pngs/{i:02d}.png")
-    np.savez("real.npz", arr_0=images_of(10, 24, 5))
+    np.savez("real.npz", arr_0=images_of(5, 24, 5))
     flags = ["--samples", "pngs", "--features", "inception", "--inception-weights", "mine.pth", "--batch-size", 5]
     Path("runs/x").mkdir(parents=True)
     assert call(evaluate, "--run", "x", *flags, "--reference", "real.npz") == 0
     first = json.loads(Path("runs/x/metrics.json").read_text())
-    assert first["n_generated"] == 12 and first["n_real"] == 10 and {"fd", "sfd", "is", "precision", "recall"} <= first.keys() and "kid" not in first
+    assert first["n_generated"] == 6 and first["n_real"] == 5 and {"fd", "sfd", "is", "precision", "recall"} <= first.keys() and "kid" not in first
     assert call(evaluate, "--samples", "real.npz", "--features", "inception", "--inception-weights", "mine.pth", "--save-statistics", "stats.npz") == 0
     assert call(evaluate, "--run", "x", *flags, "--reference", "stats.npz", "--out", "again.json") == 0
     again = json.loads(Path("again.json").read_text())
@@ -275,7 +275,7 @@ def test_statistics_of_another_feature_size(work, inception, capsys):
 
 
 def test_memory_of_precision_and_recall_is_not_quadratic():
-    """20,000 x 20,000 distances in fp64 alone would be 3.2 GB."""
-    code = ("import sys, resource, numpy as np; sys.path.insert(0, %r); from importlib import import_module; e = import_module('05_eval'); x = np.random.rand(20000, 16);"
+    """10,000 x 10,000 distances in fp64 alone would be 800 MB."""
+    code = ("import sys, resource, numpy as np; sys.path.insert(0, %r); from importlib import import_module; e = import_module('05_eval'); x = np.random.rand(10000, 16);"
             "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; e.precision_recall(x, x[::-1].copy()); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)" % str(ROOT))
-    assert int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) < 1_500_000
+    assert int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) < 600_000

@@ -18,6 +18,8 @@ def test_the_five_scripts_in_sequence(there):
     for again in (False, True):
         for command in (["01_data.py", "--size", 16, "--count", 200, "--workers", 2], ["02_model.py", "--model", "JiT-T/8"], ["03_train.py", *TINY_FLAGS, "--steps", 10],
                         ["04_sample.py", "--num", 20, "--steps", 2], ["05_eval.py"]):
+            if again and command[0] == "02_model.py":
+                continue
             done = shell(*command, cwd=there)
             assert done.returncode == 0, done.stderr
             assert "Traceback" not in done.stderr and "%|" not in done.stderr           # bars only on a terminal
