@@ -14,7 +14,7 @@ import torch.nn as nn
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import model, sample, train
 
-DIMENSIONS, STEPS = (2, 8, 16, 512), 3000
+DIMENSIONS, STEPS = (2, 8, 16, 512), 1500
 SETTINGS = {"times": "logit-normal", "p-mean": -0.8, "p-std": 0.8, "shift": 1.0}
 
 
