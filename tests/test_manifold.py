@@ -1,6 +1,6 @@
 """The manifold experiment (JiT section 4.1, figure 2): a 2-D spiral put into D dimensions, x-, e- and v-prediction, one loss, one sampler.
 
-python tests/test_manifold.py [FILE.png]      trains the twelve networks and draws the figure; about two minutes on two cores
+python tests/test_manifold.py [FILE.png]      trains the twelve networks and draws the figure; about a minute and a half on two cores
 The network is a plain MLP; path, loss, conversion and sampler are the functions that the images use.
 """
 import sys
@@ -14,8 +14,8 @@ import torch.nn as nn
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import model, sample, train
 
-DIMENSIONS, STEPS = (2, 8, 16, 512), 1500
-SETTINGS = {"times": "logit-normal", "p-mean": -0.8, "p-std": 0.8, "shift": 1.0}
+DIMENSIONS, STEPS = (2, 8, 16, 512), 1200
+SETTINGS = {"times": "logit-normal", "p-mean": 0.0, "p-std": 1.0, "shift": 1.0}
 
 
 def spiral(n, generator=None):
@@ -38,7 +38,7 @@ class MLP(nn.Module):
 
 
 def experiment(dimension, pred, steps=STEPS, batch=256, seed=0):
-    """Train one network and sample 1000 points: (their 2-D coordinates, mean distance to the curve in D dimensions)."""
+    """Train one network and sample 1000 points: (their 2-D coordinates, mean distance to the curve in D dimensions, the larger of both directions)."""
     torch.manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(dimension, 2))[0]                               # D x 2, orthonormal columns
     net = MLP(dimension, pred)
@@ -54,12 +54,13 @@ def experiment(dimension, pred, steps=STEPS, batch=256, seed=0):
         optimizer.step()
     points = sample.generate(net, torch.randn(1000, dimension), torch.zeros(1000).long(), steps=50, t_eps=0.02)
     curve = spiral(4000, torch.Generator().manual_seed(1)) @ basis.T
-    return points @ basis, torch.cdist(points, curve).min(dim=1).values.mean().item()
+    gaps = torch.cdist(points, curve)                     # both ways: samples off the curve, and parts of the curve without samples
+    return points @ basis, max(gaps.min(dim=0).values.mean().item(), gaps.min(dim=1).values.mean().item())
 
 
 def test_only_x_prediction_survives_512_dimensions():
     """The spiral is about 3 wide and its turns 0.8 apart; a quarter of that gap still shows the curve."""
-    distance = {pred: experiment(512, pred, steps=500)[1] for pred in ("x", "e", "v")}
+    distance = {pred: experiment(512, pred, steps=700)[1] for pred in ("x", "e", "v")}
     assert distance["x"] < 0.25, distance
     assert distance["e"] > 3 * distance["x"] and distance["v"] > 3 * distance["x"], distance
 
