@@ -145,7 +145,7 @@ def test_order_of_convergence(solver, order):
 
 
 def test_noise_left_by_the_clamp():
-    """A perfect network for a point mass, 50 steps: t_eps 0.05 leaves std 0.017 (02 grey levels), t_eps = 1/steps leaves none."""
+    """A perfect network for a point mass, 50 steps: t_eps 0.05 leaves std 0.017 (2 grey levels), t_eps = 1/steps leaves none."""
     net = Gaussian("x", "linear", sd=1e-6)
     torch.manual_seed(0)
     noise, y = torch.randn(1, 3, 64, 64), torch.zeros(1).long()
