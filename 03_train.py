@@ -174,6 +174,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 
 data, model = import_module("01_data"), import_module("02_model")
@@ -210,13 +211,13 @@ def draw(images, labels, s, config):
     if s["flip"]:
         images = torch.where(torch.rand(B, 1, 1, 1, device=device) < 0.5, images.flip(2), images)
     # subtle: without contiguous() x keeps the strides of NHWC, and so does its noise, drawn ten times slower on a CPU
-    x = images.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1                                # B C H W
+    x = images.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)                        # B C H W
     turns = torch.zeros(B, dtype=torch.long, device=device)
     if config.aux == "rotation":
         turns = torch.randint(4, (B,), device=device)
         x = torch.stack([torch.rot90(x, k, (2, 3)) for k in range(4)])[turns, torch.arange(B, device=device)]
     y = torch.where(torch.rand(B, device=device) < s["label-drop"], config.num_classes, labels)
-    return {"x": x, "y": y, "turns": turns, "t": sample_times(B, s, device), "e": torch.randn_like(x) * config.noise_scale}
+    return {"x": x, "y": y, "turns": turns, "t": sample_times(B, s, device), "e": torch.randn_like(x).mul_(config.noise_scale)}
 
 
 def diffusion_loss(out, batch, config, *spaces):
@@ -226,7 +227,7 @@ def diffusion_loss(out, batch, config, *spaces):
     a perfect prediction has loss zero at every t, and the space of the loss is a weight over t.
     """
     truth = batch[config.pred] if config.pred != "v" else model.velocity_target(config.path, batch["x"], batch["e"], batch["t"])
-    error = (out.float() - truth).square().flatten(1).mean(dim=1)                                  # B
+    error = F.mse_loss(out.float(), truth, reduction="none").flatten(1).mean(dim=1)                # B
     return [model.conversion(config.pred, space, batch["t"], config.path)[0]**2 * error for space in spaces]
 
 
@@ -689,6 +690,7 @@ def main(given):
     if name.startswith("cuda") and not torch.cuda.is_available():
         return fail("--device cuda: this torch sees no CUDA GPU", 2)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    model.keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
