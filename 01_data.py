@@ -142,12 +142,12 @@ def draw_shape(job):
     seed, index, size = job
     rng = np.random.default_rng((seed, index))
     outline, hole = list(SHAPES.values())[index % len(SHAPES)]
-    radius, turn = size * rng.uniform(0.31, 0.42), math.radians(rng.uniform(-12, 12))
-    centre = size * (0.5 + rng.uniform(-0.07, 0.07, 2))
+    radius, turn = size * rng.uniform(0.34, 0.42), math.radians(rng.uniform(-8, 8))
+    centre = size * (0.5 + rng.uniform(-0.05, 0.05, 2))
     while True:                                           # two colours whose brightness differs enough to see the shape
         hues = rng.random(2)
         ink = np.array(colorsys.hsv_to_rgb(hues[0], rng.uniform(0.55, 1), rng.uniform(0.6, 1)))
-        paper = np.array(colorsys.hsv_to_rgb(hues[1], rng.uniform(0.05, 0.5), rng.uniform(0.05, 1)))
+        paper = np.array(colorsys.hsv_to_rgb(hues[1], rng.uniform(0, 0.25), rng.uniform(0.05, 1)))
         if abs((ink - paper) @ (0.299, 0.587, 0.114)) > 0.3:
             break
     fine = 4                                              # drawn four times larger, then averaged: smooth edges
@@ -157,10 +157,7 @@ def draw_shape(job):
         if points is not None:
             ImageDraw.Draw(mask).polygon([tuple(p) for p in (points @ rotation * radius + centre) * fine], fill=level)
     cover = np.asarray(mask.reduce(fine), dtype=np.float32)[..., None] / 255
-    angle, depth = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.2)       # the paper darkens towards one side
-    y, x = np.mgrid[:size, :size] / size - 0.5
-    light = 1 - depth * (0.5 + 0.7 * (x * math.cos(angle) + y * math.sin(angle)))[..., None]
-    return ((paper * light * (1 - cover) + ink * cover) * 255 + 0.5).clip(0, 255).astype(np.uint8)
+    return ((paper * (1 - cover) + ink * cover) * 255 + 0.5).clip(0, 255).astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

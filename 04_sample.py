@@ -63,7 +63,11 @@ def parse_args(argv=None):
     add("--compile", action="store_true", help="torch.compile the network")
     add("--benchmark", action="store_true", help="time one batch, against a loop that always runs two separate passes")
     parser.error = lambda message: sys.exit(fail(f"{message} (see --help)", 2))
-    args = parser.parse_args(argv)
+    return checked(parser.parse_args(argv), parser)
+
+
+def checked(args, parser):
+    """The options with the interval as two numbers, once their values make sense."""
     if args.interval is not None:
         try:
             args.interval = [float(v) for v in args.interval.split(",")]
@@ -456,6 +460,7 @@ def main(args):
     if name.startswith("cuda") and not torch.cuda.is_available():
         return fail("--device cuda: this torch sees no CUDA GPU", 2)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    model.keep_freed_memory()
     try:
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group("gloo", timeout=timedelta(days=1))

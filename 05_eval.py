@@ -735,6 +735,7 @@ def main(args):
     if name.startswith("cuda") and not torch.cuda.is_available():
         return fail("--device cuda: this torch sees no CUDA GPU", 2)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    model.keep_freed_memory()
     try:
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group("gloo")

@@ -77,7 +77,7 @@ def readme_commands():
     for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S):
         for line in block.replace("\\\n", " ").splitlines():
             for part in re.split(r"&&|;", re.sub(r"(^|\s)#.*", "", line)):
-                words = shlex.split(part.strip())
+                words = shlex.split(re.sub(r"^\s*do\s", "", part))
                 if words and words[0] in ("python", "torchrun") and (script := next((w for w in words if w in SCRIPTS), None)):
                     yield script, words[words.index(script) + 1:]
 

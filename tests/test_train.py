@@ -274,11 +274,11 @@ def test_frozen_patch_embedding_does_not_move(work):
     assert moved and not any(k.startswith("x_embedder") for k in moved)
 
 
-ROWS = [[], *(["--experiment", name] for name in train.EXPERIMENTS), ["--unconditional"], ["--no-context", "--bottleneck-dim", 0], ["--path", "cosine", "--pred", "v", "--loss", "e"],
+ROWS = [*(["--preset", name, "--data", "shapes"] for name in train.PRESETS), *(["--experiment", name] for name in train.EXPERIMENTS), ["--unconditional"], ["--no-context", "--bottleneck-dim", 0], ["--path", "cosine", "--pred", "v", "--loss", "e"],
         ["--path", "ddpm-cosine", "--pred", "e", "--loss", "x", "--shift", 2], ["--amp", "fp16"], ["--amp", "bf16"], ["--checkpointing"], ["--attention", "plain"]]
 
 
-@pytest.mark.parametrize("flags", ROWS, ids=lambda flags: " ".join(map(str, flags)) or "default")
+@pytest.mark.parametrize("flags", ROWS, ids=lambda flags: " ".join(map(str, flags)))
 def test_every_row_trains_and_samples(work, flags):
     from conftest import sample
     assert call(train, *TINY_FLAGS, "--steps", 20, "--run", "row", *flags) == 0
@@ -286,7 +286,9 @@ def test_every_row_trains_and_samples(work, flags):
     assert float(rows[-1]["loss"]) > 0 and rows[-1]["held_out"]
     assert call(sample, "--run", "row", "--num", 4, "--steps", 3, "--amp", "off") == 0
     record = json.loads(Path("runs/row/samples/samples.json").read_text())
-    assert record["solver"] == ("ddpm" if "dit" in flags else "heun") and len(record["labels"]) == 4
+    wanted = {"solver": "heun", "cfg": 1.0, "interval": [0.0, 1.0], **train.resolve(train.parse_args(list(map(str, flags))))["sampling"], "steps": 3}
+    wanted["cfg"] = 1.0 if "--unconditional" in flags else wanted["cfg"]
+    assert {k: record[k] for k in wanted} == wanted and len(record["labels"]) == 4      # what the row says is stored and never asked again
 
 
 def test_experiments_of_the_neighbours():
