@@ -3,7 +3,7 @@
 What this stage teaches: the JiT loss, and around it everything a real run needs: mixed precision, any number of GPUs,
 gradient accumulation, averaged weights (EMA), checkpoints that survive a kill, and a log in which trouble shows early.
 Reads data/<name>/ (01_data.py).   Writes runs/<name>/: config.json, log.csv, checkpoint.pt, snapshots/, preview/
-Run it:   python 03_train.py                                   the shapes preset on two CPU cores
+Run it:   python 03_train.py                                   the shapes preset, seven minutes on two CPU cores
           python 03_train.py --resume                          go on after a kill
           torchrun --nproc_per_node 8 -- 03_train.py --preset imagenet-B  the same model on 8 GPUs as on one
           python 03_train.py --benchmark --model JiT-B/16      images/s and utilisation, no data needed
