@@ -429,11 +429,16 @@ def load_classifier(folder, device):
 # Sides: a folder of PNG files, an npz batch, a packed data set, or statistics
 # ---------------------------------------------------------------------------------------------------------------------
 
+def spread(n, count):
+    """n of the places 0 ... count-1, evenly spaced; all of them if there are no more."""
+    return np.arange(min(n, count)) * count // max(1, min(n, count))
+
+
 class Side:
     """One of the two sets.  images(i) -> uint8 (B,H,W,3) of a range; count; label ids if known; or statistics alone."""
 
     def __init__(self, place, split="train"):
-        self.place, self.split, self.labels, self.record, self.statistics = str(place), split, None, {}, None
+        self.place, self.split, self.labels, self.record, self.statistics, self.order = str(place), split, None, {}, None, None
         path = Path(place)
         if not path.exists():
             raise ValueError(f"there is nothing at {path}: make samples first (python 04_sample.py)")
@@ -475,8 +480,15 @@ class Side:
             raise ValueError(f"{path} holds {len(self.files)} of {len(self.labels)} images: run the same 04_sample.py command again to finish")
         self.array, self.count, self.key = None, len(self.files), None
 
+    def keep(self, n):
+        """Keep n images of the side at most, spread over all of it: packed images lie sorted by class."""
+        self.order = spread(n, self.count)
+        self.count = len(self.order)
+
     def images(self, places):
         """uint8 (len(places),H,W,3).  Raises ValueError when the sizes differ."""
+        if self.order is not None:
+            return np.array(self.array[self.order[places.start:places.stop]])
         if self.array is not None:
             return np.array(self.array[places.start:places.stop])
         batch = [np.array(Image.open(self.files[i]).convert("RGB")) for i in places]
@@ -487,7 +499,7 @@ class Side:
         return np.stack(batch)
 
 
-KEPT = 50_000                                             # features kept of a side for KID, precision and recall
+KEPT, NEIGHBOURS = 50_000, 10_000                         # features kept of a side; real ones that precision and recall look at
 
 
 @torch.no_grad()
@@ -499,7 +511,7 @@ def describe(side, net, device, batch_size, label):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     moments, spatial, kept = Moments(), Moments(), {}
     batches = [range(i, min(i + batch_size, side.count)) for i in range(0, side.count, batch_size)]
-    shape = None
+    shape, wanted = None, np.isin(np.arange(side.count), spread(KEPT, side.count))
     for number in tqdm(range(rank, len(batches), world), desc=label, unit=" batches", disable=None if rank == 0 else True):
         images = side.images(batches[number])
         if shape and images.shape[1:] != shape:
@@ -509,8 +521,8 @@ def describe(side, net, device, batch_size, label):
         moments.add(out["features"])
         if "spatial" in out:
             spatial.add(out["spatial"])
-        if batches[number].start < KEPT:
-            kept[number] = (out["features"], out["logits"] if "spatial" in out else None)
+        chosen = wanted[batches[number].start:batches[number].stop]
+        kept[number] = (out["features"][chosen], out["logits"][chosen] if "spatial" in out else None)
     parts = [(kept, moments, spatial)]
     if world > 1:
         parts = [None] * world
@@ -577,7 +589,7 @@ def compare(fake, real, metrics, inception):
     if "kid" in metrics and "features" in real and min(len(fake["features"]), len(real["features"])) >= 1000:
         scores["kid"], scores["kid_std"] = kernel_distance(fake["features"], real["features"])
     if "pr" in metrics and "features" in real:
-        scores["precision"], scores["recall"] = precision_recall(fake["features"], real["features"][:10_000])
+        scores["precision"], scores["recall"] = precision_recall(fake["features"], real["features"][spread(NEIGHBOURS, len(real["features"]))])
     if "is" in metrics and inception:
         scores["is"], scores["is_std"] = inception_score(fake["logits"])
     return scores
@@ -604,13 +616,13 @@ def score(samples, place, args, device):
                                                                        for i in range(0, samples.count, 200)]), samples.labels, device)
         extra["class_accuracy_real"] = right
         if held_out.count > 1:
-            held_out.count = min(held_out.count, samples.count)      # as many images as are scored: FD grows as N falls
+            held_out.keep(samples.count)                             # as many images as are scored: FD grows as N falls
             floor = describe(held_out, net, device, args.batch_size, "held-out images")
             extra["fd_floor"] = frechet_distance(floor["mu"], floor["sigma"], real["mu"], real["sigma"])
             extra["n_floor"] = held_out.count
     scores = compare(fake, real, args.metrics, inception)
     return {"score": name, **scores, **extra, "n_generated": samples.count, "n_real": int(real["n"]),
-            "n_real_precision_recall": min(10_000, len(real.get("features", []))), "features": args.features, "weights": digest,
+            "n_real_precision_recall": min(NEIGHBOURS, len(real.get("features", []))), "features": args.features, "weights": digest,
             "reference": str(place), "samples": samples.place, "sampling": samples.record}
 
 
