@@ -274,6 +274,17 @@ def test_frozen_patch_embedding_does_not_move(work):
     assert moved and not any(k.startswith("x_embedder") for k in moved)
 
 
+def test_held_out_images_are_of_all_classes(work, monkeypatch):
+    s, config, arrays = settings("--steps", 1)
+    images, labels = np.arange(600, dtype=np.uint8)[:, None, None, None].repeat(3, 3), np.arange(600) // 200          # sorted, as packed folders are
+    seen = []
+    monkeypatch.setattr(train, "Keeper", lambda trainer, folder, shown: seen.append(shown) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.train(train.Trainer(s, config, torch.device("cpu"), 1), {"train": arrays["train"], "val": (images, labels)}, Path("."), 0)
+    assert np.bincount(seen[0][1]).min() > 60 and len(seen[0][0]) == 256
+    assert len(set(seen[0][1][:4])) > 1                                # the four of the preview
+
+
 ROWS = [*(["--preset", name, "--data", "shapes"] for name in train.PRESETS), *(["--experiment", name] for name in train.EXPERIMENTS), ["--unconditional"], ["--no-context", "--bottleneck-dim", 0], ["--path", "cosine", "--pred", "v", "--loss", "e"],
         ["--path", "ddpm-cosine", "--pred", "e", "--loss", "x", "--shift", 2], ["--amp", "fp16"], ["--amp", "bf16"], ["--checkpointing"], ["--attention", "plain"]]
 
