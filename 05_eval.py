@@ -429,9 +429,12 @@ def load_classifier(folder, device):
 # Sides: a folder of PNG files, an npz batch, a packed data set, or statistics
 # ---------------------------------------------------------------------------------------------------------------------
 
-def spread(n, count):
-    """n of the places 0 ... count-1, evenly spaced; all of them if there are no more."""
-    return np.arange(min(n, count)) * count // max(1, min(n, count))
+def some(n, count):
+    """n of the places 0 ... count-1 by chance, always the same ones, in order; all of them if there are no more.
+
+    subtle: packed images may lie sorted by class, or go round the classes in turn: neither the first n nor every k-th will do.
+    """
+    return np.sort(np.random.default_rng(0).permutation(count)[:n])
 
 
 class Side:
@@ -481,8 +484,8 @@ class Side:
         self.array, self.count, self.key = None, len(self.files), None
 
     def keep(self, n):
-        """Keep n images of the side at most, spread over all of it: packed images lie sorted by class."""
-        self.order = spread(n, self.count)
+        """Keep n images of the side at most."""
+        self.order = some(n, self.count)
         self.count = len(self.order)
 
     def images(self, places):
@@ -511,7 +514,7 @@ def describe(side, net, device, batch_size, label):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     moments, spatial, kept = Moments(), Moments(), {}
     batches = [range(i, min(i + batch_size, side.count)) for i in range(0, side.count, batch_size)]
-    shape, wanted = None, np.isin(np.arange(side.count), spread(KEPT, side.count))
+    shape, wanted = None, np.isin(np.arange(side.count), some(KEPT, side.count))
     for number in tqdm(range(rank, len(batches), world), desc=label, unit=" batches", disable=None if rank == 0 else True):
         images = side.images(batches[number])
         if shape and images.shape[1:] != shape:
@@ -589,7 +592,7 @@ def compare(fake, real, metrics, inception):
     if "kid" in metrics and "features" in real and min(len(fake["features"]), len(real["features"])) >= 1000:
         scores["kid"], scores["kid_std"] = kernel_distance(fake["features"], real["features"])
     if "pr" in metrics and "features" in real:
-        scores["precision"], scores["recall"] = precision_recall(fake["features"], real["features"][spread(NEIGHBOURS, len(real["features"]))])
+        scores["precision"], scores["recall"] = precision_recall(fake["features"], real["features"][some(NEIGHBOURS, len(real["features"]))])
     if "is" in metrics and inception:
         scores["is"], scores["is_std"] = inception_score(fake["logits"])
     return scores

@@ -226,10 +226,12 @@ def test_offline_score(scored, capsys):
     assert call(evaluate, "--overwrite") == 0 and "training the classifier again" in capsys.readouterr().err
 
 
-def test_parts_of_a_side_hold_every_class(there, monkeypatch):
-    """Packed images lie sorted by class: the first thousand of CIFAR-10 are aeroplanes."""
+@pytest.mark.parametrize("order", ["sorted", "in turn"])
+def test_parts_of_a_side_hold_every_class(there, monkeypatch, order):
+    """Packed folders lie sorted by class (the first thousand of CIFAR-10 are aeroplanes), shapes go round the classes in turn."""
     torch.manual_seed(0)
-    colours = np.repeat(np.arange(3, dtype=np.uint8) * 100, 40)
+    colours = np.arange(4, dtype=np.uint8) * 60
+    colours = np.repeat(colours, 30) if order == "sorted" else np.tile(colours, 30)
     np.savez("sorted.npz", arr_0=np.broadcast_to(colours[:, None, None, None], (120, 4, 4, 3)))
     side = evaluate.Side("sorted.npz")
 
@@ -237,12 +239,12 @@ def test_parts_of_a_side_hold_every_class(there, monkeypatch):
         return {"features": images.float().mean(dim=(1, 2)) + torch.rand(len(images), 3), "logits": images}
     monkeypatch.setattr(evaluate, "KEPT", 30)
     whole = evaluate.describe(side, net, "cpu", 7, "")
-    assert whole["n"] == 120 and np.unique(whole["features"][:, 0] // 100).tolist() == [0, 1, 2] and len(whole["features"]) == 30
+    assert whole["n"] == 120 and np.unique(whole["features"][:, 0] // 60).tolist() == [0, 1, 2, 3] and len(whole["features"]) == 30
     monkeypatch.setattr(evaluate, "NEIGHBOURS", 12)
     assert evaluate.compare(whole, whole, ["pr"], False)["precision"] > 0.8       # the first 12 alone would reach 0.4
-    side.keep(6)
+    side.keep(12)
     part = evaluate.describe(side, net, "cpu", 7, "")
-    assert part["n"] == 6 and np.unique(part["features"][:, 0] // 100).tolist() == [0, 1, 2]
+    assert part["n"] == 12 and np.unique(part["features"][:, 0] // 60).tolist() == [0, 1, 2, 3]
 
 
 def test_sweep_is_resumable_and_draws(scored, capsys):
