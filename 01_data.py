@@ -46,9 +46,9 @@ def parse_args(argv=None):
     add("--source", default="shapes", choices=SOURCES, metavar="NAME", help=", ".join(SOURCES))
     add("--root", type=Path, help="folder: your images; cifar10, imagenette: where the archive is kept")
     add("--size", type=int, help="height and width in pixels (default: 64; cifar10 32; imagenette 160 or 320)")
-    add("--count", type=int, default=20000, help="shapes: number of training images (default: %(default)s)")
+    add("--count", type=int, help="shapes: number of training images (default: 20000)")
     add("--fraction", type=float, default=1.0, help="keep this part of the training images, drawn with --seed")
-    add("--val-fraction", type=float, default=0.1, help="folder without val/ or test/: part held out (default: 0.1)")
+    add("--val-fraction", type=float, help="folder without val/ or test/: part held out (default: 0.1)")
     add("--seed", type=int, default=0, help="of shapes, fraction and hold-out (default: 0)")
     add = parser.add_argument_group("where and how").add_argument
     add("--name", help="the data set's name (default: the source)")
@@ -60,6 +60,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.size = args.size if args.size is not None else {"cifar10": 32, "imagenette-160": 160, "imagenette-320": 320}.get(args.source, 64)
     args.name = args.name or args.source
+    for flag, source, default in (("count", "shapes", 20000), ("val_fraction", "folder", 0.1)):
+        if getattr(args, flag) is not None and args.source != source and not args.benchmark:
+            parser.error(f"--{flag.replace('_', '-')} is for --source {source}")
+        setattr(args, flag, default if getattr(args, flag) is None else getattr(args, flag))
     checks = [(8 <= args.size <= 4096, f"--size {args.size}: give 8 to 4096 pixels"),
               (args.source != "cifar10" or args.size == 32, "--source cifar10 is 32 pixels: leave --size out"),
               (args.count >= 100, f"--count {args.count}: give at least 100 images"),
@@ -94,7 +98,7 @@ ARCHIVES = {  # source: address, md5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Source "shapes": outlines in the unit circle, y pointing down, all of them mirror images of themselves
+# Source "shapes": outlines in about the unit circle, y pointing down, all of them mirror images of themselves
 # ---------------------------------------------------------------------------------------------------------------------
 
 def arc(radius, start=0.0, stop=2.0, y=0.0):
@@ -211,6 +215,9 @@ def list_classes(folder):
     if not names:
         files = list_images(folder)
         return [], files, [0] * len(files)
+    loose = [entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(tuple(SUFFIXES)) and not entry.name.startswith(".")]
+    if loose:
+        raise ValueError(f"{folder} holds class folders and {len(loose)} loose images ({loose[0]}, ...): put them into a class, or elsewhere")
     files, labels = [], []
     for label, name in enumerate(names):
         inside = list_images(os.path.join(folder, name))
@@ -357,7 +364,7 @@ def pack(split, make, jobs, labels, size, folder, workers):
 def plan(args):
     """The source as (class names, make, {split: (jobs, labels)}); nothing is drawn or decoded yet.  Raises ValueError."""
     if args.source == "shapes":
-        held_out = max(100, args.count // 10)
+        held_out = max(100, args.count // 10)             # drawn from indices that training never reaches
         spans = {"train": range(args.count), "val": range(10**7, 10**7 + held_out)}
         return list(SHAPES), draw_shape, {split: ([(args.seed, i, args.size) for i in span], [i % len(SHAPES) for i in span])
                                           for split, span in spans.items()}
@@ -437,7 +444,7 @@ def check_space(splits, size, folder):
 
 
 def jobs_hash(splits):
-    """Digest of all jobs and labels, by which a resumed packing knows that its source has not changed."""
+    """Digest of all jobs (file names and labels, or images), by which a resumed packing knows that its source has not changed."""
     digest = hashlib.sha256()
     for jobs, labels in splits.values():
         for job, label in zip(jobs, labels):

@@ -12,7 +12,7 @@ the other way round.)  With x the image in [-1, 1] and e ~ N(0, k^2 I) noise, k 
     z and t are known, so x, e and v say the same thing:  x = z + (1-t) v,  e = z - t v,  v = (x - z)/(1-t)
 
 JiT predicts x and is trained with the loss on v: patches of real images fill a small part of the patch space, noise and
-velocity fill all of it, and a network narrower than the patch can only hold the former (JiT sections 3 and 4.1).
+velocity fill all of it, and a network narrower than the patch can only hold the former (JiT sections 3.3 and 4.2).
 
 Letters of the shape column:  B images, C channels, H W pixels, p patch size, N = (H/p)(W/p) tokens, L = N + context
 tokens, D hidden size, h heads, d = D/h.     Paper: Li & He 2025, "Back to Basics: Let Denoising Generative Models
@@ -21,6 +21,7 @@ Denoise", arXiv 2511.13720.  Lines marked "departure:" differ from it on purpose
 import argparse
 import ctypes
 import math
+import os
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -72,7 +73,7 @@ class JiTConfig:
     bottleneck_dim: int = 128      # width between the two linear maps of the patch embedding; 0 = one plain map
     in_context_len: int = 32       # class tokens put in front of the image tokens; 0 = none
     in_context_start: int = 4      # the block before which they are put there
-    dropout: float = 0.0           # on attention output and FFN of the middle half of the blocks
+    dropout: float = 0.0           # on attention output and FFN (but not a bottleneck's) of the middle half of the blocks
     patch_embed: str = "linear"    # or "nonlinear": SiLU in the bottleneck (document 000, eq. 1)
     ffn: str = "swiglu"            # or "gelu" (DiT), "bottleneck" (document 000, listing 1)
     norm: str = "rmsnorm"          # or "layernorm": without learned weights, as in DiT
@@ -113,7 +114,7 @@ def _size(image, patch, hidden, depth, heads, bottleneck=128, start=4, dropout=0
                 in_context_len=context, noise_scale=max(1.0, image / 256))
 
 
-MODELS = {  # name          image patch hidden depth heads bottleneck start dropout                       (JiT Table 9)
+MODELS = {  # name      image patch hidden depth heads bottleneck start dropout classes context   (JiT Table 9; T and S are ours)
     "JiT-T/8":   _size(32,   8,  192,   6, 12,  48, 2, 0.0, 10, 4),       # small images, a CPU
     "JiT-T/16":  _size(64,   16, 192,   6, 12,  64, 2, 0.0, 10, 4),
     "JiT-S/4":   _size(32,   4,  384,  12,  6,  48, 4, 0.0, 10, 8),       # CIFAR-10 on one GPU
@@ -239,7 +240,7 @@ def unpatchify(tokens, p):
 
 
 class PatchEmbed(nn.Module):
-    """Patch -> bottleneck -> hidden: two linear maps (JiT section 4.4); nonlinear puts a SiLU between them.
+    """Patch -> bottleneck -> hidden: two linear maps (JiT section 4.2, figure 4); nonlinear puts a SiLU between them.
 
     A convolution whose stride equals its kernel is a linear map on patches; it is kept for the official weights' names.
     """
@@ -606,7 +607,9 @@ def load_network(path, ema=0):
         config = {k: v for k, v in state["config"].items() if k in known}
         weights, info = state["ema"] + ([state["model"]] if "model" in state else []), dict(state.get("info", {}))
     if not -1 <= ema < len(weights):
-        raise ValueError(f"{path} holds {len(weights)} sets of weights: --ema goes from 0 to {len(weights) - 1}, -1 for the last")
+        raise ValueError(f"{path} holds {len(weights)} sets of weights: --ema goes from 0 to {len(weights) - 1}, -1 for the raw ones")
+    if ema == -1 and "model" not in state:
+        raise ValueError(f"{path} holds averaged weights only: --ema goes from 0 to {len(weights) - 1}")
     net = JiT(JiTConfig(**{**config, "aux": "none"}))
     load_weights(net, weights[ema], path)
     return net.eval(), {**info, "ema": ema, "official": official}
@@ -621,7 +624,7 @@ def load_weights(net, weights, path):
             raise ValueError(f"{path} lacks the weight {name}")
         if name in weights and weights[name].shape != value.shape:
             raise ValueError(f"{path}: weight {name} is {tuple(weights[name].shape)}, the network wants {tuple(value.shape)}")
-    extra = [name for name in weights if name not in own and "rope" not in name]
+    extra = [name for name in weights if name not in own and "rope" not in name]            # official files store the rotary tables
     if extra:
         raise ValueError(f"{path} holds a weight {extra[0]} that the network does not have")
     net.load_state_dict({k: v for k, v in weights.items() if k in own}, strict=False)
@@ -653,6 +656,17 @@ def keep_freed_memory():
         return
     for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28), (-8, 1)):      # MMAP_MAX, TRIM_THRESHOLD, TOP_PAD, ARENA_MAX
         mallopt(option, value)
+
+
+def pick_device(name=None):
+    """torch.device of "cuda" or "cpu", the best there is for None; under torchrun every process gets its own GPU.  Raises ValueError."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: this torch sees no CUDA GPU")
+    try:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: give cuda or cpu") from None
 
 
 def matmul_rate(device, dtype, quick=False):

@@ -13,7 +13,8 @@ One step, in the letters of 02_model.py (t = 0 noise, t = 1 data; JiT Algorithm 
     x_pred = net(z, t, y)                                                      one in ten labels replaced by "no class"
     loss = || v_pred - v ||^2  with  v = (x - z) / max(1-t, 0.05)              the same clamp for prediction and target
 Chance is a function of (seed, step, slot): a slot is one micro-batch within the global batch, whoever computes it.  So
-a resumed run repeats bit for bit what an undisturbed one does, and two processes train the same model as one.
+a resumed run repeats bit for bit what an undisturbed one does and, at the same --micro-batch, two processes train the
+same model as one.
 """
 import argparse
 import csv
@@ -25,6 +26,7 @@ import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from importlib import import_module
 from importlib.util import find_spec
@@ -74,8 +76,9 @@ SETTINGS = {  # group: {name: (default, kind or choices, help)}; the flag is the
         "max-skipped": (10, int, "stop after so many non-finite steps in a row"), "benchmark": (False, bool, "time it and stop")},
 }
 TABLE = {name: row for group in SETTINGS.values() for name, row in group.items()}
-FREE = {"run", "resume", "overwrite", "steps", "epochs", "compile", "device", "log-every", "preview-every", "save-every",
-        "save-minutes", "snapshots", "max-skipped", "checkpointing", "benchmark"}       # may differ when a run is resumed
+# may differ when a run is resumed; another micro-batch draws other noise, from the same distribution
+FREE = {"run", "resume", "overwrite", "steps", "epochs", "micro-batch", "compile", "device", "log-every", "preview-every", "save-every",
+        "save-minutes", "snapshots", "max-skipped", "checkpointing", "benchmark"}
 
 IMAGENET = {"data": "imagenet", "model": "JiT-B/16", "preview-every": 5000, "sampling": {"cfg": 2.9, "interval": [0.1, 1.0]}}
 PRESETS = {
@@ -114,7 +117,7 @@ EXPERIMENTS = {  # combine with any preset
 
 def parse_args(argv=None):
     """Flags given -> {name: value}, only those given.  Wrong ones end the script with one line and exit code 2."""
-    parser, page = argparse.ArgumentParser(allow_abbrev=False), ["usage: 03_train.py [options]     (defaults in brackets)"]
+    parser, page = argparse.ArgumentParser(allow_abbrev=False), ["usage: 03_train.py [options]     (defaults in brackets; the preset comes before them)"]
     for title, rows in SETTINGS.items():
         entries = []
         for name, (default, kind, text) in rows.items():
@@ -123,7 +126,7 @@ def parse_args(argv=None):
             else:
                 parser.add_argument(f"--{name}", **({"choices": kind} if isinstance(kind, tuple) else {"type": kind}), default=argparse.SUPPRESS)
             value = "" if kind is bool else " " + ("|".join(kind) if isinstance(kind, tuple) else "NAME" if kind is str else "N")
-            shown = f" [{default}]" if default not in (AUTO, "", True, False) else ""
+            shown = "" if default in (AUTO, "") or isinstance(default, bool) else f" [{default}]"
             entries.append(f"--{'[no-]' if kind is bool and default is not False else ''}{name}{value}{shown}{': ' if text else ''}{text}")
         page += ["", title, *textwrap.wrap(";  ".join(entries), 116, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)]
     parser.format_help = lambda: "\n".join(page) + "\n"
@@ -179,7 +182,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-data, model = import_module("01_data"), import_module("02_model")
+data, model = import_module("01_data"), import_module("02_model")          # names that begin with a digit cannot follow `import`
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 BINS = 5                                                  # the log splits the loss into so many equal ranges of t
 
@@ -194,7 +197,7 @@ def seed_everything(*key):
 
 
 def sample_times(n, s, device):
-    """t (n,) in (0,1): logit-normal or uniform, then the shift.     (JiT section 4.2; SD3 eq. 19 and 23)"""
+    """t (n,) in (0,1): logit-normal or uniform, then the shift.     (JiT section 3.1; SD3 eq. 19 and 23)"""
     if s["times"] == "uniform":
         t = torch.rand(n, device=device)
     else:
@@ -259,10 +262,10 @@ class Feed:
     def indices(self, step, slot, micro):
         """Places in the data set of one slot: epoch after epoch without a gap, each in an order of (seed, epoch)."""
         places, n = np.arange(micro) + step * self.batch + slot * micro, len(self.images)
-        for epoch in set(places // n) - self.orders.keys():
-            self.orders = {k: v for k, v in self.orders.items() if k >= epoch - 1}
-            self.orders[epoch] = np.random.default_rng((self.seed, 3, int(epoch))).permutation(n)
-        return np.array([self.orders[p // n][p % n] for p in places])
+        known, epochs = self.orders, np.unique(places // n).tolist()
+        orders = {e: known[e] if e in known else np.random.default_rng((self.seed, 3, e)).permutation(n) for e in epochs}
+        self.orders = {e: order for e, order in known.items() if e >= epochs[0] - 1} | orders      # subtle: a new dict, four threads read it
+        return np.array([orders[p // n][p % n] for p in places])
 
     def load(self, step, slot, micro):
         """(images (B,H,W,C) uint8, labels (B,) int64), both on the device."""
@@ -331,8 +334,8 @@ class Trainer:
         for k, (slot, images, labels) in enumerate(batches):
             seed_everything(s["seed"], self.step, slot)
             batch = draw(images, labels, s, self.config)
-            last = k == share - 1
-            with torch.enable_grad() if last or self.world == 1 else self.forward.no_sync():
+            last = k == share - 1                         # gradients are summed over processes once, with the last micro-batch
+            with nullcontext() if last or self.world == 1 else self.forward.no_sync():
                 loss, v_loss, aux = training_loss(self.forward, batch, s, self.config, self.autocast)
                 self.scaler.scale(loss / share).backward()
             self.collect(v_loss, batch["t"], aux)
@@ -411,9 +414,12 @@ def save(state, path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def held_out(trainer, images, labels):
-    """v-space loss of the averaged weights on fixed held-out images, times and noise: comparable between all steps."""
+    """v-space loss of the averaged weights on fixed held-out images, times and noise: comparable between all steps and runs.
+
+    The times are quantiles of the paper's logit-normal (-0.8, 0.8), whatever the run itself draws.
+    """
     generator, n, total = torch.Generator().manual_seed(0), len(images), 0.0
-    t_all = torch.sigmoid(torch.special.ndtri((torch.arange(n) + 0.5) / n) * 0.8 - 0.8)            # quantiles, not draws
+    t_all = torch.sigmoid(torch.special.ndtri((torch.arange(n) + 0.5) / n) * 0.8 - 0.8)
     for i in range(0, n, 64):
         x = torch.from_numpy(np.array(images[i:i + 64])).permute(0, 3, 1, 2).float() / 127.5 - 1
         e = torch.randn(x.shape, generator=generator) * trainer.config.noise_scale
@@ -426,7 +432,7 @@ def held_out(trainer, images, labels):
 
 
 def preview(trainer, images, labels, path):
-    """A picture, three rows for each of four images: clean; noised at t = 0.1, 0.3, 0.5, 0.7, 0.9; what the network makes of it."""
+    """A picture, two rows for each of four images, clean in front: noised at five times, and what the network makes of it."""
     times, cells = (0.1, 0.3, 0.5, 0.7, 0.9), []
     generator = torch.Generator().manual_seed(1)
     for i in range(min(4, len(images))):
@@ -440,7 +446,10 @@ def preview(trainer, images, labels, path):
 
 
 class Log:
-    """log.csv, one line every log-every steps, written by the first process; TensorBoard too where it is installed."""
+    """log.csv, one line every log-every steps, written by the first process; TensorBoard too where it is installed.
+
+    Losses are means since the line before, in v-space whatever --loss is; loss_t0.2 is that of 0.2 <= t < 0.4.
+    """
     COLUMNS = ["step", "images", "loss", *(f"loss_t{k / BINS:.1f}" for k in range(BINS)), "aux", "grad_norm", "lr", "held_out",
                "skipped", "images_per_s", "memory_MiB", "utilisation"]
 
@@ -461,7 +470,8 @@ class Log:
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.COLUMNS).writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
         for name, value in row.items() if self.board else ():
-            self.board.add_scalar(name, float(value), row["step"])
+            if value != "":
+                self.board.add_scalar(name, float(value), row["step"])
 
 
 def log_row(trainer, images_per_s):
@@ -472,7 +482,10 @@ def log_row(trainer, images_per_s):
     trainer.sums.zero_()
     sums = sums.tolist()
     losses, counts = sums[:BINS], sums[BINS:2 * BINS]
-    memory = torch.cuda.max_memory_allocated() / 2**20 if trainer.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    if trainer.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 2**20
+    else:                                                 # subtle: in KiB on Linux, in bytes on macOS
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     return {"step": trainer.step, "images": trainer.step * trainer.s["batch-size"], "loss": sum(losses) / max(1, sum(counts)),
             **{f"loss_t{k / BINS:.1f}": losses[k] / counts[k] if counts[k] else "" for k in range(BINS)},
             "aux": sums[2 * BINS] / max(1, sums[2 * BINS + 1]), "grad_norm": sums[-2] / max(1, sums[-1]), "lr": trainer.lr(trainer.step - 1),
@@ -506,13 +519,14 @@ def complete(s, meta, device, world):
         config = model.JiTConfig(**base)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    s["micro-batch"] = s["micro-batch"] or next(m for m in range(s["batch-size"] // world, 0, -1) if s["batch-size"] % (m * world) == 0 and m <= 128) \
-        if s["batch-size"] >= world else s["micro-batch"] or 1
+    if s["micro-batch"] is AUTO:                          # the largest that divides every process's share, 128 images at most
+        share = min(s["batch-size"] // world, 128)
+        s["micro-batch"] = next((m for m in range(share, 0, -1) if s["batch-size"] % (m * world) == 0), 1)
     unit = s["micro-batch"] * world
     if s["batch-size"] % unit:
         low = s["batch-size"] // unit * unit
         raise UsageError(f"--batch-size {s['batch-size']} is no multiple of {s['micro-batch']} images x {world} processes; nearest: "
-                         f"{f'{low} or ' if low else ''}{low + unit}")
+                         f"{f'{low} or ' if low else ''}{low + unit}, or pass another --micro-batch")
     count = meta["counts"]["train"] if meta else 10**6
     s["steps"] = s["steps"] or max(1, round(s["epochs"] * count / s["batch-size"]))
     s["warmup"] = s["warmup"] if s["warmup"] is not AUTO else min(round(5 * count / s["batch-size"]), s["steps"] // 20)
@@ -558,7 +572,7 @@ class Keeper:
 
     def __init__(self, trainer, folder, shown):
         self.trainer, self.folder, self.shown, s = trainer, folder, shown, trainer.s
-        self.log, self.flops = Log(folder, trainer.step), 6 * model.count_macs(trainer.config)
+        self.log, self.flops = Log(folder, trainer.step), 6 * model.count_macs(trainer.config)     # 2 a multiply-add, forward and twice that backward
         self.rate = model.matmul_rate(trainer.device, PRECISION[s["amp"]], quick=True)
         self.marks = {round(s["steps"] * (k + 1) / s["snapshots"]) for k in range(s["snapshots"])}
         self.saved_at = time.perf_counter()
@@ -585,9 +599,11 @@ class Keeper:
 
 def train(trainer, arrays, folder, rank):
     """The loop.  Returns the exit code.  Raises ValueError when too many steps in a row are not finite."""
-    s, stop, (images, labels), shown = trainer.s, [], arrays["train"], arrays["val"] if len(arrays["val"][1]) else arrays["train"]
-    labels, some = check_labels(labels, trainer.config, s["data"]), np.random.default_rng(0).permutation(len(shown[1]))[:256]
-    shown = np.array(shown[0][some]), check_labels(shown[1], trainer.config, s["data"])[some]      # subtle: packed images lie sorted by class
+    s, stop, (images, labels) = trainer.s, [], arrays["train"]
+    labels = check_labels(labels, trainer.config, s["data"])
+    shown = arrays["val"] if len(arrays["val"][1]) else arrays["train"]                            # nothing held out: training images
+    some = np.random.default_rng(0).permutation(len(shown[1]))[:256]                               # subtle: they lie sorted by class
+    shown = np.array(shown[0][some]), check_labels(shown[1], trainer.config, s["data"])[some]
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stop.append(number))
     keeper = Keeper(trainer, folder, shown) if rank == 0 else None
@@ -605,9 +621,11 @@ def train(trainer, arrays, folder, rank):
         if trainer.step % s["log-every"] == 0 or done:
             row = log_row(trainer, (trainer.step - lap_step) * s["batch-size"] / (time.perf_counter() - lap))
             bar.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{row['images_per_s']:.0f}")
-            keeper and keeper.line(row)
+            if keeper:
+                keeper.line(row)
             lap, lap_step = time.perf_counter(), trainer.step
-        keeper and keeper.files(signalled)
+        if keeper:
+            keeper.files(signalled)
         if signalled and not done:
             bar.close()
             return fail(f"stopped by {signalled.name} at step {trainer.step}, saved; go on with --resume", 128 + signalled)
@@ -627,7 +645,8 @@ def benchmark(trainer):
         trainer.train_step((k, images, labels) for k in range(share))           # reads the gradient norm: synchronises
         if device.type == "cuda":
             torch.cuda.synchronize()
-        trainer.step > 3 and times.append(time.perf_counter() - start)
+        if trainer.step > 3:
+            times.append(time.perf_counter() - start)
     step = sorted(times)[len(times) // 2]
     row, used = log_row(trainer, s["batch-size"] / step), 6 * model.count_macs(config) * s["batch-size"] / step / rate / trainer.world
     print(f"{s['model']} {config.image_size} px, {s['amp']}, {'compiled' if s['compile'] else 'eager'}, attention {s['attention']}, "
@@ -654,8 +673,10 @@ def start(given, device, rank, world):
             s["steps"] = AUTO
     elif (folder / "config.json").exists() and not s["overwrite"]:
         return taken(folder, given)
-    meta, arrays = data.open_data(folder_of(s["data"] or s["preset"], "data"))
+    meta, arrays = data.open_data(folder_of(s["data"], "data"))
     trainer = Trainer(s, complete(s, meta, device, world), device, world)
+    if state and (trainer.config.image_size, s["classes"]) != (state["config"]["image_size"], state["settings"]["classes"]):
+        raise ValueError(f"--resume: data set {s['data']} has other classes or another image size than when this run was started")
     if state:
         trainer.load(state)
     elif rank == 0:
@@ -669,7 +690,8 @@ def start(given, device, rank, world):
               f"{trainer.step} to {s['steps']}, batch {s['batch-size']}, lr {s['lr']:.2g}, {s['amp']}, {device}; all settings in config.json")
     code = train(trainer, arrays, folder, rank)
     if rank == 0 and not code:
-        print(f"{folder / 'checkpoint.pt'} after step {trainer.step}; look at {folder / 'preview'}, then run 04_sample.py")
+        flag = "" if folder == Path("runs/shapes") else f" --run {s['run']}"
+        print(f"{folder / 'checkpoint.pt'} after step {trainer.step}; look at {folder / 'preview'}, then run 04_sample.py{flag}")
     return code
 
 
@@ -689,10 +711,10 @@ def taken(folder, given):
 def main(given):
     """Set up the processes, run, and turn expected errors into one line and an exit code."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        return fail("--device cuda: this torch sees no CUDA GPU", 2)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    try:
+        device = model.pick_device(given.get("device"))
+    except ValueError as error:
+        return fail(str(error), 2)
     model.keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -706,7 +728,7 @@ def main(given):
     except (ValueError, OSError) as error:
         return fail(str(error))
     except torch.cuda.OutOfMemoryError:
-        return fail("out of GPU memory: pass a smaller --micro-batch (the model trained is the same), or --checkpointing")
+        return fail("out of GPU memory: pass a smaller --micro-batch (the batch stays), or --checkpointing")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

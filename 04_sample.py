@@ -43,7 +43,7 @@ def parse_args(argv=None):
     add("--num", type=int, metavar="N", help="number of images (default: 1000)")
     add("--labels", default="all", help="ids, names, or both times a count: all | 3,7 | star | 207x16 (default: all, in turn)")
     add("--seed", type=int, default=0, metavar="N", help="image i is a function of (seed, i) (default: 0)")
-    add = parser.add_argument_group("how (defaults: what the checkpoint's preset recommends)").add_argument
+    add = parser.add_argument_group("how (what the checkpoint's preset recommends comes before these defaults)").add_argument
     add("--solver", choices=SOLVERS, help="heun: two slopes a step, one in the last (default: heun)")
     add("--steps", type=int, metavar="N", help="(default: 50)")
     add("--cfg", type=float, metavar="W", help="guidance, 1 = off (default: 1)")
@@ -98,7 +98,7 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-model = import_module("02_model")
+model = import_module("02_model")                         # a name that begins with a digit cannot follow `import`
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def guidance_at(t, cfg, interval):
 
 
 def guided_velocity(net, z, t, labels, cfg=1.0, interval=(0.0, 1.0), t_eps=0.05):
-    """v_uncond + w (v_class - v_uncond), with w = cfg inside the interval of time and 1 outside.        (JiT section 5)
+    """v_uncond + w (v_class - v_uncond), with w = cfg inside the interval of time and 1 outside.     (JiT appendix A)
 
     z: (B,C,H,W) state.  t: float.  labels: (B,) class ids.  Both halves go through the network as one batch; where w is 1
     the unconditional half is skipped, where w is 0 the other.
@@ -149,12 +149,12 @@ def two_passes(net, z, t, labels, cfg=1.0, interval=(0.0, 1.0), t_eps=0.05):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def euler_step(z, t, s, slope):
-    """z + (s-t) v(z, t): first order."""
+    """z + (s-t) v(z, t): first order.  (JiT Algorithm 2)"""
     return z + (s - t) * slope(z, t)
 
 
 def heun_step(z, t, s, slope):
-    """The mean of the slopes at both ends: second order.  The last step, s = 1, is Euler's.        (JiT Algorithm 2)"""
+    """The mean of the slopes at both ends: second order.  The last step, s = 1, is Euler's.       (JiT section 3.1)"""
     first = slope(z, t)
     ahead = z + (s - t) * first
     return ahead if s == 1 else z + (s - t) * (first + slope(ahead, s)) / 2
@@ -216,7 +216,7 @@ def generate(net, noise, labels, *, solver="heun", steps=50, cfg=1.0, interval=(
             z = euler_step(z, t, s, slope)
         elif solver == "ddim":
             z = ddim_step(z, t, s, slope, path)
-        else:
+        elif solver == "ddpm":
             z = ddpm_step(z, t, s, slope, path, step_noise(i) if step_noise else torch.randn_like(z) * k)
     return z
 
@@ -243,10 +243,12 @@ def parse_labels(text, num, classes, num_classes):
         return [i % max(1, num_classes) for i in range(num or 1000)]
     ids, counted = [], False
     for part in text.split(","):
-        name, times, count = part.strip().rpartition("x") if part.strip() not in classes else (part.strip(), "", "")
-        if not (times and name and count.isdigit()):
-            name, count = part.strip(), "1"
-        counted |= bool(times and name)
+        name, times, count = part.strip().rpartition("x")                  # "207x16" -> "207", "x", "16"
+        if part.strip() in classes or not (name and count.isdigit()):      # "star", or a name with an x in it, as "box" and "x2"
+            name, times, count = part.strip(), "", "1"
+        counted |= bool(times)
+        if count == "0":
+            raise ValueError(f"--labels {part.strip()}: a count of 0 asks for no image")
         label = classes.index(name) if name in classes else int(name) if name.isdigit() else -1
         if not 0 <= label < num_classes:
             raise ValueError(f"--labels: {name!r} is no class; ids go from 0 to {num_classes - 1}"
@@ -337,7 +339,7 @@ def save_gif(frames, path):
 def trajectory(net, folder, labels, s, device, autocast):
     """Draw, for four images, the state z_t in one row and the network's clean image in the next."""
     trace, config = {}, net.config
-    final = draw_batch(net, config, range(4), labels[:4] if len(labels) >= 4 else labels * 4, s, device, autocast, trace=trace)
+    final = draw_batch(net, config, range(4), [labels[i % len(labels)] for i in range(4)], s, device, autocast, trace=trace)
     scale, steps = max(1, config.noise_scale), list(trace.items())
     shown = steps[::max(1, len(steps) // 9)][:9]
     rows = []
@@ -415,7 +417,7 @@ def run(args, device, rank, world):
     s = settle(args, info, net.config)
     labels = parse_labels(args.labels, args.num, classes, net.config.num_classes)
     net = net.to(device)
-    network = model_with_config(torch.compile(net), net.config) if args.compile else net
+    network = torch.compile(net) if args.compile else net
     args.amp = args.amp or ("bf16" if model.bf16_is_fast(device) else "off")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16")
     if args.benchmark:
@@ -445,28 +447,19 @@ def run(args, device, rank, world):
     return 0
 
 
-def model_with_config(compiled, config):
-    """A compiled network that still carries its config, from which the sampler reads path and prediction."""
-    def call(z, t, y):
-        return compiled(z, t, y)
-    call.config = config
-    return call
-
-
 def main(args):
     """Set up the device and the processes, and turn expected errors into one line and an exit code."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        return fail("--device cuda: this torch sees no CUDA GPU", 2)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
     model.keep_freed_memory()
     try:
+        device = model.pick_device(args.device)
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group("gloo", timeout=timedelta(days=1))
         return run(args, device, rank, world) or 0
     except (ValueError, OSError) as error:
         return fail(str(error), 2 if str(error).startswith("--") else 1)
+    except torch.cuda.OutOfMemoryError:
+        return fail("out of GPU memory: pass a smaller --batch-size (the images stay the same)")
     except KeyboardInterrupt:
         return fail("interrupted; the same command goes on where it was")
     finally:

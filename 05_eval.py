@@ -11,7 +11,8 @@ Run it:   python 05_eval.py                                  45 s on two CPU cor
           python 05_eval.py --samples my_pngs --reference VIRTUAL_imagenet256_labeled.npz --features inception
           python 05_eval.py --sweep cfg=1:4:0.5 --num 1000          samples and scores over guidance, a table and a picture
 
-A side may be a folder of PNG files, a .npz with arr_0 (N,H,W,3) uint8, a packed data set, or a .npz of statistics (mu, sigma).
+A side may be a folder of PNG files, a .npz with arr_0 (N,H,W,3) uint8, or a packed data set; the reference also a .npz of statistics
+(mu, sigma).
 FID is biased upwards at small N, and only comparable at equal N: every number carries its N; below 2,048 look at KID.
 """
 import argparse
@@ -62,7 +63,11 @@ def parse_args(argv=None):
         parser.error(f"--metrics {unknown[0]} is unknown: some of {', '.join(METRICS)}")
     if args.batch_size < 1 or args.num < 2:
         parser.error("--batch-size must be at least 1 and --num at least 2")
+    if args.features == "classifier" and not {"fd", "kid", "pr"} & set(args.metrics):
+        parser.error("--metrics is and sfd need --features inception")
     if args.sweep:
+        if not {"fd", "pr"} <= set(args.metrics):
+            parser.error("--sweep draws fd and pr: --metrics must have both")
         try:
             args.sweep = parse_sweep(args.sweep)
         except ValueError as error:
@@ -223,7 +228,7 @@ class Conv(nn.Module):
 class Mixed(nn.Module):
     """Parallel branches, concatenated.  rows: name -> (in, out, kernel, stride, padding); routes: chains of names.
 
-    A route may start with "avg" or "max" (3x3 pools) and may end in a tuple of names, which split it in two.
+    A route may start with "avg" or "max" (3x3 pools), be "reduce" alone (3x3 maximum, stride 2), and may end in a tuple of names, which split it in two.
     """
 
     def __init__(self, rows, routes):
@@ -285,7 +290,6 @@ def mixed_e(cin, pool):                                   # second difference: M
 
 class Inception(nn.Module):
     """uint8 images (B,H,W,3) -> {"features" (B,2048), "spatial" (B,2023), "logits" (B,1008) without bias}."""
-    name = "Inception-v3"
 
     def __init__(self):
         super().__init__()
@@ -324,7 +328,7 @@ WEIGHTS_HASH = "6726825d"                                 # the first digits of 
 
 
 def load_inception(path):
-    """(network, what its features are called).  Another file than the published one is used with a warning and named after.  Raises ValueError."""
+    """(network, name of its score, hash of the weights).  Another file than the published one is used with a warning and named after.  Raises ValueError."""
     net = Inception()
     try:
         if path is None:
@@ -400,7 +404,7 @@ def train_classifier(images, labels, classes, device):
 
 
 def load_classifier(folder, device):
-    """(network, name, hash) of the data set's classifier, trained once and cached beside the data.  Raises ValueError."""
+    """(network, accuracy on held-out images, hash) of the data set's classifier, trained once and cached beside the data.  Raises ValueError."""
     meta, arrays = data.open_data(folder)
     if len(meta["classes"]) < 2:
         raise ValueError(f"{folder} has no classes to train a classifier on: use --features inception")
@@ -552,7 +556,7 @@ def merge(parts):
 
 
 def reference(side, net, name, digest, device, batch_size):
-    """describe() for the real side, cached beside a packed data set under data, size and features."""
+    """describe() for the real side, cached beside a packed data set under features, their weights, split and the data's hash."""
     if side.array is None and side.statistics:
         return {**side.statistics, "n": side.count}
     cache = None
@@ -593,7 +597,7 @@ def compare(fake, real, metrics, inception):
         scores["kid"], scores["kid_std"] = kernel_distance(fake["features"], real["features"])
     if "pr" in metrics and "features" in real:
         scores["precision"], scores["recall"] = precision_recall(fake["features"], real["features"][some(NEIGHBOURS, len(real["features"]))])
-    if "is" in metrics and inception:
+    if "is" in metrics and inception and len(fake["logits"]) >= 10:
         scores["is"], scores["is_std"] = inception_score(fake["logits"])
     return scores
 
@@ -604,8 +608,8 @@ def score(samples, place, args, device):
     if inception:
         net, name, digest = load_inception(args.inception_weights)
     else:
-        if not (Path(place) / "meta.json").exists():
-            data.open_data(place)                         # says what is missing, and how to make it
+        if not Path(place).is_dir():
+            raise ValueError(f"{place} is no packed data set, and the classifier is trained on one: --features inception takes any reference")
         net, right, digest = load_classifier(place, device)
         name = "FD (classifier features)"
     net = net.to(device)
@@ -624,7 +628,7 @@ def score(samples, place, args, device):
             extra["fd_floor"] = frechet_distance(floor["mu"], floor["sigma"], real["mu"], real["sigma"])
             extra["n_floor"] = held_out.count
     scores = compare(fake, real, args.metrics, inception)
-    return {"score": name, **scores, **extra, "n_generated": samples.count, "n_real": int(real["n"]),
+    return {"metrics": args.metrics, "score": name, **scores, **extra, "n_generated": samples.count, "n_real": int(real["n"]),
             "n_real_precision_recall": min(NEIGHBOURS, len(real.get("features", []))), "features": args.features, "weights": digest,
             "reference": str(place), "samples": samples.place, "sampling": samples.record}
 
@@ -632,10 +636,11 @@ def score(samples, place, args, device):
 def report(result):
     """Print a result, each number with its unit and its N."""
     n, m, name = result["n_generated"], result["n_real"], result["score"]
-    lines = [("fd", name, f"{n} generated against {m} real images; 0 is best"),
+    real = f"{m} real images" if m else f"the statistics in {result['reference']}"
+    lines = [("fd", name, f"{n} generated against {real}; 0 is best"),
              ("fd_floor", f"{name} floor", f"{result.get('n_floor')} held-out real against {m} real images"),
-             ("sfd", "s" + name, f"{n} against {m} images"), ("is", "Inception score", f"{n} images, ten splits"),
-             ("kid", "KID", f"x 1000 would be the usual unit; 100 subsets of 1000 of {n} and {m} images"),
+             ("sfd", "s" + name, f"{n} generated against {real}"), ("is", "Inception score", f"{n} images, ten splits"),
+             ("kid", "KID" if result["features"] == "inception" else "KID (classifier features)", f"x 1000 would be the usual unit; 100 subsets of 1000 of {n} and {m} images"),
              ("precision", "precision", f"share of {n} generated images"), ("recall", "recall", f"share of {result['n_real_precision_recall']} real images"),
              ("class_accuracy", "class accuracy", f"share of {n} generated images in which the classifier sees the class asked for"),
              ("class_accuracy_real", "class accuracy, real", "share of the held-out real images it gets right")]
@@ -644,7 +649,8 @@ def report(result):
             spread = f" +- {result[key + '_std']:.4f}" if key + "_std" in result else ""
             print(f"{title:32s} {result[key]:10.4f}{spread}   ({unit})")
     if n < 2048:
-        print(f"warning: {n} images are few: {name} is then biased upwards and only comparable at the same N; look at KID", file=sys.stderr)
+        print(f"warning: {n} images are few: {name} is then biased upwards and only comparable at the same N"
+              f"{'; look at KID' if 'kid' in result else ''}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -654,11 +660,13 @@ def report(result):
 def sweep(args, folder, device):
     """Sample (04_sample.py) and score every point; sweep.csv grows by a line each, a second run goes on."""
     path, rows = folder / "sweep.csv", []
-    columns = ["point", "score", "n_generated", "features", "weights", "fd", "sfd", "kid", "precision", "recall", "is", "class_accuracy"]
-    if path.exists():
+    columns = ["point", "score", "n_generated", "features", "reference", "weights", "network", "fd", "sfd", "kid", "precision", "recall", "is", "class_accuracy"]
+    network = checkpoint_digest(folder / "checkpoint.pt")
+    wanted = (str(args.num), args.features, str(args.reference or ""), network)
+    if path.exists() and not args.overwrite:
         rows = list(csv.DictReader(path.open()))
-        if any((int(row["n_generated"]), row["features"]) != (args.num, args.features) for row in rows):
-            raise ValueError(f"{path} holds scores of other N or features: remove it, or pass the same --num and --features")
+        if any((row["n_generated"], row["features"], row["reference"], row["network"]) != wanted for row in rows):
+            raise ValueError(f"{path} holds scores of other weights, N, features or reference: pass --overwrite to start the sweep again")
     for point in args.sweep:
         key = ",".join(f"{k}={v}" for k, v in point.items())
         if any(row["point"] == key for row in rows):
@@ -666,12 +674,14 @@ def sweep(args, folder, device):
         out = folder / "sweep" / key
         flags = [f"--{k}={v}" for k, v in point.items()]
         command = [sys.executable, Path(__file__).with_name("04_sample.py"), "--run", str(folder) if "/" in str(folder) else f"./{folder}", "--num", str(args.num),
-                   "--out", str(out), *flags, *(["--device", args.device] if args.device else [])]
+                   "--out", str(out), *flags, *(["--device", args.device] if args.device else []), *(["--overwrite"] if args.overwrite else [])]
         if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
             raise ValueError(f"04_sample.py failed at {key}; its message is above. The finished points are kept in {path}")
         samples = Side(out)
-        result = score(samples, args.reference or Path("data") / samples.record["data"], args, device)
-        rows.append({**{k: result.get(k, "") for k in columns}, "point": key})
+        result = score(samples, data_of(args, samples), args, device)
+        if "precision" not in result:
+            raise ValueError(f"--sweep draws precision and recall: the reference {args.reference} must hold images")
+        rows.append({**{k: result.get(k, "") for k in columns}, "point": key, "reference": args.reference or "", "network": network})
         part = Path(f"{path}.part")
         with part.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)
@@ -679,12 +689,24 @@ def sweep(args, folder, device):
             writer.writerows(rows)
         os.replace(part, path)
         print(f"{key}: {result['score']} {result['fd']:.3f}, precision {result['precision']:.3f}, recall {result['recall']:.3f} (N = {args.num})")
+    draw_sweep(args, rows, folder)
+
+
+def draw_sweep(args, rows, folder):
+    """sweep.png: the score over the first key, precision over recall."""
     first = list(args.sweep[0])[0]
     points = [(float(dict(p.split("=") for p in row["point"].split(","))[first]), row) for row in rows if f"{first}=" in row["point"]]
     panels = [(f"{rows[0]['score']}, N = {args.num}", first, [(x, float(row["fd"])) for x, row in points]),
               ("precision over recall", "recall", [(float(row["recall"]), float(row["precision"])) for _, row in points])]
     plot(panels).save(folder / "sweep.png")
-    print(f"{path} and {folder / 'sweep.png'}: {len(rows)} points")
+    print(f"{folder / 'sweep.csv'} and {folder / 'sweep.png'}: {len(rows)} points")
+
+
+def checkpoint_digest(path):
+    """Eight hex digits that tell a checkpoint file from another.  Raises ValueError."""
+    if not path.exists():
+        raise ValueError(f"there is no checkpoint {path}: train first (python 03_train.py)")
+    return data.file_hash(path, "sha256")[:8]
 
 
 def plot(panels, width=420, height=300):
@@ -712,28 +734,36 @@ def plot(panels, width=420, height=300):
 # As a script
 # ---------------------------------------------------------------------------------------------------------------------
 
+def data_of(args, samples):
+    """The reference: the one asked for, or the data set on which the samples' network was trained.  Raises ValueError."""
+    name = args.reference or samples.record.get("data")
+    if not name:
+        raise ValueError(f"{samples.place} does not say which data set it imitates: pass --reference")
+    return Path(name) if args.reference or "/" in name else Path("data") / name
+
+
 def run(args, device):
     """Score, print, write.  Returns the exit code."""
     folder = Path(args.run) if "/" in args.run else Path("runs") / args.run
     if args.sweep:
         return sweep(args, folder, device)
     samples = Side(args.samples or folder / "samples")
+    if samples.array is None and samples.statistics:
+        raise ValueError(f"{samples.place} holds statistics only: they serve as --reference, --samples needs images")
     if args.save_statistics:
-        net = load_inception(args.inception_weights)[0] if args.features == "inception" else load_classifier(args.reference or Path("data") / samples.record["data"], device)[0]
+        net = load_inception(args.inception_weights)[0] if args.features == "inception" else load_classifier(data_of(args, samples), device)[0]
         found = describe(samples, net.to(device), device, args.batch_size, "images")
         write_npz(args.save_statistics, {k: found[k] for k in ("mu", "sigma", "mu_s", "sigma_s", "n") if k in found})
         return print(f"{args.save_statistics}: mu and sigma of {found['n']} images")
-    place = args.reference or (Path("data") / samples.record["data"] if samples.record.get("data") else None)
-    if place is None:
-        raise ValueError(f"{samples.place} does not say which data set it imitates: pass --reference")
+    place = data_of(args, samples)
     if len(args.metrics) == 1 and args.metrics[0] == "kid" and samples.count < 1000:
         raise ValueError(f"KID draws subsets of 1000 images, {samples.place} has {samples.count}: make more samples")
     out = args.out or folder / "metrics.json"
     old = json.loads(out.read_text()) if out.exists() else None
-    same = old and (old["sampling"], old["samples"], old["features"], old["reference"], old["n_generated"]) == \
-        (samples.record, samples.place, args.features, str(place), samples.count)
+    same = old and [old.get(k) for k in ("metrics", "sampling", "samples", "features", "reference", "n_generated")] == \
+        [args.metrics, samples.record, samples.place, args.features, str(place), samples.count]
     if old and not same and not args.overwrite:
-        raise ValueError(f"{out} holds the score of other samples: pass --overwrite to replace it, or --out")
+        raise ValueError(f"{out} holds the score of other samples, or with other options: pass --overwrite to replace it, or --out")
     if same and not args.overwrite:
         print(f"{out} is already there, for these samples:")
         return report(old)
@@ -746,17 +776,16 @@ def run(args, device):
 
 def main(args):
     """Set up the device and the processes, and turn expected errors into one line and an exit code."""
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        return fail("--device cuda: this torch sees no CUDA GPU", 2)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
     model.keep_freed_memory()
     try:
+        device = model.pick_device(args.device)
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group("gloo")
         return run(args, device) or 0
     except (ValueError, OSError) as error:
-        return fail(str(error))
+        return fail(str(error), 2 if str(error).startswith("--") else 1)
+    except torch.cuda.OutOfMemoryError:
+        return fail("out of GPU memory: pass a smaller --batch-size")
     except KeyboardInterrupt:
         return fail("interrupted")
     finally:

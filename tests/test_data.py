@@ -280,6 +280,7 @@ FOLDERS = {
     "none readable": (lambda: (Path("in").mkdir(), [Path(f"in/{i}.png").write_bytes(b"x") for i in range(3)]), "none of the", 1),
     "class empty": (lambda: (folder(Path("in")), Path("in/train/eel").mkdir(), Path("in/val/eel").mkdir()), "eel holds no images", 1),
     "class unreadable": (lambda: (folder(Path("in")), [Path(f"in/{s}/eel").mkdir() or Path(f"in/{s}/eel/a.png").write_bytes(b"x") for s in ("train", "val")]), "class eel has no readable", 1),
+    "loose images": (lambda: (folder(Path("in")), Image.new("RGB", (9, 9)).save("in/train/a.png")), "1 loose images (a.png", 1),
     "splits differ": (lambda: (folder(Path("in")), Path("in/train/dog").rename("in/train/fox")), "is in one only", 1),
 }
 
@@ -300,7 +301,7 @@ def test_no_space_is_said_before_the_start(there, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [["--size", 3], ["--fraction", 0], ["--count", 5], ["--source", "mnist"], ["--source", "folder"], ["--val-fraction", 1], ["--workers", 0],
-                                   ["--seed", -1], ["--name", "a/b"], ["--source", "cifar10", "--size", 64], ["--sise", 3]])
+                                   ["--seed", -1], ["--name", "a/b"], ["--source", "cifar10", "--size", 64], ["--source", "folder", "--root", "x", "--count", 200], ["--val-fraction", 0.2], ["--sise", 3]])
 def test_wrong_flags(there, capsys, flags):
     assert call(data, *flags) == 2
     error = capsys.readouterr().err

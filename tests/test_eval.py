@@ -184,14 +184,14 @@ def test_scores_with_inception_end_to_end(work, inception, capsys):
     """A folder against an npz; statistics written here and read back give the same distance."""
     torch.save(inception.state_dict(), "mine.pth")
     Path("pngs").mkdir()
-    for i, image in enumerate(images_of(6, 24)):
+    for i, image in enumerate(images_of(10, 24)):
         Image.fromarray(image).save(f"pngs/{i:02d}.png")
     np.savez("real.npz", arr_0=images_of(5, 24, 5))
     flags = ["--samples", "pngs", "--features", "inception", "--inception-weights", "mine.pth", "--batch-size", 5]
     Path("runs/x").mkdir(parents=True)
     assert call(evaluate, "--run", "x", *flags, "--reference", "real.npz") == 0
     first = json.loads(Path("runs/x/metrics.json").read_text())
-    assert first["n_generated"] == 6 and first["n_real"] == 5 and {"fd", "sfd", "is", "precision", "recall"} <= first.keys() and "kid" not in first
+    assert first["n_generated"] == 10 and first["n_real"] == 5 and {"fd", "sfd", "is", "precision", "recall"} <= first.keys() and "kid" not in first
     assert call(evaluate, "--samples", "real.npz", "--features", "inception", "--inception-weights", "mine.pth", "--save-statistics", "stats.npz") == 0
     assert call(evaluate, "--run", "x", *flags, "--reference", "stats.npz", "--out", "again.json") == 0
     again = json.loads(Path("again.json").read_text())
@@ -221,6 +221,7 @@ def test_offline_score(scored, capsys):
     assert call(evaluate) == 0 and "already there" in capsys.readouterr().out
     assert call(sample, "--num", 20, "--steps", 3, "--amp", "off", "--overwrite") == 0
     assert call(evaluate) == 1 and "--overwrite" in capsys.readouterr().err
+    assert call(evaluate, "--metrics", "fd", "--overwrite") == 0 and call(evaluate) == 1 and "other options" in capsys.readouterr().err
     assert call(evaluate, "--overwrite") == 0
     Path("data/shapes/classifier.pt").write_bytes(b"damaged")
     assert call(evaluate, "--overwrite") == 0 and "training the classifier again" in capsys.readouterr().err
@@ -253,7 +254,9 @@ def test_sweep_is_resumable_and_draws(scored, capsys):
     assert [row["point"] for row in rows] == ["cfg=1.0", "cfg=2.0"] and all(row["n_generated"] == "6" for row in rows)
     assert call(evaluate, "--sweep", "cfg=1:3:1", "--num", 6) == 0 and len(list(csv.DictReader(open("runs/shapes/sweep.csv")))) == 3
     assert Image.open("runs/shapes/sweep.png").width == 840
-    assert call(evaluate, "--sweep", "cfg=1:2:1", "--num", 7) == 1 and "other N or features" in capsys.readouterr().err
+    assert call(evaluate, "--sweep", "cfg=1:2:1", "--num", 7) == 1 and "scores of other weights, N" in capsys.readouterr().err
+    assert call(train, "--resume", "--steps", 5) == 0 and call(evaluate, "--sweep", "cfg=1:2:1", "--num", 6) == 1 and "other weights" in capsys.readouterr().err
+    assert call(evaluate, "--sweep", "cfg=1/1.5", "--num", 6, "--overwrite") == 0 and len(list(csv.DictReader(open("runs/shapes/sweep.csv")))) == 2
 
 
 def test_sweep_grammar():
@@ -277,12 +280,13 @@ def bad_sides(there):
 
 @pytest.mark.parametrize("flags,words,code", [
     (["--samples", "mixed"], "must have one size", 1), (["--samples", "void"], "no images in void", 1), (["--samples", "float.npz"], "must be uint8", 1), (["--samples", "nothing.npz"], "neither images", 1),
-    (["--samples", "few.npz", "--reference", "small.npz"], "no data set at small.npz", 1), (["--samples", "pickled.npz"], "no readable npz", 1), (["--samples", "broken.npz"], "no readable npz", 1),
+    (["--samples", "few.npz", "--reference", "small.npz"], "is no packed data set", 1), (["--samples", "small.npz"], "statistics only", 1), (["--device", "gpu"], "give cuda or cpu", 2),
+    (["--metrics", "is"], "need --features inception", 2), (["--sweep", "cfg=1:2:1", "--metrics", "fd"], "must have both", 2), (["--samples", "mixed", "--save-statistics", "s.npz"], "pass --reference", 1), (["--samples", "pickled.npz"], "no readable npz", 1), (["--samples", "broken.npz"], "no readable npz", 1),
     (["--samples", "few.npz", "--reference", "data/shapes", "--metrics", "kid"], "KID draws subsets", 1), (["--samples", "nowhere"], "nothing at nowhere", 1), (["--metrics", "psnr"], "unknown", 2),
     (["--sweep", "speed=1"], "the keys are", 2), (["--run", "nope"], "make samples first", 1), (["--features", "inception", "--inception-weights", "gone.pth", "--samples", "few.npz", "--reference", "few.npz"], "gone.pth", 1)])
 def test_wrong_sides(work, capsys, flags, words, code):
     bad_sides(work)
-    reference = [] if "--reference" in flags or code == 2 else ["--reference", "data/shapes"]
+    reference = [] if "--reference" in flags or "--save-statistics" in flags or code == 2 else ["--reference", "data/shapes"]
     assert call(evaluate, *flags, *reference) == code
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error and len([line for line in error.strip().splitlines() if "error" in line]) == 1

@@ -122,11 +122,12 @@ def test_labels_grammar():
             sample.parse_labels(wrong, None, names, 3)
 
 
-def test_pictures_of_the_process(work):
+def test_pictures_of_the_process(work, capsys):
     assert call(train, *TINY_FLAGS, "--steps", 6, "--snapshots", 3, "--run", "p") == 0
-    assert call(sample, "--run", "p", "--steps", 12, "--trajectory") == 0 and call(sample, "--run", "p", "--steps", 2, "--evolution") == 0
+    assert call(sample, "--run", "p", "--steps", 12, "--trajectory", "--labels", "star,3") == 0 and call(sample, "--run", "p", "--steps", 2, "--evolution") == 0
     for name in ("trajectory", "evolution"):
         assert Image.open(f"runs/p/{name}.png").width > 100 and Image.open(f"runs/p/{name}.gif").n_frames > 2
+    assert call(sample, "--run", "p", "--evolution", "--ema", -1) == 1 and "averaged weights only" in capsys.readouterr().err
 
 
 def test_benchmark_speaks(run, capsys):
@@ -138,7 +139,7 @@ def test_benchmark_speaks(run, capsys):
 @pytest.mark.parametrize("flags,words,code", [
     (["--steps", -1], "above 0", 2), (["--interval", "0.5"], "two times", 2), (["--interval", "0.9,0.1"], "two times", 2), (["--solver", "rk4"], "choice", 2), (["--labels", "moon"], "is no class", 2),
     (["--ema", 3], "sets of weights", 1), (["--run", "nope"], "train one first", 1), (["--checkpoint", "x.pth"], "no checkpoint at x.pth", 1), (["--seed", -1], "from 0 on", 2),
-    (["--evolution"], "no snapshots", 1), (["--num", 0], "above 0", 2)])
+    (["--evolution"], "no snapshots", 1), (["--device", "gpu"], "give cuda or cpu", 2), (["--labels", "3x0"], "a count of 0", 2), (["--num", 0], "above 0", 2)])
 def test_wrong_requests(run, capsys, flags, words, code):
     assert call(sample, *(["--run", "r"] if "--run" not in flags else []), *flags) == code
     error = capsys.readouterr().err

@@ -274,6 +274,29 @@ def test_frozen_patch_embedding_does_not_move(work):
     assert moved and not any(k.startswith("x_embedder") for k in moved)
 
 
+def test_an_epoch_smaller_than_a_batch(work):
+    """Five epochs within one micro-batch: every image five times, in five orders."""
+    s, config, arrays = settings("--batch-size", 50, "--micro-batch", 50)
+    feed = train.Feed(arrays["train"][0][:10], arrays["train"][1][:10], s, torch.device("cpu"))
+    first = feed.indices(0, 0, 50)
+    assert (np.bincount(first) == 5).all() and len({tuple(part) for part in first.reshape(5, 10)}) == 5
+    assert (feed.indices(7, 0, 50) == train.Feed(arrays["train"][0][:10], arrays["train"][1][:10], s, torch.device("cpu")).indices(7, 0, 50)).all()
+
+
+def test_tensorboard_gets_numbers_only(work, monkeypatch):
+    log, seen = train.Log(work, 0), []
+    log.board = type("Board", (), {"add_scalar": lambda self, name, value, step: seen.append((name, value, step))})()
+    log.write({**dict.fromkeys(log.COLUMNS, 1.0), "step": 3, "held_out": ""})
+    assert len(seen) == len(log.COLUMNS) - 1 and {step for _, _, step in seen} == {3}
+
+
+def test_resume_on_a_data_set_packed_anew(there, capsys):
+    pack = ["--count", 100, "--workers", 1, "--name", "d"]
+    assert call(data, *pack, "--size", 16) == 0 and call(train, *TINY_FLAGS, "--data", "d", "--run", "r", "--steps", 2) == 0
+    assert call(data, *pack, "--size", 24, "--overwrite") == 0 and call(train, "--run", "r", "--resume", "--steps", 4) == 1
+    assert "another image size" in capsys.readouterr().err
+
+
 def test_held_out_images_are_of_all_classes(work, monkeypatch):
     s, config, arrays = settings("--steps", 1)
     images, labels = np.arange(600, dtype=np.uint8)[:, None, None, None].repeat(3, 3), np.arange(600) // 200          # sorted, as packed folders are
@@ -329,7 +352,7 @@ def test_preview_log_and_snapshots(work):
     (["--steps", -1], "give a number above 0", 2), (["--preset", "nope"], "unknown", 2), (["--experiment", "exp9"], "unknown", 2), (["--model", "JiT-Z"], "unknown", 2),
     (["--batch-size", 10, "--micro-batch", 4], "nearest: 8 or 12", 2), (["--patch-size", 5], "no multiple", 2), (["--ema", "fast"], "decays", 2), (["--label-drop", 1], "label-drop", 2),
     (["--lr", 0], "above 0", 2), (["--patch-embed", "nonlinear", "--bottleneck-dim", 0], "needs a bottleneck", 2), (["--pred", "y"], "choice", 2), (["--steps", "many"], "invalid int", 2),
-    (["--data", "nope"], "no data set at data/nope", 1), (["--resume"], "there is no", 1), (["--device", "cuda"], "no CUDA", 2), (["--nonsense"], "unrecognized", 2)])
+    (["--data", "nope"], "no data set at data/nope", 1), (["--resume"], "there is no", 1), (["--device", "cuda"], "no CUDA", 2), (["--device", "gpu"], "give cuda or cpu", 2), (["--nonsense"], "unrecognized", 2)])
 def test_wrong_requests(work, capsys, flags, words, code):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a GPU")
