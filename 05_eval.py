@@ -556,7 +556,10 @@ def merge(parts):
 
 
 def reference(side, net, name, digest, device, batch_size):
-    """describe() for the real side, cached beside a packed data set under features, their weights, split and the data's hash."""
+    """describe() for the real side; where a file brings its own mu and sigma (as ADM's do), these are used.
+
+    Cached beside a packed data set under features, their weights, split and the data's hash.
+    """
     if side.array is None and side.statistics:
         return {**side.statistics, "n": side.count}
     cache = None
