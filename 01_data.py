@@ -54,7 +54,7 @@ def parse_args(argv=None):
     add("--name", help="the data set's name (default: the source)")
     add("--out", type=Path, default=Path("data"), help="folder of data sets (default: data)")
     add("--workers", type=int, default=os.cpu_count(), help="processes that draw or decode (default: all cores)")
-    add("--overwrite", action="store_true", help="replace a data set of this name made with other settings")
+    add("--overwrite", action="store_true", help="replace a data set of this name")
     add("--benchmark", action="store_true", help="compare packed reading with decoding, on a packed folder")
     parser.error = lambda message: sys.exit(fail(f"{message} (see --help)", 2))
     args = parser.parse_args(argv)
@@ -70,6 +70,7 @@ def parse_args(argv=None):
               (0 < args.fraction <= 1, f"--fraction {args.fraction}: give a number above 0, at most 1"),
               (0 < args.val_fraction < 1, f"--val-fraction {args.val_fraction}: give a number between 0 and 1"),
               (args.workers >= 1, f"--workers {args.workers}: give at least 1"),
+              (args.source != "shapes" or not args.root or args.benchmark, "--root is for --source folder, cifar10 or imagenette; shapes are drawn"),
               (args.seed >= 0, f"--seed {args.seed}: give a number from 0 on"),
               (args.source != "folder" or args.root or args.benchmark, "--source folder needs --root, the folder of images"),
               (args.name == Path(args.name).name, f"--name {args.name}: a plain name, no path")]
@@ -518,7 +519,7 @@ def main(args):
             return fail(f"--root {args.root} {'holds no images' if args.root.is_dir() else 'is no folder'}", 2)
         if folder.exists() and not args.overwrite:
             if open_data(folder)[0]["settings"] == settings:
-                return print(f"{folder} is already there, made with these settings; nothing to do")
+                return print(f"{folder} is already there, made with these settings; nothing to do (--overwrite packs it again)")
             return fail(f"{folder} holds another data set; choose --name, or pass --overwrite to replace it")
         build(args, folder, settings)
     except (ValueError, OSError) as error:

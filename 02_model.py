@@ -22,6 +22,7 @@ import argparse
 import ctypes
 import math
 import os
+import signal
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -46,6 +47,7 @@ def fail(message, code=1):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C while torch is imported: no traceback
     ARGS = parse_args()
 
 import torch
@@ -578,7 +580,7 @@ def read_checkpoint(path):
         with torch.serialization.safe_globals([argparse.Namespace]):        # the official files' only foreign class
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
-        raise ValueError(f"no checkpoint at {path}: train one first (python 03_train.py)") from None
+        raise ValueError(f"no checkpoint at {path}: train one first (python 03_train.py), or is the name another?") from None
     except Exception as error:                            # a pickle of foreign code, a truncated or a foreign file
         raise ValueError(f"{path} is no readable checkpoint ({str(error).strip().splitlines()[0][:120]})") from None
     if not isinstance(state, dict) or not ({"config", "ema"} <= state.keys() or {"model_ema1", "args"} <= state.keys()):

@@ -174,6 +174,7 @@ def resolve(given):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C while torch is imported: no traceback
     GIVEN = parse_args()
 
 import numpy as np
@@ -570,9 +571,15 @@ def agree(stop, device):
 class Keeper:
     """What the first process writes down between steps: log, preview, snapshots, checkpoint."""
 
-    def __init__(self, trainer, folder, shown):
+    def __init__(self, trainer, folder, shown, first):
         self.trainer, self.folder, self.shown, s = trainer, folder, shown, trainer.s
-        self.log, self.flops = Log(folder, trainer.step), 6 * model.count_macs(trainer.config)     # 2 a multiply-add, forward and twice that backward
+        for name in ("snapshots", "preview"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        if first == 0:
+            for old in (folder / "checkpoint.pt", folder / "log.csv", *folder.glob("snapshots/*"), *folder.glob("preview/*")):
+                old.unlink(missing_ok=True)
+        data.write_json(folder / "config.json", {"settings": s, "config": asdict(trainer.config)})
+        self.log, self.flops = Log(folder, first), 6 * model.count_macs(trainer.config)     # 2 a multiply-add, forward and twice that backward
         self.rate = model.matmul_rate(trainer.device, PRECISION[s["amp"]], quick=True)
         self.marks = {round(s["steps"] * (k + 1) / s["snapshots"]) for k in range(s["snapshots"])}
         self.saved_at = time.perf_counter()
@@ -606,7 +613,7 @@ def train(trainer, arrays, folder, rank):
     shown = np.array(shown[0][some]), check_labels(shown[1], trainer.config, s["data"])[some]
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stop.append(number))
-    keeper = Keeper(trainer, folder, shown) if rank == 0 else None
+    keeper, first = None, trainer.step
     slots = range(rank, s["batch-size"] // s["micro-batch"], trainer.world)
     loader = Feed(images, labels, s, trainer.device).run(((step, slot) for step in range(trainer.step, s["steps"]) for slot in slots), s["micro-batch"])
     bar = tqdm(total=s["steps"], initial=trainer.step, desc=folder.name, unit=" steps", disable=None if rank == 0 else True)
@@ -614,6 +621,8 @@ def train(trainer, arrays, folder, rank):
     while trainer.step < s["steps"]:
         trainer.train_step((slot, *next(loader)) for slot in slots)
         bar.update()
+        if rank == 0 and keeper is None:                  # only now, when a step has succeeded, is an old run replaced
+            keeper = Keeper(trainer, folder, shown, first)
         if trainer.bad >= s["max-skipped"]:
             kept = f"; the last good checkpoint is {folder / 'checkpoint.pt'}" if (folder / "checkpoint.pt").exists() else ""
             raise ValueError(f"{trainer.bad} steps in a row had a non-finite gradient, the last is step {trainer.step}: lower --lr or use --amp bf16{kept}")
@@ -679,13 +688,11 @@ def start(given, device, rank, world):
         raise ValueError(f"--resume: data set {s['data']} has other classes or another image size than when this run was started")
     if state:
         trainer.load(state)
-    elif rank == 0:
-        for name in ("snapshots", "preview"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        for old in (folder / "checkpoint.pt", folder / "log.csv", *folder.glob("snapshots/*"), *folder.glob("preview/*")):
-            old.unlink(missing_ok=True)
+        if trainer.step > s["steps"]:
+            raise UsageError(f"--resume: the run is at step {trainer.step} already: pass --steps above it")
+        if trainer.step == s["steps"]:
+            return finished(folder, trainer.step) if rank == 0 else 0
     if rank == 0:
-        data.write_json(folder / "config.json", {"given": given, "settings": s, "config": asdict(trainer.config)})
         print(f"{folder}: {s['model']} with {model.count_parameters(trainer.net):,} parameters on {meta['counts']['train']} images; step "
               f"{trainer.step} to {s['steps']}, batch {s['batch-size']}, lr {s['lr']:.2g}, {s['amp']}, {device}; all settings in config.json")
     code = train(trainer, arrays, folder, rank)
@@ -700,12 +707,23 @@ def taken(folder, given):
     state = model.read_checkpoint(folder / "checkpoint.pt") if (folder / "checkpoint.pt").exists() else None
     if not state:
         return fail(f"{folder} holds a run that never saved a checkpoint: pass --overwrite to start it again, or --run NAME")
-    step, steps = state["info"]["step"], state["settings"]["steps"]
+    step, steps, wanted = state["info"]["step"], state["settings"]["steps"], resolve(given)
     if step < steps:
         return fail(f"{folder} holds an unfinished run (step {step} of {steps}): pass --resume to go on, --overwrite to start again, or --run NAME")
-    if all(state["settings"].get(k) == v for k, v in given.items()):
-        return print(f"{folder} is finished (step {step}); nothing to do. Train longer with --resume --steps N, anew with --overwrite") or 0
-    return fail(f"{folder} holds a finished run with other settings: pass --run NAME for a new one, or --overwrite")
+    other = [k for k in wanted if wanted[k] is not AUTO and k not in {*FREE, "sampling"} and wanted[k] != state["settings"].get(k)]
+    if other:
+        return fail(f"{folder} holds a finished run with other settings (--{other[0]} {state['settings'].get(other[0])}, now {wanted[other[0]]}): "
+                    "pass --run NAME for a new one, or --overwrite")
+    if wanted["steps"] is not AUTO and wanted["steps"] != step:
+        return fail(f"{folder} holds a finished run of {step} steps, now {wanted['steps']}: pass --resume --steps {wanted['steps']} to train longer, "
+                    "--overwrite to start again, or --run NAME")
+    return finished(folder, step)
+
+
+def finished(folder, step):
+    """Say that there is nothing to do.  Returns the exit code."""
+    print(f"{folder} is finished (step {step}); nothing to do. Train longer with --resume --steps N, anew with --overwrite")
+    return 0
 
 
 def main(given):

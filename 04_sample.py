@@ -18,6 +18,7 @@ paper's FID is measured with the clamp, and is better with it, so it is the defa
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 import zlib
@@ -48,7 +49,7 @@ def parse_args(argv=None):
     add("--steps", type=int, metavar="N", help="(default: 50)")
     add("--cfg", type=float, metavar="W", help="guidance, 1 = off (default: 1)")
     add("--interval", metavar="LOW,HIGH", help="times at which guidance acts (default: 0,1; the paper: 0.1,1)")
-    add("--t-eps", type=float, metavar="X", help="clamp of 1-t, see above (default: 0.05)")
+    add("--t-eps", type=float, metavar="X", help="clamp of 1-t, see the head of this file (default: 0.05)")
     add("--shift", type=float, metavar="A", help="warp of the time grid, t/(t + A(1-t)) (default: 1)")
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, metavar="DIR", help="folder of images (default: samples, in the run's folder)")
@@ -90,6 +91,7 @@ def fail(message, code=1):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C while torch is imported: no traceback
     ARGS = parse_args()
 
 import numpy as np
@@ -277,10 +279,10 @@ def prepare(out, record, overwrite):
         if not overwrite:
             raise ValueError(f"{out} holds samples made with other settings ({changed[0]}: {str(old.get(changed[0]))[:40]}, now "
                              f"{str(record[changed[0]])[:40]}): pass --overwrite to replace them, or --out")
-    if not old and any(out.glob("*.png")) and not overwrite:
-        raise ValueError(f"{out} holds images that this script did not write: choose another --out, or pass --overwrite")
+    if not old and out.exists() and (out.is_file() or any(not file.name.startswith(".") for file in out.iterdir())):
+        raise ValueError(f"{out} holds files that this script did not write: choose another --out")
     if overwrite:
-        for file in [*out.glob("[0-9]*.png"), out / "samples.npz"]:
+        for file in [*out.glob("[0-9]" * 6 + ".png"), out / "samples.npz"]:
             file.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda part: part.write_text(json.dumps(record)))
@@ -450,6 +452,7 @@ def run(args, device, rank, world):
 def main(args):
     """Set up the device and the processes, and turn expected errors into one line and an exit code."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     model.keep_freed_memory()
     try:
         device = model.pick_device(args.device)

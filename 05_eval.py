@@ -20,6 +20,7 @@ import csv
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -44,7 +45,7 @@ def parse_args(argv=None):
     add("--reference", metavar="SIDE", help="real images or their statistics (default: the run's data set, training images)")
     add("--metrics", default="all", help=f"some of {','.join(METRICS)}: Fréchet distance, kernel distance, precision and recall, "
         "Inception score, spatial Fréchet distance (default: all that apply)")
-    add("--features", choices=("classifier", "inception"), default="classifier", help="see above (default: classifier)")
+    add("--features", choices=("classifier", "inception"), default="classifier", help="see the head of this file (default: classifier)")
     add("--inception-weights", type=Path, metavar="FILE", help="the weights file, where it cannot be downloaded")
     add = parser.add_argument_group("sweep").add_argument
     add("--sweep", metavar="SPEC", help="sample and score each of cfg=1:4:0.5,ema=0/1: ranges LOW:HIGH:STEP, lists A/B; keys cfg ema steps t-eps")
@@ -104,6 +105,7 @@ def fail(message, code=1):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C while torch is imported: no traceback
     ARGS = parse_args()
 
 import numpy as np
@@ -156,9 +158,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def inception_score(logits, splits=10):
-    """exp(E KL(p(y|x) || p(y))), mean and std over ten parts of a fixed shuffle.           (Salimans et al. 2016, section 4)
+    """exp(E KL(p(y|x) || p(y))), mean and std over ten parts of a shuffle.                (Salimans et al. 2016, section 4)
 
-    logits: (N,classes), without the bias of the last layer (as TF and torch-fidelity have it).
+    The shuffle is np.random.RandomState(2020).permutation(N).  logits: (N,classes), without the bias of the last layer;
+    both as torch-fidelity has it.
     """
     logits = torch.as_tensor(logits).double()[np.random.RandomState(2020).permutation(len(logits))]
     scores, n = [], len(logits)
@@ -614,6 +617,11 @@ def score(samples, place, args, device):
         if not Path(place).is_dir():
             raise ValueError(f"{place} is no packed data set, and the classifier is trained on one: --features inception takes any reference")
         net, right, digest = load_classifier(place, device)
+        meta = data.open_data(place)[0]
+        if samples.record.get("size", meta["size"]) != meta["size"]:
+            raise ValueError(f"{samples.place} has images of {samples.record['size']} pixels, {place} of {meta['size']}: is it the right --reference?")
+        if samples.record.get("classes", meta["classes"]) != meta["classes"]:
+            samples.labels = None                         # labels of other classes say nothing to this classifier
         name = "FD (classifier features)"
     net = net.to(device)
     real = reference(Side(place), net, args.features, digest, device, args.batch_size)
@@ -758,7 +766,9 @@ def run(args, device):
         found = describe(samples, net.to(device), device, args.batch_size, "images")
         write_npz(args.save_statistics, {k: found[k] for k in ("mu", "sigma", "mu_s", "sigma_s", "n") if k in found})
         return print(f"{args.save_statistics}: mu and sigma of {found['n']} images")
-    place = data_of(args, samples)
+    place, checkpoint, made = data_of(args, samples), folder / "checkpoint.pt", folder / "samples" / "samples.json"
+    if not args.samples and checkpoint.exists() and made.exists() and checkpoint.stat().st_mtime > made.stat().st_mtime:
+        print(f"warning: {checkpoint} is newer than the samples: run 04_sample.py again to score it", file=sys.stderr)
     if len(args.metrics) == 1 and args.metrics[0] == "kid" and samples.count < 1000:
         raise ValueError(f"KID draws subsets of 1000 images, {samples.place} has {samples.count}: make more samples")
     out = args.out or folder / "metrics.json"
@@ -779,6 +789,7 @@ def run(args, device):
 
 def main(args):
     """Set up the device and the processes, and turn expected errors into one line and an exit code."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     model.keep_freed_memory()
     try:
         device = model.pick_device(args.device)

@@ -23,7 +23,7 @@ EXERCISES = [  # file, function, minutes, what to do
     ("04_sample.py", "euler_step", 10, "one step along the slope"),
     ("04_sample.py", "heun_step", 20, "the mean of the slopes at both ends; the last step is Euler's"),
     ("05_eval.py", "frechet_distance", 45, "between two Gaussians; mind covariances that are singular"),
-    ("05_eval.py", "inception_score", 30, "exp of the mean KL from p(y|x) to p(y), over ten parts of the fixed shuffle"),
+    ("05_eval.py", "inception_score", 30, "exp of the mean KL from p(y given x) to p(y), over ten parts of the shuffle RandomState(2020).permutation(N)"),
 ]
 
 
@@ -51,6 +51,7 @@ def make(out, solved=()):
         raise ValueError(f"{out} exists: give a new folder")
     shutil.copytree(ROOT, out, ignore=shutil.ignore_patterns(".*", "__pycache__", "data", "runs", Path(__file__).name, "test_assignment.py"))
     shutil.copytree(ROOT / ".github", out / ".github")
+    shutil.copy(ROOT / ".gitignore", out)
     for number, (file, name, minutes, task) in enumerate(EXERCISES, 1):
         if name not in solved:
             text = (out / file).read_text()

@@ -301,7 +301,7 @@ def test_no_space_is_said_before_the_start(there, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [["--size", 3], ["--fraction", 0], ["--count", 5], ["--source", "mnist"], ["--source", "folder"], ["--val-fraction", 1], ["--workers", 0],
-                                   ["--seed", -1], ["--name", "a/b"], ["--source", "cifar10", "--size", 64], ["--source", "folder", "--root", "x", "--count", 200], ["--val-fraction", 0.2], ["--sise", 3]])
+                                   ["--seed", -1], ["--name", "a/b"], ["--source", "cifar10", "--size", 64], ["--source", "folder", "--root", "x", "--count", 200], ["--val-fraction", 0.2], ["--root", "photos"], ["--sise", 3]])
 def test_wrong_flags(there, capsys, flags):
     assert call(data, *flags) == 2
     error = capsys.readouterr().err

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from conftest import ROOT, TINY_FLAGS, call, evaluate, images_of, sample, train
+from conftest import ROOT, TINY_FLAGS, call, data, evaluate, images_of, sample, train
 
 
 def features(n, d, seed=0, shift=0.0):
@@ -221,6 +221,10 @@ def test_offline_score(scored, capsys):
     assert call(evaluate) == 0 and "already there" in capsys.readouterr().out
     assert call(sample, "--num", 20, "--steps", 3, "--amp", "off", "--overwrite") == 0
     assert call(evaluate) == 1 and "--overwrite" in capsys.readouterr().err
+    Path("runs/shapes/checkpoint.pt").touch()
+    assert call(evaluate, "--overwrite") == 0 and "is newer than the samples" in capsys.readouterr().err
+    assert call(data, "--size", 24, "--count", 100, "--workers", 1, "--out", "other", "--name", "d") == 0
+    assert call(evaluate, "--reference", "other/d", "--out", "x.json") == 1 and "is it the right --reference" in capsys.readouterr().err
     assert call(evaluate, "--metrics", "fd", "--overwrite") == 0 and call(evaluate) == 1 and "other options" in capsys.readouterr().err
     assert call(evaluate, "--overwrite") == 0
     Path("data/shapes/classifier.pt").write_bytes(b"damaged")

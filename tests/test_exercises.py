@@ -136,7 +136,11 @@ def test_exercise_11_frechet_distance():
     wanted = np.trace(a + b) - 2 * np.sqrt(np.linalg.eigvals(a @ b)).sum()
     same(evaluate.frechet_distance(np.zeros(2), a, np.zeros(2), b), wanted, "frechet_distance: tr(A + B) - 2 tr((A B)^1/2), also where A and B do not commute")
     thin = np.outer([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
-    same(evaluate.frechet_distance(zero, thin, zero + 1, thin), 3.0, "frechet_distance of singular covariances: clamp the tiny negative eigenvalues at 0")
+    try:
+        found = evaluate.frechet_distance(zero, thin, zero + 1, thin)
+    except (np.linalg.LinAlgError, RuntimeError):         # roots of negative numbers on the way
+        found = np.nan
+    same(found, 3.0, "frechet_distance of singular covariances: clamp the tiny negative eigenvalues at 0")
 
 
 def test_exercise_12_inception_score():
@@ -148,4 +152,4 @@ def test_exercise_12_inception_score():
     for part in shuffled.reshape(10, 4, 3):
         p = np.exp(part) / np.exp(part).sum(1, keepdims=True)
         scores.append(np.exp((p * np.log(p / p.mean(0))).sum(1).mean()))
-    same(evaluate.inception_score(logits), [np.mean(scores), np.std(scores)], "inception_score: each of ten parts of the fixed shuffle has its own p(y); mean and std over the parts")
+    same(evaluate.inception_score(logits), [np.mean(scores), np.std(scores)], "inception_score: each of ten parts of the shuffle RandomState(2020).permutation(N) has its own p(y); mean and std over the parts")

@@ -301,7 +301,7 @@ def test_held_out_images_are_of_all_classes(work, monkeypatch):
     s, config, arrays = settings("--steps", 1)
     images, labels = np.arange(600, dtype=np.uint8)[:, None, None, None].repeat(3, 3), np.arange(600) // 200          # sorted, as packed folders are
     seen = []
-    monkeypatch.setattr(train, "Keeper", lambda trainer, folder, shown: seen.append(shown) or 1 / 0)
+    monkeypatch.setattr(train, "Keeper", lambda trainer, folder, shown, first: seen.append(shown) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.train(train.Trainer(s, config, torch.device("cpu"), 1), {"train": arrays["train"], "val": (images, labels)}, Path("."), 0)
     assert np.bincount(seen[0][1]).min() > 60 and len(seen[0][0]) == 256
@@ -344,8 +344,23 @@ def test_preview_log_and_snapshots(work):
     rows = list(csv.DictReader(open("runs/shapes/log.csv")))
     assert [row["images"] for row in rows] == ["16", "32", "48", "64"] and list(rows[0]) == train.Log.COLUMNS
     assert call(train, *TINY_FLAGS, "--steps", 8, "--preview-every", 4, "--snapshots", 2, "--log-every", 2) == 0          # finished: nothing to do
-    assert call(train, *TINY_FLAGS, "--steps", 8, "--seed", 3) == 1
     assert call(train, *TINY_FLAGS, "--steps", 8, "--preview-every", 4, "--snapshots", 2, "--overwrite") == 0
+
+
+def test_what_a_finished_run_answers(work, capsys, monkeypatch):
+    assert call(train, *TINY_FLAGS, "--steps", 8) == 0
+    capsys.readouterr()
+    for flags, words, code in [([], "pass --resume --steps 4400", 1), ([*TINY_FLAGS, "--steps", 9], "pass --resume --steps 9", 1), (["--steps", 8, "--seed", 3], "other settings (--", 1),
+                               ([*TINY_FLAGS, "--steps", 8, "--seed", 3], "(--seed 0, now 3)", 1), (["--resume", "--steps", 7], "at step 8 already", 2)]:
+        assert call(train, *flags) == code
+        error = capsys.readouterr().err
+        assert words in error and len(error.strip().splitlines()) == 1, error
+    before = Path("runs/shapes/config.json").read_bytes()
+    assert call(train, "--resume") == 0 and "nothing to do" in capsys.readouterr().out and Path("runs/shapes/config.json").read_bytes() == before
+    monkeypatch.setattr(train.Trainer, "train_step", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):                             # a new run that fails before its first step leaves the old one
+        call(train, *TINY_FLAGS, "--steps", 8, "--seed", 3, "--overwrite")
+    assert model.read_checkpoint("runs/shapes/checkpoint.pt")["info"]["step"] == 8 and Path("runs/shapes/config.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("flags,words,code", [
