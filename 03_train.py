@@ -710,7 +710,8 @@ def taken(folder, given):
     step, steps, wanted = state["info"]["step"], state["settings"]["steps"], resolve(given)
     if step < steps:
         return fail(f"{folder} holds an unfinished run (step {step} of {steps}): pass --resume to go on, --overwrite to start again, or --run NAME")
-    other = [k for k in wanted if wanted[k] is not AUTO and k not in {*FREE, "sampling"} and wanted[k] != state["settings"].get(k)]
+    unset = {k for k in ("lr", "warmup", "amp") if wanted[k] is AUTO}                   # worked out when the run was started
+    other = [k for k in wanted if k not in {*FREE, *unset, "sampling"} and wanted[k] != state["settings"].get(k)]
     if other:
         return fail(f"{folder} holds a finished run with other settings (--{other[0]} {state['settings'].get(other[0])}, now {wanted[other[0]]}): "
                     "pass --run NAME for a new one, or --overwrite")

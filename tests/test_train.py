@@ -350,7 +350,7 @@ def test_preview_log_and_snapshots(work):
 def test_what_a_finished_run_answers(work, capsys, monkeypatch):
     assert call(train, *TINY_FLAGS, "--steps", 8) == 0
     capsys.readouterr()
-    for flags, words, code in [([], "pass --resume --steps 4400", 1), ([*TINY_FLAGS, "--steps", 9], "pass --resume --steps 9", 1), (["--steps", 8, "--seed", 3], "other settings (--", 1),
+    for flags, words, code in [([], "(--model JiT-T/8, now JiT-T/16)", 1), (["--steps", 8, *[f for f in TINY_FLAGS if f not in ("--depth", "3")]], "(--depth 3, now None)", 1), ([*TINY_FLAGS, "--steps", 9], "pass --resume --steps 9", 1), (["--steps", 8, "--seed", 3], "other settings (--", 1),
                                ([*TINY_FLAGS, "--steps", 8, "--seed", 3], "(--seed 0, now 3)", 1), (["--resume", "--steps", 7], "at step 8 already", 2)]:
         assert call(train, *flags) == code
         error = capsys.readouterr().err
