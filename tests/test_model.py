@@ -323,3 +323,11 @@ def test_damaged_checkpoints_are_named(tmp_path, tiny_official):
             model.load_network(tmp_path / "bad.pth")
     with pytest.raises(ValueError, match="--ema"):
         model.load_network(path, ema=5)
+
+
+def test_an_auxiliary_head_sees_image_tokens_only():
+    net, seen = randomised(model.JiTConfig(**TINY, aux="time")), {}
+    for name in ("aux_head", "final_layer"):
+        getattr(net, name).register_forward_pre_hook(lambda module, inputs, name=name: seen.update({name: inputs[0]}))
+    net(torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 1]), with_aux=True)
+    assert seen["aux_head"].shape == (2, 16, 32) and torch.equal(seen["aux_head"], seen["final_layer"])

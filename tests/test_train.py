@@ -129,6 +129,16 @@ def test_resume_is_bitwise_after_kill_9(work):
     assert [int(row["step"]) for row in rows] == list(range(1, 21))
 
 
+def test_the_log_goes_on_within_a_window(work):
+    """A checkpoint between two lines of the log carries the sums since the last one."""
+    s, config, arrays = settings("--steps", 20, "--aux", "time")
+    first, second = (train.Trainer(s, config, torch.device("cpu"), 1) for _ in range(2))
+    run_steps(first, arrays, 3, 8)
+    second.load(first.state())
+    a, b = train.log_row(first, 1.0), train.log_row(second, 1.0)
+    assert a["loss"] == b["loss"] > 0 and a["aux"] == b["aux"] > 0 and a["grad_norm"] == b["grad_norm"] > 0
+
+
 def test_sigterm_leaves_a_checkpoint(work):
     child = subprocess.Popen([sys.executable, ROOT / "03_train.py", *TINY_FLAGS, "--steps", "100000", "--log-every", "1"], cwd=work,
                              env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
