@@ -117,8 +117,8 @@ def _size(image, patch, hidden, depth, heads, bottleneck=128, start=4, dropout=0
 
 
 MODELS = {  # name      image patch hidden depth heads bottleneck start dropout classes context   (JiT Table 9; T and S are ours)
-    "JiT-T/8":   _size(32,   8,  192,   6, 12,  48, 2, 0.0, 10, 4),       # small images, a CPU
-    "JiT-T/16":  _size(64,   16, 192,   6, 12,  64, 2, 0.0, 10, 4),
+    "JiT-T/8":   _size(32,   8,  192,   6,  3,  48, 2, 0.0, 10, 4),       # small images, a CPU
+    "JiT-T/16":  _size(64,   16, 192,   6,  3,  64, 2, 0.0, 10, 4),
     "JiT-S/4":   _size(32,   4,  384,  12,  6,  48, 4, 0.0, 10, 8),       # CIFAR-10 on one GPU
     "JiT-S/16":  _size(256,  16, 384,  12,  6, 128, 4),
     "JiT-B/4":   _size(64,   4,  768,  12, 12, 128, 4),                   # the paper's ImageNet-64 (JiT Table 2b)
