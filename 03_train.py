@@ -82,8 +82,8 @@ FREE = {"run", "resume", "overwrite", "steps", "epochs", "micro-batch", "compile
 
 IMAGENET = {"data": "imagenet", "model": "JiT-B/16", "preview-every": 5000, "sampling": {"cfg": 2.9, "interval": [0.1, 1.0]}}
 PRESETS = {
-    "shapes": {"data": "shapes", "model": "JiT-T/16", "batch-size": 32, "steps": 4400, "lr": 1e-2, "schedule": "cosine", "ema": "0.998",
-               "noise-scale": 2.0, "p-mean": -0.9, "p-std": 1.0, "sampling": {"solver": "ddpm", "cfg": 1.5, "steps": 25}},
+    "shapes": {"data": "shapes", "model": "JiT-T/16", "batch-size": 32, "steps": 4600, "lr": 7e-3, "schedule": "cosine", "ema": "0.998",
+               "noise-scale": 2.0, "p-mean": -0.9, "p-std": 1.0, "sampling": {"solver": "ddpm", "cfg": 1.5, "steps": 25, "shift": 3.0}},
     "cifar10": {"data": "cifar10", "model": "JiT-S/4", "batch-size": 256, "epochs": 200, "lr": 4e-4, "ema": "0.9999,0.999",
                 "sampling": {"cfg": 2.0, "interval": [0.1, 1.0]}},
     "cifar10-cpu": {"data": "cifar10", "model": "JiT-T/8", "batch-size": 32, "steps": 1000, "lr": 3e-3, "schedule": "cosine", "ema": "0.998",
