@@ -50,7 +50,7 @@ def parse_args(argv=None):
     add("--cfg", type=float, metavar="W", help="guidance, 1 = off (default: 1)")
     add("--interval", metavar="LOW,HIGH", help="times at which guidance acts (default: 0,1; the paper: 0.1,1)")
     add("--t-eps", type=float, metavar="X", help="clamp of 1-t, see the head of this file (default: 0.05)")
-    add("--shift", type=float, metavar="A", help="warp of the time grid, t/(t + A(1-t)) (default: 1)")
+    add("--shift", type=float, metavar="A", help="t -> t/(t + A(1-t)): above 1, more of the steps near the noise (default: 1)")
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, metavar="DIR", help="folder of images (default: samples, in the run's folder)")
     add("--npz", action="store_true", help="also pack samples.npz (arr_0 uint8 NHWC, arr_1 labels), as ADM's evaluator reads it")
@@ -445,7 +445,8 @@ def run(args, device, rank, world):
         if args.npz:
             images = np.stack([np.array(Image.open(out / f"{i:06d}.png")) for i in range(len(labels))])
             write_whole(out / "samples.npz", lambda part: np.savez(part.open("wb"), arr_0=images, arr_1=np.array(labels)))
-        print(f"{out}: {len(labels)} images ({made if world == 1 else 'all'} new), {s['solver']} {s['steps']} steps, w {s['cfg']}, seed {s['seed']}; look at {grid}")
+        print(f"{out}: {len(labels)} images ({made if world == 1 else 'all'} new), "
+              f"{s['solver']} {s['steps']} steps, shift {s['shift']:g}, w {s['cfg']}, seed {s['seed']}; look at {grid}")
     return 0
 
 
