@@ -7,7 +7,7 @@ Reads a source:   shapes          ten named shapes, drawn here; a function of (s
                                   (a part is held out), or a heap of images without classes
                   cifar10, imagenette-160, imagenette-320     downloaded, checked by their checksum
 Writes data/<name>/:   train_images.npy (N,H,W,3) uint8, train_labels.npy (N,) int64, val_*.npy, meta.json, preview.png
-Run it:   python 01_data.py          about 10 seconds on two cores; look at data/shapes/preview.png
+Run it:   python 01_data.py          about 5 seconds on two cores; look at data/shapes/preview.png
           python 01_data.py --source folder --root PHOTOS --size 256 --name photos
 
 Files appear whole: everything is written to data/<name>.partial, which is renamed at the end.  Killed half way, the same

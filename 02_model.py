@@ -132,7 +132,7 @@ MODELS = {  # name      image patch hidden depth heads bottleneck start dropout 
     "JiT-G/16":  _size(256,  16, 1664, 40, 16, 256, 10, 0.2),
 }
 PAPER_GMAC = {"JiT-B/16": 25, "JiT-B/32": 26, "JiT-B/64": 30, "JiT-L/16": 88, "JiT-L/32": 89, "JiT-H/16": 182,
-              "JiT-H/32": 183, "JiT-G/16": 383}           # the paper's "Gflops" are multiply-adds
+              "JiT-H/32": 183, "JiT-G/16": 383}           # the paper's "Gflops" are multiply-adds; B/64's 30 leaves out the bottleneck
 
 
 # ---------------------------------------------------------------------------------------------------------------------

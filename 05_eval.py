@@ -7,7 +7,7 @@ a classifier.  Two sets of features, one arithmetic:
                           classifier sees the requested class in a generated image, and how often it is right on real ones.
   --features inception    Inception-v3 of the original FID, its weights downloaded with their hash checked, or given.
 Reads runs/<name>/samples/ and data/<name>/.   Writes runs/<name>/metrics.json; statistics are cached beside the data.
-Run it:   python 05_eval.py                                  45 s on two CPU cores, the classifier's training included
+Run it:   python 05_eval.py                                  40 s on two CPU cores, the classifier's training included
           python 05_eval.py --samples my_pngs --reference VIRTUAL_imagenet256_labeled.npz --features inception
           python 05_eval.py --sweep cfg=1:4:0.5 --num 1000          samples and scores over guidance, a table and a picture
 
