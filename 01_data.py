@@ -517,6 +517,8 @@ def main(args):
             return benchmark(args, folder)
         if args.source == "folder" and not (args.root.is_dir() and any(list_images(args.root))):
             return fail(f"--root {args.root} {'holds no images' if args.root.is_dir() else 'is no folder'}", 2)
+        if folder.exists() and not (folder / "meta.json").exists():
+            return fail(f"{folder} exists and is no packed data set: nothing is touched; choose another --name or --out")
         if folder.exists() and not args.overwrite:
             if open_data(folder)[0]["settings"] == settings:
                 return print(f"{folder} is already there, made with these settings; nothing to do (--overwrite packs it again)")

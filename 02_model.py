@@ -666,9 +666,14 @@ def pick_device(name=None):
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this torch sees no CUDA GPU")
     try:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name}: give cuda or cpu") from None
+        device = None
+    if device is None or device.type not in ("cuda", "cpu"):
+        raise ValueError(f"--device {name}: give cuda or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: GPU {device.index} is asked for, this machine has {torch.cuda.device_count()}: start fewer processes")
+    return device
 
 
 def matmul_rate(device, dtype, quick=False):
@@ -681,7 +686,7 @@ def matmul_rate(device, dtype, quick=False):
         start = perf_counter()
         a @ b
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         times.append(perf_counter() - start)
     return 2 * size**3 / sorted(times[2:])[2]
 

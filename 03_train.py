@@ -13,8 +13,8 @@ One step, in the letters of 02_model.py (t = 0 noise, t = 1 data; JiT Algorithm 
     x_pred = net(z, t, y)                                                      one in ten labels replaced by "no class"
     loss = || v_pred - v ||^2  with  v = (x - z) / max(1-t, 0.05)              the same clamp for prediction and target
 Chance is a function of (seed, step, slot): a slot is one micro-batch within the global batch, whoever computes it.  So
-a resumed run repeats bit for bit what an undisturbed one does and, at the same --micro-batch, two processes train the
-same model as one.
+a resumed run repeats what an undisturbed one does (bit for bit on a CPU; a GPU's sums vary in the last digits) and, at
+the same --micro-batch, two processes train the same model as one.
 """
 import argparse
 import csv
@@ -28,8 +28,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, fields
+from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,6 +81,7 @@ TABLE = {name: row for group in SETTINGS.values() for name, row in group.items()
 # may differ when a run is resumed; another micro-batch draws other noise, from the same distribution
 FREE = {"run", "resume", "overwrite", "steps", "epochs", "micro-batch", "compile", "device", "log-every", "preview-every", "save-every",
         "save-minutes", "snapshots", "max-skipped", "checkpointing", "benchmark"}
+AMENDABLE = FREE | {"lr", "amp"}                          # the way out when steps are not finite: chance would repeat them
 
 IMAGENET = {"data": "imagenet", "model": "JiT-B/16", "preview-every": 5000, "sampling": {"cfg": 2.9, "interval": [0.1, 1.0]}}
 PRESETS = {
@@ -135,9 +138,10 @@ def parse_args(argv=None):
 
 
 def fail(message, code=1):
-    """Print one line on stderr (the first process only) and return the exit code: 1 failure, 2 wrong usage."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    """Print one line on stderr (the first process of every machine only) and return the exit code: 1 failure, 2 wrong usage."""
+    rank = int(os.environ.get("RANK", 0))
+    if int(os.environ.get("LOCAL_RANK", rank)) == 0:
+        print(f"{os.path.basename(sys.argv[0])}: error: {f'[rank {rank}] ' if rank else ''}{message}", file=sys.stderr)
     return code
 
 
@@ -316,8 +320,9 @@ class Trainer:
         self.autocast = torch.autocast(device.type, PRECISION[s["amp"]], enabled=s["amp"] != "off")
         self.forward = torch.compile(self.net) if s["compile"] else self.net
         if dist.is_initialized():
-            self.forward = torch.nn.parallel.DistributedDataParallel(self.forward, broadcast_buffers=False,
-                                                                     device_ids=[device.index] if device.type == "cuda" else None)
+            DDP = torch.nn.parallel.DistributedDataParallel
+            sync = "forward_sync_buffers" if "forward_sync_buffers" in signature(DDP).parameters else "broadcast_buffers"   # renamed in torch 2.13
+            self.forward = DDP(self.forward, device_ids=[device.index] if device.type == "cuda" else None, **{sync: False})
         self.step, self.skipped, self.bad = 0, 0, 0       # steps done; non-finite ones so far; and in a row
         self.sums = torch.zeros(2 * BINS + 4, dtype=torch.float64, device=device)       # since the last line of the log
 
@@ -385,7 +390,8 @@ class Trainer:
             for name in average:
                 average[name].copy_(saved[name])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:                               # empty unless the run was an fp16 one up to here
+            self.scaler.load_state_dict(state["scaler"])
         self.sums.copy_(state["sums"])
         self.step, self.skipped, self.bad = state["info"]["step"], state["skipped"], state["bad"]
 
@@ -443,7 +449,9 @@ def preview(trainer, images, labels, path):
         y = torch.from_numpy(labels[i:i + 1]).to(trainer.device).repeat(5)
         z = model.mix(trainer.config.path, x, e, t)
         cells += [[x[0]] + list(z), [x[0]] + list(trainer.predict(z, t, y))]
-    model.picture(cells, ["clean", *(f"t = {t}" for t in times)]).save(path)
+    part = path.with_name(path.name + ".part")
+    model.picture(cells, ["clean", *(f"t = {t}" for t in times)]).save(part, "png")
+    os.replace(part, path)
 
 
 class Log:
@@ -554,7 +562,7 @@ def previous(given, folder):
     if "settings" not in state:
         raise ValueError(f"--resume: {path} holds weights to sample from, but not the state of a training run")
     for name, value in given.items():
-        if name not in FREE and state["settings"].get(name) != value:
+        if name not in AMENDABLE and state["settings"].get(name) != value:
             raise ValueError(f"--resume: the run was started with --{name} {state['settings'].get(name)}, not {value}")
     return state
 
@@ -576,7 +584,7 @@ class Keeper:
         for name in ("snapshots", "preview"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         if first == 0:
-            for old in (folder / "checkpoint.pt", folder / "log.csv", *folder.glob("snapshots/*"), *folder.glob("preview/*")):
+            for old in (folder / "checkpoint.pt", folder / "log.csv", *folder.glob("snapshots/[0-9]*.pt"), *folder.glob("preview/[0-9]*.png")):
                 old.unlink(missing_ok=True)
         data.write_json(folder / "config.json", {"settings": s, "config": asdict(trainer.config)})
         self.log, self.flops = Log(folder, first), 6 * model.count_macs(trainer.config)     # 2 a multiply-add, forward and twice that backward
@@ -625,7 +633,7 @@ def train(trainer, arrays, folder, rank):
             keeper = Keeper(trainer, folder, shown, first)
         if trainer.bad >= s["max-skipped"]:
             kept = f"; the last good checkpoint is {folder / 'checkpoint.pt'}" if (folder / "checkpoint.pt").exists() else ""
-            raise ValueError(f"{trainer.bad} steps in a row had a non-finite gradient, the last is step {trainer.step}: lower --lr or use --amp bf16{kept}")
+            raise ValueError(f"{trainer.bad} steps in a row had a non-finite gradient, the last is step {trainer.step}: --resume with a lower --lr, or with --amp bf16{kept}")
         signalled, done = agree(stop, trainer.device), trainer.step == s["steps"]
         if trainer.step % s["log-every"] == 0 or done:
             row = log_row(trainer, (trainer.step - lap_step) * s["batch-size"] / (time.perf_counter() - lap))
@@ -642,14 +650,14 @@ def train(trainer, arrays, folder, rank):
     return 0
 
 
-def benchmark(trainer):
+def benchmark(trainer, rank):
     """Time training steps on random images; print images/s, ms, peak memory and utilisation of the matrix product's rate."""
     s, config, device = trainer.s, trainer.config, trainer.device
     share = s["batch-size"] // s["micro-batch"] // trainer.world
     images = torch.randint(0, 256, (s["micro-batch"], config.image_size, config.image_size, 3), dtype=torch.uint8, device=device)
     labels = torch.zeros(s["micro-batch"], dtype=torch.long, device=device)
     rate, times = model.matmul_rate(device, PRECISION[s["amp"]]), []
-    while len(times) < 5 or (sum(times) < 10 and len(times) < 50):
+    while not agree([1] * (len(times) >= 5 and (sum(times) >= 10 or len(times) >= 50)), device):      # all processes stop at the same step
         start = time.perf_counter()
         trainer.train_step((k, images, labels) for k in range(share))           # reads the gradient norm: synchronises
         if device.type == "cuda":
@@ -658,6 +666,8 @@ def benchmark(trainer):
             times.append(time.perf_counter() - start)
     step = sorted(times)[len(times) // 2]
     row, used = log_row(trainer, s["batch-size"] / step), 6 * model.count_macs(config) * s["batch-size"] / step / rate / trainer.world
+    if rank:
+        return 0
     print(f"{s['model']} {config.image_size} px, {s['amp']}, {'compiled' if s['compile'] else 'eager'}, attention {s['attention']}, "
           f"{'recomputed, ' if s['checkpointing'] else ''}batch {s['batch-size']} in micro-batches of {s['micro-batch']}, {trainer.world} process(es) on "
           f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'}, torch {torch.__version__}\n"
@@ -672,15 +682,15 @@ def start(given, device, rank, world):
     folder = folder_of(s["run"], "runs")
     if s["benchmark"]:
         trainer = Trainer(s, complete(s, None, device, world), device, world)
-        return benchmark(trainer)
+        return benchmark(trainer, rank)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):                            # torchrun --max-restarts brought us back
         s["resume"], s["overwrite"] = (folder / "checkpoint.pt").exists(), True
     state = previous(given, folder) if s["resume"] else None
     if state:
-        s = {**s, **state["settings"], **{k: v for k, v in given.items() if k in FREE}}
+        s = {**s, **state["settings"], **{k: v for k, v in given.items() if k in AMENDABLE}}
         if "epochs" in given and "steps" not in given:
             s["steps"] = AUTO
-    elif (folder / "config.json").exists() and not s["overwrite"]:
+    elif any((folder / name).exists() for name in ("config.json", "checkpoint.pt", "log.csv")) and not s["overwrite"]:
         return taken(folder, given)
     meta, arrays = data.open_data(folder_of(s["data"], "data"))
     trainer = Trainer(s, complete(s, meta, device, world), device, world)
@@ -707,6 +717,8 @@ def taken(folder, given):
     state = model.read_checkpoint(folder / "checkpoint.pt") if (folder / "checkpoint.pt").exists() else None
     if not state:
         return fail(f"{folder} holds a run that never saved a checkpoint: pass --overwrite to start it again, or --run NAME")
+    if "settings" not in state:
+        return fail(f"{folder / 'checkpoint.pt'} was not written by this script: pass --run NAME, or --overwrite to replace it")
     step, steps, wanted = state["info"]["step"], state["settings"]["steps"], resolve(given)
     if step < steps:
         return fail(f"{folder} holds an unfinished run (step {step} of {steps}): pass --resume to go on, --overwrite to start again, or --run NAME")
@@ -740,7 +752,7 @@ def main(given):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     try:
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))     # a big checkpoint takes its time
         return start(given, device, rank, world)
     except UsageError as error:
         return fail(str(error), 2)
@@ -748,6 +760,8 @@ def main(given):
         return fail(str(error))
     except torch.cuda.OutOfMemoryError:
         return fail("out of GPU memory: pass a smaller --micro-batch (the batch stays), or --checkpointing")
+    except torch._dynamo.exc.TorchDynamoException as error:
+        return fail(f"torch.compile failed ({str(error).strip().splitlines()[0][:120]}): pass --no-compile")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -84,9 +84,10 @@ def checked(args, parser):
 
 
 def fail(message, code=1):
-    """Print one line on stderr (the first process only) and return the exit code: 1 failure, 2 wrong usage."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    """Print one line on stderr (the first process of every machine only) and return the exit code: 1 failure, 2 wrong usage."""
+    rank = int(os.environ.get("RANK", 0))
+    if int(os.environ.get("LOCAL_RANK", rank)) == 0:
+        print(f"{os.path.basename(sys.argv[0])}: error: {f'[rank {rank}] ' if rank else ''}{message}", file=sys.stderr)
     return code
 
 
@@ -241,7 +242,9 @@ def parse_labels(text, num, classes, num_classes):
     >>> parse_labels("star,2x3", None, ["ring", "star", "dot"], 3)
     [1, 2, 2, 2]
     """
-    if text == "all" or not num_classes:
+    if text != "all" and not num_classes:
+        raise ValueError(f"--labels {text}: this network was trained without classes")
+    if text == "all":
         return [i % max(1, num_classes) for i in range(num or 1000)]
     ids, counted = [], False
     for part in text.split(","):
@@ -409,13 +412,26 @@ def fingerprint(net):
     return f"{crc:08x}"
 
 
+def collect(out, grid, labels, classes, npz):
+    """From the finished folder, the grid and, for npz = the size of an image, ADM's samples.npz."""
+    def load(i):
+        return np.array(Image.open(out / f"{i:06d}.png"))
+    sheet = class_grid(lambda i: torch.from_numpy(load(i)).permute(2, 0, 1) / 127.5 - 1, labels, classes)
+    write_whole(grid, lambda part: sheet.save(part, "png"))
+    if npz:
+        images = np.empty((len(labels), npz, npz, 3), np.uint8)
+        for i in range(len(labels)):
+            images[i] = load(i)
+        write_whole(out / "samples.npz", lambda part: np.savez(part.open("wb"), arr_0=images, arr_1=np.array(labels)))
+
+
 def run(args, device, rank, world):
     """Load, sample, write.  Returns the exit code."""
     folder = Path(args.run) if "/" in args.run else Path("runs") / args.run
     path = args.checkpoint or folder / "checkpoint.pt"
     folder = path.parent if args.checkpoint else folder
     net, info = model.load_network(path, args.ema)
-    classes = info.get("classes", [])
+    classes = info.get("classes", []) if net.config.num_classes else []                # trained without: the data's names say nothing
     s = settle(args, info, net.config)
     labels = parse_labels(args.labels, args.num, classes, net.config.num_classes)
     net = net.to(device)
@@ -431,20 +447,22 @@ def run(args, device, rank, world):
     record = {**s, "interval": list(s["interval"]), "amp": args.amp, "num": len(labels), "checkpoint": str(path), "step": info.get("step"), "ema": args.ema,
               "decays": info.get("decays"), "weights": fingerprint(net), "data": info.get("data"), "size": net.config.image_size, "classes": classes, "labels": labels}
     out = args.out or folder / "samples"
+    problem = [None]
     if rank == 0:
-        prepare(out, record, args.overwrite)
+        try:
+            prepare(out, record, args.overwrite)
+        except (ValueError, OSError) as error:
+            problem = [str(error)]
     if dist.is_initialized():
-        dist.barrier()
+        dist.broadcast_object_list(problem)               # all stop together, or all go on
+    if problem[0]:
+        raise ValueError(problem[0])
     made = sample_all(net, network, labels, out, s, args, device, autocast, rank, world)
     if dist.is_initialized():
         dist.barrier()
     if rank == 0:
         grid = folder / "grid.png" if args.out is None else out.with_name(out.name + "-grid.png")
-        load = lambda i: torch.from_numpy(np.array(Image.open(out / f"{i:06d}.png"))).permute(2, 0, 1) / 127.5 - 1
-        write_whole(grid, lambda part: class_grid(load, labels, classes).save(part, "png"))
-        if args.npz:
-            images = np.stack([np.array(Image.open(out / f"{i:06d}.png")) for i in range(len(labels))])
-            write_whole(out / "samples.npz", lambda part: np.savez(part.open("wb"), arr_0=images, arr_1=np.array(labels)))
+        collect(out, grid, labels, classes, args.npz and net.config.image_size)
         print(f"{out}: {len(labels)} images ({made if world == 1 else 'all'} new), "
               f"{s['solver']} {s['steps']} steps, shift {s['shift']:g}, w {s['cfg']}, seed {s['seed']}; look at {grid}")
     return 0
@@ -457,6 +475,8 @@ def main(args):
     model.keep_freed_memory()
     try:
         device = model.pick_device(args.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group("gloo", timeout=timedelta(days=1))
         return run(args, device, rank, world) or 0

@@ -23,6 +23,7 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -98,9 +99,10 @@ def parse_sweep(text):
 
 
 def fail(message, code=1):
-    """Print one line on stderr (the first process only) and return the exit code: 1 failure, 2 wrong usage."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    """Print one line on stderr (the first process of every machine only) and return the exit code: 1 failure, 2 wrong usage."""
+    rank = int(os.environ.get("RANK", 0))
+    if int(os.environ.get("LOCAL_RANK", rank)) == 0:
+        print(f"{os.path.basename(sys.argv[0])}: error: {f'[rank {rank}] ' if rank else ''}{message}", file=sys.stderr)
     return code
 
 
@@ -377,11 +379,14 @@ class Classifier(nn.Module):
         return {"features": features, "logits": self.head(features)}
 
 
+@torch.no_grad()
 def accuracy(net, images, labels, device):
-    """Share of images (N,H,W,3) uint8 in which net sees their label."""
-    hits = [(net(torch.from_numpy(np.array(images[i:i + 200])).to(device))["logits"].argmax(1).cpu().numpy() == labels[i:i + 200]).sum()
-            for i in range(0, len(labels), 200)]
-    return float(np.sum(hits) / max(1, len(labels)))
+    """Share of images, images(range) -> (B,H,W,3) uint8, in which net sees their label."""
+    hits = 0
+    for i in range(0, len(labels), 200):
+        batch = torch.from_numpy(images(range(i, min(i + 200, len(labels))))).to(device)
+        hits += (net(batch)["logits"].argmax(1).cpu().numpy() == labels[i:i + 200]).sum()
+    return float(hits / max(1, len(labels)))
 
 
 def train_classifier(images, labels, classes, device):
@@ -412,18 +417,34 @@ def load_classifier(folder, device):
     if len(meta["classes"]) < 2:
         raise ValueError(f"{folder} has no classes to train a classifier on: use --features inception")
     path, key = Path(folder) / "classifier.pt", meta["sha256"]["train_images.npy"]
-    if path.exists():
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if state["data"] == key:
-                net = Classifier(len(meta["classes"]))
-                net.load_state_dict(state["weights"])
-                return net.eval().to(device), state["accuracy"], state["hash"]
-        except Exception:
-            print(f"warning: {path} is damaged; training the classifier again", file=sys.stderr)
-    net = train_classifier(*arrays["train"], len(meta["classes"]), device)
-    with torch.no_grad():
-        right = accuracy(net, *arrays["val"], device)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank:
+        dist.barrier()                                    # until the first process has it: on a GPU no two trainings are alike
+    found = cached_classifier(path, key, len(meta["classes"]), device) or fit_classifier(path, key, arrays, len(meta["classes"]), device)
+    if dist.is_initialized() and not rank:
+        dist.barrier()
+    return found
+
+
+def cached_classifier(path, key, classes, device):
+    """What load_classifier returns, from its file; None if there is none for this data."""
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        net = Classifier(classes)
+        net.load_state_dict(state["weights"])
+        return (net.eval().to(device), state["accuracy"], state["hash"]) if state["data"] == key else None
+    except Exception:
+        print(f"warning: {path} is damaged or another data set's; training the classifier again", file=sys.stderr)
+        return None
+
+
+def fit_classifier(path, key, arrays, classes, device):
+    """What load_classifier returns, trained now and written to its file."""
+    net = train_classifier(*arrays["train"], classes, device)
+    images, labels = arrays["val"]
+    right = accuracy(net, lambda places: np.array(images[places.start:places.stop]), labels, device)
     weights = {k: v.cpu() for k, v in net.state_dict().items()}
     digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in weights.values())).hexdigest()[:8]
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -470,6 +491,7 @@ class Side:
             raise ValueError(f"{path} is no readable npz file ({error})") from None
         if "mu" in content:
             self.statistics = {k: content[k].astype(np.float64) for k in ("mu", "sigma", "mu_s", "sigma_s") if k in content}
+            self.statistics["n"] = int(content.get("n", 0))          # ADM's file: of the whole data set, and does not say of how many
         self.array, self.key = content.get("arr_0"), data.file_hash(path, "sha256")
         self.labels = content.get("arr_1")
         self.count = len(self.array) if self.array is not None else int(content.get("n", 0))
@@ -488,7 +510,8 @@ class Side:
             raise ValueError(f"no images in {path}: make samples first (python 04_sample.py)")
         if self.labels is not None and len(self.labels) != len(self.files):
             raise ValueError(f"{path} holds {len(self.files)} of {len(self.labels)} images: run the same 04_sample.py command again to finish")
-        self.array, self.count, self.key = None, len(self.files), None
+        stamps = [(os.path.basename(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in self.files]
+        self.array, self.count, self.key = None, len(self.files), hashlib.sha256(str(stamps).encode()).hexdigest()
 
     def keep(self, n):
         """Keep n images of the side at most."""
@@ -564,7 +587,7 @@ def reference(side, net, name, digest, device, batch_size):
     Cached beside a packed data set under features, their weights, split and the data's hash.
     """
     if side.array is None and side.statistics:
-        return {**side.statistics, "n": side.count}
+        return side.statistics
     cache = None
     if (Path(side.place) / "meta.json").exists():
         cache = Path(side.place) / f"statistics-{name}-{digest}-{side.split}-{side.key[:8]}.npz"
@@ -629,19 +652,18 @@ def score(samples, place, args, device):
     if not inception:
         held_out = Side(place, "val")
         if samples.labels is not None:
-            with torch.no_grad():
-                extra["class_accuracy"] = accuracy(net, np.concatenate([samples.images(range(i, min(i + 200, samples.count)))
-                                                                       for i in range(0, samples.count, 200)]), samples.labels, device)
+            extra["class_accuracy"] = accuracy(net, samples.images, samples.labels, device)
         extra["class_accuracy_real"] = right
         if held_out.count > 1:
             held_out.keep(samples.count)                             # as many images as are scored: FD grows as N falls
             floor = describe(held_out, net, device, args.batch_size, "held-out images")
             extra["fd_floor"] = frechet_distance(floor["mu"], floor["sigma"], real["mu"], real["sigma"])
             extra["n_floor"] = held_out.count
-    scores = compare(fake, real, args.metrics, inception)
+    scores = {} if int(os.environ.get("RANK", 0)) else compare(fake, real, args.metrics, inception)      # the first process's alone: it reports
     return {"metrics": args.metrics, "score": name, **scores, **extra, "n_generated": samples.count, "n_real": int(real["n"]),
-            "n_real_precision_recall": min(NEIGHBOURS, len(real.get("features", []))), "features": args.features, "weights": digest,
-            "reference": str(place), "samples": samples.place, "sampling": samples.record}
+            "n_real_features": len(real.get("features", [])), "n_real_precision_recall": min(NEIGHBOURS, len(real.get("features", []))),
+            "features": args.features, "weights": digest, "reference": str(place), "samples": samples.place, "samples_key": samples.key,
+            "sampling": samples.record}
 
 
 def report(result):
@@ -651,7 +673,7 @@ def report(result):
     lines = [("fd", name, f"{n} generated against {real}; 0 is best"),
              ("fd_floor", f"{name} floor", f"{result.get('n_floor')} held-out real against {m} real images"),
              ("sfd", "s" + name, f"{n} generated against {real}"), ("is", "Inception score", f"{n} images, ten splits"),
-             ("kid", "KID" if result["features"] == "inception" else "KID (classifier features)", f"x 1000 would be the usual unit; 100 subsets of 1000 of {n} and {m} images"),
+             ("kid", "KID" if result["features"] == "inception" else "KID (classifier features)", f"x 1000 would be the usual unit; 100 subsets of 1000 of {n} and {result.get('n_real_features')} images"),
              ("precision", "precision", f"share of {n} generated images"), ("recall", "recall", f"share of {result['n_real_precision_recall']} real images"),
              ("class_accuracy", "class accuracy", f"share of {n} generated images in which the classifier sees the class asked for"),
              ("class_accuracy_real", "class accuracy, real", "share of the held-out real images it gets right")]
@@ -757,6 +779,8 @@ def run(args, device):
     """Score, print, write.  Returns the exit code."""
     folder = Path(args.run) if "/" in args.run else Path("runs") / args.run
     if args.sweep:
+        if dist.is_initialized():
+            raise ValueError("--sweep starts 04_sample.py for every point: run it without torchrun")
         return sweep(args, folder, device)
     samples = Side(args.samples or folder / "samples")
     if samples.array is None and samples.statistics:
@@ -764,8 +788,10 @@ def run(args, device):
     if args.save_statistics:
         net = load_inception(args.inception_weights)[0] if args.features == "inception" else load_classifier(data_of(args, samples), device)[0]
         found = describe(samples, net.to(device), device, args.batch_size, "images")
-        write_npz(args.save_statistics, {k: found[k] for k in ("mu", "sigma", "mu_s", "sigma_s", "n") if k in found})
-        return print(f"{args.save_statistics}: mu and sigma of {found['n']} images")
+        if int(os.environ.get("RANK", 0)) == 0:
+            write_npz(args.save_statistics, {k: found[k] for k in ("mu", "sigma", "mu_s", "sigma_s", "n") if k in found})
+            print(f"{args.save_statistics}: mu and sigma of {found['n']} images")
+        return 0
     place, checkpoint, made = data_of(args, samples), folder / "checkpoint.pt", folder / "samples" / "samples.json"
     if not args.samples and checkpoint.exists() and made.exists() and checkpoint.stat().st_mtime > made.stat().st_mtime:
         print(f"warning: {checkpoint} is newer than the samples: run 04_sample.py again to score it", file=sys.stderr)
@@ -773,13 +799,15 @@ def run(args, device):
         raise ValueError(f"KID draws subsets of 1000 images, {samples.place} has {samples.count}: make more samples")
     out = args.out or folder / "metrics.json"
     old = json.loads(out.read_text()) if out.exists() else None
-    same = old and [old.get(k) for k in ("metrics", "sampling", "samples", "features", "reference", "n_generated")] == \
-        [args.metrics, samples.record, samples.place, args.features, str(place), samples.count]
+    same = old and [old.get(k) for k in ("metrics", "sampling", "samples", "samples_key", "features", "reference", "n_generated")] == \
+        [args.metrics, samples.record, samples.place, samples.key, args.features, str(place), samples.count]
     if old and not same and not args.overwrite:
         raise ValueError(f"{out} holds the score of other samples, or with other options: pass --overwrite to replace it, or --out")
     if same and not args.overwrite:
-        print(f"{out} is already there, for these samples:")
-        return report(old)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{out} is already there, for these samples:")
+            report(old)
+        return 0
     result = score(samples, place, args, device)
     if int(os.environ.get("RANK", 0)) == 0:
         data.write_json(out, result)
@@ -793,8 +821,10 @@ def main(args):
     model.keep_freed_memory()
     try:
         device = model.pick_device(args.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=timedelta(days=1))
         return run(args, device) or 0
     except (ValueError, OSError) as error:
         return fail(str(error), 2 if str(error).startswith("--") else 1)

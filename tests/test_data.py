@@ -312,3 +312,13 @@ def test_benchmark_compares_with_the_originals(there, capsys):
     folder(there / "in")
     assert pack() == 0 and call(data, "--name", "set", "--benchmark") == 0
     assert "times as fast" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_no_data_set_is_not_touched(there, capsys):
+    """The photographs themselves, say, with --out . and their own name."""
+    (there / "photos").mkdir()
+    for i in range(3):
+        Image.fromarray(images_of(1, 16, i)[0]).save(there / "photos" / f"{i}.png")
+    for extra in ([], ["--overwrite"]):
+        assert call(data, "--source", "folder", "--root", "photos", "--size", 16, "--name", "photos", "--out", ".", "--workers", 1, *extra) == 1
+        assert "no packed data set" in capsys.readouterr().err and len(list((there / "photos").iterdir())) == 3

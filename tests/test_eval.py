@@ -219,6 +219,8 @@ def test_offline_score(scored, capsys):
     assert 0 <= result["class_accuracy"] <= 1 and result["class_accuracy_real"] > 0.3 and result["sampling"]["steps"] == 2 and result["sampling"]["weights"]
     assert "FID" not in out.out and "20 images are few" in out.err
     assert call(evaluate) == 0 and "already there" in capsys.readouterr().out
+    Image.new("RGB", (16, 16)).save("runs/shapes/samples/000003.png")
+    assert call(evaluate) == 1 and "other samples" in capsys.readouterr().err                       # same number, other content
     assert call(sample, "--num", 20, "--steps", 3, "--amp", "off", "--overwrite") == 0
     assert call(evaluate) == 1 and "--overwrite" in capsys.readouterr().err
     Path("runs/shapes/checkpoint.pt").touch()
@@ -294,6 +296,13 @@ def test_wrong_sides(work, capsys, flags, words, code):
     assert call(evaluate, *flags, *reference) == code
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error and len([line for line in error.strip().splitlines() if "error" in line]) == 1
+
+
+def test_the_n_of_statistics_is_not_that_of_the_images_beside_them(there):
+    """ADM's reference files: mu and sigma of the whole data set, 10,000 images for precision and recall, and no n."""
+    np.savez("r.npz", arr_0=images_of(30), mu=np.zeros(3), sigma=np.eye(3))
+    real = evaluate.reference(evaluate.Side("r.npz"), lambda x: {"features": x.float().mean(dim=(1, 2))}, "f", "d", torch.device("cpu"), 7)
+    assert real["n"] == 0 and len(real["features"]) == 30 and (real["mu"] == 0).all()
 
 
 def test_statistics_of_another_feature_size(work, inception, capsys):

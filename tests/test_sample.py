@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import TINY, TINY_FLAGS, call, model, randomised, sample, train
+from conftest import TINY, TINY_FLAGS, call, evaluate, model, randomised, sample, train
 from test_model import official
 
 
@@ -152,4 +152,12 @@ def test_guidance_without_classes_is_refused(there, capsys):
     config = {**TINY, "num_classes": 0}
     torch.save({"config": config, "info": {}, "ema": [randomised(model.JiTConfig(**config)).state_dict()]}, "u.pt")
     assert call(sample, "--checkpoint", "u.pt", "--num", 2, "--steps", 2, "--cfg", 2) == 2 and "nothing to guide" in capsys.readouterr().err
+    assert call(sample, "--checkpoint", "u.pt", "--num", 2, "--steps", 2, "--labels", "1") == 2 and "without classes" in capsys.readouterr().err
     assert call(sample, "--checkpoint", "u.pt", "--num", 2, "--steps", 2) == 0
+
+
+def test_an_unconditional_run_has_no_class_accuracy(work):
+    """The data set has classes, the network has not: its images are of none of them."""
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--unconditional") == 0 and call(sample, "--num", 20, "--steps", 2, "--amp", "off") == 0
+    assert json.loads(Path("runs/shapes/samples/samples.json").read_text())["classes"] == []
+    assert call(evaluate) == 0 and "class_accuracy" not in json.loads(Path("runs/shapes/metrics.json").read_text())

@@ -1,4 +1,5 @@
 """Training: the same model however the work is split, bit for bit the same after a kill, and nothing lost."""
+import argparse
 import csv
 import json
 import os
@@ -80,6 +81,10 @@ def test_two_processes_train_the_same_model_as_one(work):
     assert done.returncode == 0, done.stderr
     assert len(list(Path("runs/two/samples").glob("0*.png"))) == 6 and Path("runs/two/grid.png").exists()
     assert shell("05_eval.py", "--run", "two", "--batch-size", 4, cwd=work).returncode == 0           # trains and caches the classifier
+    done = torchrun("04_sample.py", "--run", "two", "--num", 6, "--steps", 3, "--amp", "off", cwd=work)
+    assert done.returncode and done.stderr.count("04_sample.py: error") == 1 and '04_sample.py", line' not in done.stderr
+    done = torchrun("05_eval.py", "--run", "two", "--sweep", "cfg=1:2:1", cwd=work)
+    assert done.returncode and done.stderr.count("without torchrun") == 1
     done = torchrun("05_eval.py", "--run", "two", "--batch-size", 4, "--out", "two.json", cwd=work)
     assert done.returncode == 0, done.stderr
     one, two = (json.loads(Path(path).read_text()) for path in ("runs/two/metrics.json", "two.json"))
@@ -89,6 +94,15 @@ def test_two_processes_train_the_same_model_as_one(work):
 def test_a_rank_that_fails_ends_the_run(work):
     done = torchrun("03_train.py", *TINY_FLAGS, "--steps", 5, "--data", "nowhere", cwd=work)
     assert done.returncode != 0 and done.stderr.count("no data set at data/nowhere") == 1
+    done = torchrun("03_train.py", "--benchmark", *TINY_FLAGS, cwd=work)                             # all stop at the same step, one speaks
+    assert done.returncode == 0 and done.stdout.count("images/s") == 1, done.stderr
+
+
+def test_the_first_process_of_every_machine_speaks(work, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "8"), monkeypatch.setenv("LOCAL_RANK", "0")
+    assert train.fail("x") == 1 and "[rank 8] x" in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert train.fail("x") == 1 and capsys.readouterr().err == ""
 
 
 def test_data_order_visits_every_image_once_an_epoch(work):
@@ -150,8 +164,33 @@ def test_sigterm_leaves_a_checkpoint(work):
     assert child.wait(30) == 128 + signal.SIGTERM and time.time() - start < 10
     assert "go on with --resume" in child.stderr.read() and model.read_checkpoint("runs/shapes/checkpoint.pt")["info"]["step"] > 0
     assert "unfinished run" in shell("03_train.py", *TINY_FLAGS, cwd=work).stderr
-    wrong = shell("03_train.py", "--resume", "--lr", "5", cwd=work)
-    assert wrong.returncode == 1 and "started with --lr 0.001, not 5.0" in wrong.stderr
+    wrong = shell("03_train.py", "--resume", "--batch-size", "16", cwd=work)
+    assert wrong.returncode == 1 and "started with --batch-size 8, not 16" in wrong.stderr
+
+
+def test_another_rate_or_precision_is_the_way_out(work):
+    """Chance is a function of the step: what was not finite would be so again."""
+    assert call(train, *TINY_FLAGS, "--steps", 4) == 0
+    assert call(train, "--resume", "--steps", 6, "--lr", "5e-4", "--amp", "fp16") == 0
+    state = model.read_checkpoint("runs/shapes/checkpoint.pt")
+    assert (state["settings"]["lr"], state["settings"]["amp"], state["info"]["step"]) == (5e-4, "fp16", 6) and state["scaler"]
+    assert call(train, "--resume", "--steps", 8, "--amp", "off") == 0
+
+
+def test_a_folder_that_is_in_use_is_not_taken(work, capsys):
+    """An official checkpoint put where 04_sample.py reads it; pictures of the user's own in preview/."""
+    Path("runs/keep/preview").mkdir(parents=True)
+    torch.save({"model_ema1": {}, "args": argparse.Namespace()}, "runs/keep/checkpoint.pt")
+    before = Path("runs/keep/checkpoint.pt").read_bytes()
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "keep") == 1 and "--run NAME" in capsys.readouterr().err
+    assert Path("runs/keep/checkpoint.pt").read_bytes() == before
+    Path("runs/keep/preview/holiday.png").write_bytes(b"mine")
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "keep", "--overwrite") == 0 and Path("runs/keep/preview/holiday.png").exists()
+
+
+def test_no_compiler_is_said_in_one_line(work):
+    done = shell("03_train.py", *TINY_FLAGS, "--steps", 2, "--compile", cwd=work, env={"CXX": "/nonexistent", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"})
+    assert done.returncode == 1 and "pass --no-compile" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_torchrun_restart_goes_on(work, monkeypatch):
@@ -377,7 +416,7 @@ def test_what_a_finished_run_answers(work, capsys, monkeypatch):
     (["--steps", -1], "give a number above 0", 2), (["--preset", "nope"], "unknown", 2), (["--experiment", "exp9"], "unknown", 2), (["--model", "JiT-Z"], "unknown", 2),
     (["--batch-size", 10, "--micro-batch", 4], "nearest: 8 or 12", 2), (["--patch-size", 5], "no multiple", 2), (["--ema", "fast"], "decays", 2), (["--label-drop", 1], "label-drop", 2),
     (["--lr", 0], "above 0", 2), (["--patch-embed", "nonlinear", "--bottleneck-dim", 0], "needs a bottleneck", 2), (["--pred", "y"], "choice", 2), (["--steps", "many"], "invalid int", 2),
-    (["--data", "nope"], "no data set at data/nope", 1), (["--resume"], "there is no", 1), (["--device", "cuda"], "no CUDA", 2), (["--device", "gpu"], "give cuda or cpu", 2), (["--nonsense"], "unrecognized", 2)])
+    (["--data", "nope"], "no data set at data/nope", 1), (["--resume"], "there is no", 1), (["--device", "cuda"], "no CUDA", 2), (["--device", "gpu"], "give cuda or cpu", 2), (["--device", "meta"], "give cuda or cpu", 2), (["--nonsense"], "unrecognized", 2)])
 def test_wrong_requests(work, capsys, flags, words, code):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a GPU")
