@@ -89,7 +89,7 @@ def readme_commands():
 def test_every_command_of_the_readme_parses(script, args):
     module = {"01_data.py": data, "02_model.py": model, "03_train.py": train, "04_sample.py": sample, "05_eval.py": evaluate}[script]
     args = [re.sub(r"\$\{?\w+\}?", "1", a) if "$" in a and "=" not in a else a for a in args]
-    args = ["baseline" if a == "1" and args[i - 1] == "--experiment" else "x" if a == "1" and args[i - 1] in ("--pred", "--loss") else a for i, a in enumerate(args)]
+    args = ["baseline" if a == "1" and args[i - 1] == "--experiment" else "x" if a == "1" and args[i - 1] in ("--pred", "--loss") else "heun" if a == "1" and args[i - 1] == "--solver" else a for i, a in enumerate(args)]
     given = module.parse_args(args)
     if script == "03_train.py":
         train.resolve(given)
