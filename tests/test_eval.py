@@ -265,6 +265,12 @@ def test_sweep_is_resumable_and_draws(scored, capsys):
     assert call(evaluate, "--sweep", "cfg=1/1.5", "--num", 6, "--overwrite") == 0 and len(list(csv.DictReader(open("runs/shapes/sweep.csv")))) == 2
 
 
+def test_sweep_under_torchrun_is_refused(there, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(evaluate.dist, "destroy_process_group", lambda: None)
+    assert call(evaluate, "--sweep", "cfg=1:2:1") == 2 and "without torchrun" in capsys.readouterr().err
+
+
 def test_sweep_grammar():
     assert evaluate.parse_sweep("cfg=1:2:0.5,ema=0/1") == [{"cfg": c, "ema": e} for c in (1.0, 1.5, 2.0) for e in (0, 1)]
     for wrong in ("cfg", "speed=1", "cfg=1:2", "cfg=2:1:1", "cfg=a"):
