@@ -672,7 +672,7 @@ def pick_device(name=None):
     if device is None or device.type not in ("cuda", "cpu"):
         raise ValueError(f"--device {name}: give cuda or cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: GPU {device.index} is asked for, this machine has {torch.cuda.device_count()}: start fewer processes")
+        raise ValueError(f"--device {name}: GPU {device.index} is asked for, this machine has {torch.cuda.device_count()}: give another, or start fewer processes")
     return device
 
 

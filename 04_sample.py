@@ -364,7 +364,7 @@ def evolution(folder, labels, s, args, device, autocast):
     for file in tqdm(files, desc="snapshots", disable=None):
         net, info = model.load_network(file, args.ema)
         rows.append(list(draw_batch(net.to(device), net.config, range(10), [labels[i % len(labels)] for i in range(10)], s, device, autocast)))
-    titles = [info["classes"][labels[i % len(labels)]] if info.get("classes") else "" for i in range(10)]
+    titles = [info["classes"][labels[i % len(labels)]] if info.get("classes") and net.config.num_classes else "" for i in range(10)]
     write_whole(folder / "evolution.png", lambda part: model.picture(rows, titles).save(part, "png"))
     write_whole(folder / "evolution.gif", lambda part: save_gif([model.picture([row], titles) for row in rows], part))
     print(f"{folder / 'evolution.png'}: a row per snapshot, {files[0].stem} to {files[-1].stem} steps; also as .gif")

@@ -432,11 +432,13 @@ def cached_classifier(path, key, classes, device):
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["data"] != key:                          # the data set was packed anew
+            return None
         net = Classifier(classes)
         net.load_state_dict(state["weights"])
-        return (net.eval().to(device), state["accuracy"], state["hash"]) if state["data"] == key else None
+        return net.eval().to(device), state["accuracy"], state["hash"]
     except Exception:
-        print(f"warning: {path} is damaged or another data set's; training the classifier again", file=sys.stderr)
+        print(f"warning: {path} is damaged; training the classifier again", file=sys.stderr)
         return None
 
 

@@ -229,6 +229,10 @@ def test_offline_score(scored, capsys):
     assert call(evaluate, "--reference", "other/d", "--out", "x.json") == 1 and "is it the right --reference" in capsys.readouterr().err
     assert call(evaluate, "--metrics", "fd", "--overwrite") == 0 and call(evaluate) == 1 and "other options" in capsys.readouterr().err
     assert call(evaluate, "--overwrite") == 0
+    state = torch.load("data/shapes/classifier.pt", weights_only=True)
+    torch.save({**state, "data": "other"}, "data/shapes/classifier.pt")                            # the data set was packed anew
+    capsys.readouterr()
+    assert call(evaluate, "--overwrite") == 0 and "damaged" not in capsys.readouterr().err
     Path("data/shapes/classifier.pt").write_bytes(b"damaged")
     assert call(evaluate, "--overwrite") == 0 and "training the classifier again" in capsys.readouterr().err
 

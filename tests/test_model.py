@@ -333,3 +333,13 @@ def test_an_auxiliary_head_sees_image_tokens_only():
         getattr(net, name).register_forward_pre_hook(lambda module, inputs, name=name: seen.update({name: inputs[0]}))
     net(torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 1]), with_aux=True)
     assert seen["aux_head"].shape == (2, 16, 32) and torch.equal(seen["aux_head"], seen["final_layer"])
+
+
+def test_more_processes_than_gpus_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert model.pick_device() == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="GPU 2 is asked for, this machine has 2"):
+        model.pick_device()
