@@ -33,10 +33,7 @@ def randomised(config, scale=0.1, seed=0):
 
 def call(script, *args):
     """Run a script's main in this process, as the command line would.  Returns the exit code."""
-    try:
-        return script.main(script.parse_args([str(a) for a in args])) or 0
-    except SystemExit as stop:
-        return stop.code or 0
+    return data.run(lambda: script.main([str(a) for a in args]))
 
 
 def shell(*args, cwd, env=None, timeout=300):

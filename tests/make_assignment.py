@@ -20,8 +20,8 @@ EXERCISES = [  # file, function, minutes, what to do
     ("03_train.py", "diffusion_loss", 40, "squared error of the prediction, weighted by the conversion's u^2 for every space asked for"),
     ("03_train.py", "Trainer.update_ema", 20, "move every average towards the weights by 1 - decay, in place"),
     ("04_sample.py", "guided_velocity", 40, "combine the velocities with and without class; skip the one that is not needed"),
-    ("04_sample.py", "euler_step", 10, "one step along the slope"),
-    ("04_sample.py", "heun_step", 20, "the mean of the slopes at both ends; the last step is Euler's"),
+    ("04_sample.py", "euler_step", 10, "one step along the velocity"),
+    ("04_sample.py", "heun_step", 20, "the mean of the velocities at both ends; the last step is Euler's"),
     ("05_eval.py", "frechet_distance", 45, "between two Gaussians; mind covariances that are singular"),
     ("05_eval.py", "inception_score", 30, "exp of the mean KL from p(y given x) to p(y), over ten parts of the shuffle RandomState(2020).permutation(N)"),
 ]

@@ -1,6 +1,7 @@
 """Scores against closed forms and definitions rewritten the slow way; the networks against functional rewrites."""
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,24 +20,17 @@ def features(n, d, seed=0, shift=0.0):
 
 
 def moments(x):
-    m = evaluate.Moments()
-    for part in np.array_split(x, 7):
-        m.add(part)
-    return m.result()
+    """By describe()'s way: sums of (1, f)^T (1, f)."""
+    f = np.concatenate([np.ones((len(x), 1)), x], axis=1)
+    return evaluate.moments(sum(part.T @ part for part in np.array_split(f, 7)))
 
 
-def test_streaming_moments_are_the_moments():
-    x = features(500, 20) * 3 + 1e4                       # a large mean: where naive sums lose their digits
+def test_moments_are_the_moments():
+    x = features(500, 20) * 3 + 100
     mu, sigma = moments(x)
     assert np.allclose(mu, x.mean(0), rtol=1e-12) and np.allclose(sigma, np.cov(x, rowvar=False), atol=1e-8)
-    parts = [evaluate.Moments() for _ in range(3)]
-    for part, share in zip(parts, np.array_split(x, [100, 350])):
-        part.add(share)
-    assert np.allclose(evaluate.merge(parts).result()[1], sigma, atol=1e-7)
     with pytest.raises(ValueError, match="too few"):
-        one = evaluate.Moments()
-        one.add(x[:1])
-        one.result()
+        moments(x[:1])
 
 
 def test_frechet_distance_closed_forms():
@@ -173,7 +167,7 @@ def test_inception_weights_file(there, inception, capsys):
     state = inception.state_dict()
     del state["Mixed_6c.branch_pool.bn.running_var"]
     torch.save(state, "less.pth")
-    with pytest.raises(ValueError, match="Mixed_6c.branch_pool.bn.running_var is missing"):
+    with pytest.raises(ValueError, match="Mixed_6c.branch_pool.bn.running_var' is missing"):
         evaluate.load_inception(Path("less.pth"))
     Path("text.pth").write_text("hello")
     with pytest.raises(ValueError, match="text.pth"):
@@ -186,17 +180,20 @@ def test_scores_with_inception_end_to_end(work, inception, capsys):
     Path("pngs").mkdir()
     for i, image in enumerate(images_of(10, 24)):
         Image.fromarray(image).save(f"pngs/{i:02d}.png")
-    np.savez("real.npz", arr_0=images_of(5, 24, 5))
+    np.savez("real.npz", arr_0=images_of(12, 24, 5))
     flags = ["--samples", "pngs", "--features", "inception", "--inception-weights", "mine.pth", "--batch-size", 5]
-    Path("runs/x").mkdir(parents=True)
-    assert call(evaluate, "--run", "x", *flags, "--reference", "real.npz") == 0
-    first = json.loads(Path("runs/x/metrics.json").read_text())
-    assert first["n_generated"] == 10 and first["n_real"] == 5 and {"fd", "sfd", "is", "precision", "recall"} <= first.keys() and "kid" not in first
-    assert call(evaluate, "--samples", "real.npz", "--features", "inception", "--inception-weights", "mine.pth", "--save-statistics", "stats.npz") == 0
-    assert call(evaluate, "--run", "x", *flags, "--reference", "stats.npz", "--out", "again.json") == 0
+    assert call(evaluate, *flags, "--reference", "real.npz") == 0 and not Path("runs/x/metrics.json").exists()     # a foreign set: beside it
+    first = json.loads(Path("pngs-metrics.json").read_text())
+    assert first["n_generated"] == 10 and first["n_real"] == 12 and {"fd", "sfd", "is", "precision", "recall"} <= first.keys() and "kid" not in first
+    assert first["left_out"] == {"kid": "it needs 1000 images a side"}
+    with torch.no_grad():
+        net = lambda images: inception(images)
+        real = evaluate.describe(np.load("real.npz")["arr_0"], net, torch.device("cpu"), 5, "")
+    np.savez("stats.npz", **{k: real[k] for k in ("mu", "sigma", "mu_s", "sigma_s", "n")})
+    assert call(evaluate, *flags, "--reference", "stats.npz", "--out", "again.json") == 0
     again = json.loads(Path("again.json").read_text())
-    assert again["fd"] == pytest.approx(first["fd"], rel=1e-4) and again["sfd"] == pytest.approx(first["sfd"], rel=1e-4) and "precision" not in again
-    assert call(evaluate, "--run", "x", *flags, "--reference", "pngs", "--out", "self.json") == 0
+    assert again["fd"] == pytest.approx(first["fd"], rel=1e-4) and again["sfd"] == pytest.approx(first["sfd"], rel=1e-4) and "precision" not in again and again["left_out"]["pr"] == "the reference has no images"
+    assert call(evaluate, *flags, "--reference", "pngs", "--out", "self.json") == 0
     own = json.loads(Path("self.json").read_text())
     assert own["fd"] < 1e-3 * first["fd"] and own["precision"] == own["recall"] == 1
 
@@ -215,11 +212,13 @@ def scored(work):
 def test_offline_score(scored, capsys):
     assert call(evaluate) == 0
     result, out = json.loads(Path("runs/shapes/metrics.json").read_text()), capsys.readouterr()
+    assert result["left_out"] == {"kid": "it needs 1000 images a side", "is": "it needs --features inception", "sfd": "it needs --features inception"}
+    assert "kid                                left out   (it needs 1000 images a side)" in out.out
     assert result["score"] == "FD (classifier features)" and result["fd_floor"] < result["fd"] and result["n_generated"] == result["n_floor"] == 20
     assert 0 <= result["class_accuracy"] <= 1 and result["class_accuracy_real"] > 0.3 and result["sampling"]["steps"] == 2 and result["sampling"]["weights"]
     assert "FID" not in out.out and "20 images are few" in out.err
     assert call(evaluate) == 0 and "already there" in capsys.readouterr().out
-    Image.new("RGB", (16, 16)).save("runs/shapes/samples/000003.png")
+    Image.new("RGB", (16, 16)).save("runs/shapes/samples/0000003.png")
     assert call(evaluate) == 1 and "other samples" in capsys.readouterr().err                       # same number, other content
     assert call(sample, "--num", 20, "--steps", 3, "--amp", "off", "--overwrite") == 0
     assert call(evaluate) == 1 and "--overwrite" in capsys.readouterr().err
@@ -230,79 +229,119 @@ def test_offline_score(scored, capsys):
     assert call(evaluate, "--metrics", "fd", "--overwrite") == 0 and call(evaluate) == 1 and "other options" in capsys.readouterr().err
     assert call(evaluate, "--overwrite") == 0
     state = torch.load("data/shapes/classifier.pt", weights_only=True)
-    torch.save({**state, "data": "other"}, "data/shapes/classifier.pt")                            # the data set was packed anew
+    torch.save({**state, "data": "other", "weights": {}}, "data/shapes/classifier.pt")                            # the data set was packed anew
     capsys.readouterr()
-    assert call(evaluate, "--overwrite") == 0 and "damaged" not in capsys.readouterr().err
+    assert call(evaluate) == 0 and "damaged" not in capsys.readouterr().err
+    state["weights"]["head.bias"] += 1                                                                            # another classifier: not a current score
+    torch.save(state, "data/shapes/classifier.pt")
+    assert call(evaluate) == 1 and "weights differs" in capsys.readouterr().err
+    for cache in Path("data/shapes").glob("statistics-*.npz"):
+        cache.write_bytes(cache.read_bytes()[:3000])                                                              # cut off: made again
+    torch.save({**state, "data": "other"}, "data/shapes/classifier.pt")
+    assert call(evaluate, "--overwrite") == 0 and "is damaged; making it again" in capsys.readouterr().err
     Path("data/shapes/classifier.pt").write_bytes(b"damaged")
     assert call(evaluate, "--overwrite") == 0 and "training the classifier again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("order", ["sorted", "in turn"])
-def test_parts_of_a_side_hold_every_class(there, monkeypatch, order):
+def test_parts_of_a_set_hold_every_class(monkeypatch, order):
     """Packed folders lie sorted by class (the first thousand of CIFAR-10 are aeroplanes), shapes go round the classes in turn."""
     torch.manual_seed(0)
     colours = np.arange(4, dtype=np.uint8) * 60
     colours = np.repeat(colours, 30) if order == "sorted" else np.tile(colours, 30)
-    np.savez("sorted.npz", arr_0=np.broadcast_to(colours[:, None, None, None], (120, 4, 4, 3)))
-    side = evaluate.Side("sorted.npz")
+    images = np.broadcast_to(colours[:, None, None, None], (120, 4, 4, 3))
 
     def net(images):
-        return {"features": images.float().mean(dim=(1, 2)) + torch.rand(len(images), 3), "logits": images}
+        return {"features": images.float().mean(dim=(1, 2)) + torch.rand(len(images), 3), "logits": images[:, 0, 0].float()}
     monkeypatch.setattr(evaluate, "KEPT", 30)
-    whole = evaluate.describe(side, net, "cpu", 7, "")
-    assert whole["n"] == 120 and np.unique(whole["features"][:, 0] // 60).tolist() == [0, 1, 2, 3] and len(whole["features"]) == 30
+    whole = evaluate.describe(images, net, "cpu", 7, "")
+    assert whole["n"] == len(whole["seen"]) == 120 and np.unique(whole["features"][:, 0] // 60).tolist() == [0, 1, 2, 3] and len(whole["features"]) == 30
     monkeypatch.setattr(evaluate, "NEIGHBOURS", 12)
-    assert evaluate.compare(whole, whole, ["pr"], False)["precision"] > 0.8       # the first 12 alone would reach 0.4
-    side.keep(12)
-    part = evaluate.describe(side, net, "cpu", 7, "")
+    assert evaluate.compare(whole, whole, ["pr"], False)[0]["precision"] > 0.8       # the first 12 alone would reach 0.4
+    part = evaluate.describe(images, net, "cpu", 7, "", evaluate.random_subset(12, 120))
     assert part["n"] == 12 and np.unique(part["features"][:, 0] // 60).tolist() == [0, 1, 2, 3]
 
 
-def test_sweep_is_resumable_and_draws(scored, capsys):
-    assert call(evaluate, "--sweep", "cfg=1:2:1", "--num", 6) == 0
-    rows = list(csv.DictReader(open("runs/shapes/sweep.csv")))
-    assert [row["point"] for row in rows] == ["cfg=1.0", "cfg=2.0"] and all(row["n_generated"] == "6" for row in rows)
-    assert call(evaluate, "--sweep", "cfg=1:3:1", "--num", 6) == 0 and len(list(csv.DictReader(open("runs/shapes/sweep.csv")))) == 3
-    assert Image.open("runs/shapes/sweep.png").width == 840
-    assert call(evaluate, "--sweep", "cfg=1:2:1", "--num", 7) == 1 and "scores of other weights, N" in capsys.readouterr().err
-    assert call(train, "--resume", "--steps", 5) == 0 and call(evaluate, "--sweep", "cfg=1:2:1", "--num", 6) == 1 and "other weights" in capsys.readouterr().err
-    assert call(evaluate, "--sweep", "cfg=1/1.5", "--num", 6, "--overwrite") == 0 and len(list(csv.DictReader(open("runs/shapes/sweep.csv")))) == 2
+def test_scores_of_nothing_are_left_out(work, capsys):
+    """Thirty grey squares are no match for anything; a held-out set of nothing has no accuracy; a poor classifier is no judge."""
+    np.savez("grey.npz", arr_0=np.full((30, 16, 16, 3), 128, np.uint8))
+    assert call(evaluate, "--samples", "grey.npz", "--reference", "data/shapes") == 0
+    out, result = capsys.readouterr(), json.loads(Path("grey.npz-metrics.json").read_text())
+    assert "precision" not in result and result["left_out"]["pr"] == "the generated images are all the same" and "all the same" in out.out
+    result["class_accuracy_real"] = 0.2
+    evaluate.report(result)
+    assert "right on 0.20 of held-out real images only" in capsys.readouterr().err
+    shutil.copytree("data/shapes", "d")
+    meta = json.loads(Path("d/meta.json").read_text())
+    Path("d/meta.json").write_text(json.dumps({**meta, "counts": {**meta["counts"], "val": 0}}))
+    np.save("d/val_images.npy", np.zeros((0, 16, 16, 3), np.uint8)), np.save("d/val_labels.npy", np.zeros(0, np.int64))
+    assert call(evaluate, "--samples", "grey.npz", "--reference", "d", "--out", "g.json") == 0
+    assert "class_accuracy_real" not in json.loads(Path("g.json").read_text()) and "how well the classifier judges is not known" in capsys.readouterr().err
 
 
-def test_sweep_under_torchrun_is_refused(there, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(evaluate.dist, "destroy_process_group", lambda: None)
-    assert call(evaluate, "--sweep", "cfg=1:2:1") == 2 and "without torchrun" in capsys.readouterr().err
+def test_a_reference_packed_again_is_not_a_current_score(there, capsys):
+    for _ in range(2):
+        assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--overwrite") == 0
+        np.savez("s.npz", arr_0=images_of(12)) if not Path("s.npz").exists() else None
+        code = call(evaluate, "--samples", "s.npz", "--reference", "data/shapes")
+    assert code == 1 and "reference_key differs" in capsys.readouterr().err
 
 
-def test_sweep_grammar():
-    assert evaluate.parse_sweep("cfg=1:2:0.5,ema=0/1") == [{"cfg": c, "ema": e} for c in (1.0, 1.5, 2.0) for e in (0, 1)]
-    for wrong in ("cfg", "speed=1", "cfg=1:2", "cfg=2:1:1", "cfg=a"):
-        with pytest.raises(ValueError):
-            evaluate.parse_sweep(wrong)
+def test_unlabelled_data_cannot_be_judged_offline(there, capsys):
+    (there / "in").mkdir()
+    for i, image in enumerate(images_of(20)):
+        Image.fromarray(image).save(f"in/{i}.png")
+    assert call(data, "--source", "folder", "--root", "in", "--size", 16, "--name", "u", "--workers", 1) == 0
+    assert call(evaluate, "--samples", "in", "--reference", "data/u") == 1
+    error = capsys.readouterr().err
+    assert "--features inception, or pack class folders" in error and error.count("\n") == 1
 
 
-def bad_sides(there):
+def test_table_of_results(scored, capsys):
+    files = []
+    for w in (3, 1, 2):
+        assert call(sample, "--num", 12, "--steps", 2, "--amp", "off", "--cfg", w, "--out", f"w{w}") == 0 and call(evaluate, "--samples", f"w{w}") == 0
+        files.append(f"w{w}-metrics.json")
+    capsys.readouterr()
+    assert call(evaluate, "--table", *files) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("file | cfg | N | fd | precision | recall | class_accuracy\nw3-metrics.json | 3 | 12 | ")
+    rows = list(csv.reader(open("table.csv")))
+    assert [row[1] for row in rows] == ["cfg", "3.0", "1.0", "2.0"] and Image.open("table.png").width > 100
+    Path("other.json").write_text("[]")
+    assert call(evaluate, "--table", *files, "other.json") == 1 and "other.json is not a result" in capsys.readouterr().err
+
+
+def bad_sets():
     Path("mixed").mkdir()
     Image.new("RGB", (8, 8)).save("mixed/a.png"), Image.new("RGB", (9, 8)).save("mixed/b.png")
+    for name, text in (("list", "[]"), ("nolabels", "{}")):
+        Path(name).mkdir()
+        Image.new("RGB", (8, 8)).save(f"{name}/a.png"), Path(f"{name}/samples.json").write_text(text)
     Path("void").mkdir()
     np.savez("float.npz", arr_0=np.zeros((3, 8, 8, 3), np.float32))
     np.savez("nothing.npz", other=np.zeros(3))
+    np.savez("none.npz", arr_0=np.zeros((0, 8, 8, 3), np.uint8))
     np.savez("small.npz", mu=np.zeros(64), sigma=np.eye(64))
     np.savez("pickled.npz", arr_0=np.array([{}], dtype=object))
     np.savez("few.npz", arr_0=images_of(9, 16))
+    np.savez("onehot.npz", arr_0=images_of(9, 16), arr_1=np.eye(9))
+    np.savez("short.npz", arr_0=images_of(9, 16), arr_1=np.arange(8))
     Path("broken.npz").write_bytes(b"PK broken")
+    Path("cut.npz").write_bytes(Path("few.npz").read_bytes()[:-500])
 
 
 @pytest.mark.parametrize("flags,words,code", [
-    (["--samples", "mixed"], "must have one size", 1), (["--samples", "void"], "no images in void", 1), (["--samples", "float.npz"], "must be uint8", 1), (["--samples", "nothing.npz"], "neither images", 1),
-    (["--samples", "few.npz", "--reference", "small.npz"], "is no packed data set", 1), (["--samples", "small.npz"], "statistics only", 1), (["--device", "gpu"], "give cuda or cpu", 2),
-    (["--metrics", "is"], "need --features inception", 2), (["--sweep", "cfg=1:2:1", "--metrics", "fd"], "must have both", 2), (["--samples", "mixed", "--save-statistics", "s.npz"], "pass --reference", 1), (["--samples", "pickled.npz"], "no readable npz", 1), (["--samples", "broken.npz"], "no readable npz", 1),
-    (["--samples", "few.npz", "--reference", "data/shapes", "--metrics", "kid"], "KID draws subsets", 1), (["--samples", "nowhere"], "nothing at nowhere", 1), (["--metrics", "psnr"], "unknown", 2),
-    (["--sweep", "speed=1"], "the keys are", 2), (["--run", "nope"], "make samples first", 1), (["--features", "inception", "--inception-weights", "gone.pth", "--samples", "few.npz", "--reference", "few.npz"], "gone.pth", 1)])
-def test_wrong_sides(work, capsys, flags, words, code):
-    bad_sides(work)
-    reference = [] if "--reference" in flags or "--save-statistics" in flags or code == 2 else ["--reference", "data/shapes"]
+    (["--samples", "mixed"], "must have one size", 1), (["--samples", "void"], "no images at void", 1), (["--samples", "float.npz"], "must be uint8", 1), (["--samples", "nothing.npz"], "neither images", 1),
+    (["--samples", "none.npz"], "must be uint8", 1), (["--samples", "onehot.npz"], "one class id per image", 1), (["--samples", "short.npz"], "one class id per image", 1), (["--samples", "cut.npz"], "not a readable npz", 1),
+    (["--samples", "list"], "samples.json is damaged", 1), (["--samples", "nolabels"], "samples.json is damaged", 1),
+    (["--samples", "few.npz", "--reference", "small.npz"], "is not a packed data set", 1), (["--samples", "small.npz"], "statistics only", 1), (["--device", "gpu"], "give cuda or cpu", 2),
+    (["--samples", "pickled.npz"], "not a readable npz", 1), (["--samples", "broken.npz"], "not a readable npz", 1), (["--samples", "few.npz", "--reference", ""], "pass --reference", 1),
+    (["--samples", "nowhere"], "no images at nowhere", 1), (["--metrics", "psnr"], "unknown", 2), (["--run", "nope"], "make samples first", 1), (["--table", "gone.json"], "gone.json", 1),
+    (["--features", "inception", "--inception-weights", "gone.pth", "--samples", "few.npz", "--reference", "few.npz"], "gone.pth", 1)])
+def test_wrong_sets(work, capsys, flags, words, code):
+    bad_sets()
+    reference = [] if "--reference" in flags or code == 2 else ["--reference", "data/shapes"]
     assert call(evaluate, *flags, *reference) == code
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error and len([line for line in error.strip().splitlines() if "error" in line]) == 1
@@ -311,12 +350,13 @@ def test_wrong_sides(work, capsys, flags, words, code):
 def test_the_n_of_statistics_is_not_that_of_the_images_beside_them(there):
     """ADM's reference files: mu and sigma of the whole data set, 10,000 images for precision and recall, and no n."""
     np.savez("r.npz", arr_0=images_of(30), mu=np.zeros(3), sigma=np.eye(3))
-    real = evaluate.reference(evaluate.Side("r.npz"), lambda x: {"features": x.float().mean(dim=(1, 2))}, "f", "d", torch.device("cpu"), 7)
+    net = lambda x: {"features": x.float().mean(dim=(1, 2)), "logits": x[:, 0, 0].float()}
+    real = evaluate.describe_reference(evaluate.open_set("r.npz"), net, "f", "d", torch.device("cpu"), 7)
     assert real["n"] == 0 and len(real["features"]) == 30 and (real["mu"] == 0).all()
 
 
 def test_statistics_of_another_feature_size(work, inception, capsys):
-    bad_sides(work)
+    bad_sets()
     torch.save(inception.state_dict(), "mine.pth")
     assert call(evaluate, "--samples", "few.npz", "--reference", "small.npz", "--features", "inception", "--inception-weights", "mine.pth", "--out", "x.json") == 1
     assert "features of 64 numbers, the samples of 2048" in capsys.readouterr().err

@@ -94,7 +94,7 @@ def test_exercise_07_ema():
     net = torch.nn.Linear(3, 2)
     averages = [{k: torch.zeros_like(v) for k, v in net.state_dict().items()} for _ in range(2)]
     kept = averages[0]["weight"]
-    trainer = types.SimpleNamespace(net=net, ema=averages, decays=[0.9, 0.5])
+    trainer = types.SimpleNamespace(net=net, ema=averages, options=types.SimpleNamespace(ema=(0.9, 0.5)))
     train.Trainer.update_ema(trainer)
     train.Trainer.update_ema(trainer)
     assert averages[0]["weight"] is kept and kept.abs().sum() > 0, "update_ema must change the averages in place"
@@ -114,17 +114,17 @@ def test_exercise_08_guided_velocity(monkeypatch):
 
 
 def test_exercise_09_euler_step():
-    same(sample.euler_step(torch.tensor([2.0]), 0.25, 0.5, lambda z, t: z * 4 + t), [2.0 + 0.25 * 8.25], "euler_step: z + (s - t) * slope(z, t)")
+    same(sample.euler_step(torch.tensor([2.0]), 0.25, 0.5, lambda z, t: z * 4 + t), [2.0 + 0.25 * 8.25], "euler_step: z + (t_next - t) * v(z, t)")
 
 
 def test_exercise_10_heun_step():
     times = []
     slope = lambda z, t: times.append(t) or z * 4 + t
     same(sample.heun_step(torch.tensor([2.0]), 0.25, 0.5, slope), [2.0 + 0.25 * (8.25 + 4 * 4.0625 + 0.5) / 2],
-         "heun_step: an Euler step ahead to s, then z + (s - t) times the mean of the slopes at (z, t) and (ahead, s)")
+         "heun_step: an Euler step ahead to t_next, then z + (t_next - t) times the mean of v(z, t) and v(ahead, t_next)")
     times.clear()
-    same(sample.heun_step(torch.tensor([2.0]), 0.5, 1.0, slope), [2.0 + 0.5 * 8.5], "heun_step: the last step, s = 1, is Euler's")
-    assert times == [0.5], "heun_step: at s = 1 the slope is not asked for, it is not defined there"
+    same(sample.heun_step(torch.tensor([2.0]), 0.5, 1.0, slope), [2.0 + 0.5 * 8.5], "heun_step: the last step, t_next = 1, is Euler's")
+    assert times == [0.5], "heun_step: at t_next = 1 the velocity is not asked for, it is not defined there"
 
 
 def test_exercise_11_frechet_distance():

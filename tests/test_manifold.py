@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import model, sample, train
 
 DIMENSIONS, STEPS = (2, 8, 16, 512), 1200
-SETTINGS = {"times": "logit-normal", "p-mean": 0.0, "p-std": 1.0, "shift": 1.0}
+OPTIONS = train.Options(p_mean=0.0, p_std=1.0)
 
 
 def spiral(n, generator=None):
@@ -45,7 +45,7 @@ def experiment(dimension, pred, steps=STEPS, batch=256, seed=0):
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     for step in range(steps):
         x = spiral(batch) @ basis.T
-        e, t = torch.randn_like(x), train.sample_times(batch, SETTINGS, "cpu")
+        e, t = torch.randn_like(x), train.sample_times(batch, OPTIONS, "cpu")
         out = net(model.mix("linear", x, e, t), t, None)
         loss = train.diffusion_loss(out, {"x": x, "e": e, "t": t}, net.config, "v")[0].mean()
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)

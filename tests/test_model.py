@@ -194,15 +194,6 @@ def test_rotation_is_the_same_written_with_complex_and_real_numbers():
     assert torch.equal(real[:, :, :2], x[:, :, :2])       # context tokens do not turn
 
 
-def test_attention_kernels_agree():
-    net = randomised(model.JiTConfig(**TINY))
-    args = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 1])
-    with torch.no_grad():
-        fused = net(*args)
-        net.plain_attention(True)
-        assert torch.allclose(net(*args), fused, atol=1e-5)
-
-
 def test_context_that_never_enters_is_left_out():
     config = model.JiTConfig(**{**TINY, "in_context_start": 4})
     assert config.in_context_len == 0 and "in_context_posemb" not in model.JiT(config).state_dict()
@@ -226,8 +217,7 @@ EXACT = {"JiT-B/16": 131_123_712, "JiT-B/32": 133_190_400, "JiT-L/16": 458_877_6
 
 def test_parameter_counts_of_the_paper():
     for name, expected in {**EXACT, "JiT-B/64": 141.46e6, "JiT-G/16": 2007.1e6}.items():
-        with torch.device("meta"):
-            count = model.count_parameters(model.JiT(model.JiTConfig(**model.MODELS[name])))
+        count = model.count_parameters(model.JiTConfig(**model.MODELS[name]))
         assert count == expected if name in EXACT else abs(count / expected - 1) < 1e-4, name
 
 
@@ -283,7 +273,7 @@ def test_official_checkpoint_is_loaded(tiny_official):
     args = torch.randn(1, 3, 16, 16), torch.rand(1), torch.tensor([2])
     with torch.no_grad():
         assert torch.equal(loaded(*args), net(*args))
-    assert info["epoch"] == 7 and info["decays"] == [0.9999, 0.9996] and asdict(loaded.config)["image_size"] == 16
+    assert info["decays"] == [0.9999, 0.9996] and asdict(loaded.config)["image_size"] == 16
     assert torch.equal(model.load_network(path, ema=1)[0].pos_embed, net.pos_embed * 2)
 
 
@@ -297,7 +287,7 @@ def test_foreign_code_in_a_checkpoint_is_never_run(tmp_path, monkeypatch, tiny_o
     path, net = tiny_official
     for content in ({"config": {}, "ema": [], "x": Evil()}, Evil()):
         torch.save(content, "evil.pt")
-        with pytest.raises(ValueError, match="evil.pt is no readable checkpoint"):
+        with pytest.raises(ValueError, match="evil.pt is damaged, or holds more than tensors"):
             model.load_network("evil.pt")
     Path("evil.pt").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(ValueError, match="evil.pt"):
@@ -317,7 +307,7 @@ def test_damaged_checkpoints_are_named(tmp_path, tiny_official):
     for change, words in ((lambda s: s["model_ema1"].pop("net.blocks.2.attn.qkv.weight"), "lacks the weight blocks.2.attn.qkv.weight"),
                           (lambda s: s["model_ema1"].update({"net.extra": torch.ones(1)}), "extra"),
                           (lambda s: s["model_ema1"].update({"net.blocks.0.attn.proj.bias": torch.ones(3)}), "blocks.0.attn.proj.bias"),
-                          (lambda s: setattr(s["args"], "model", "JiT-Z"), "JiT-Z"), (lambda s: s.pop("model_ema1"), "no JiT checkpoint")):
+                          (lambda s: setattr(s["args"], "model", "JiT-Z"), "JiT-Z"), (lambda s: s.pop("model_ema1"), "is not a JiT checkpoint"), (lambda s: delattr(s["args"], "img_size"), "cannot be used")):
         changed = {**state, "model_ema1": dict(state["model_ema1"]), "args": argparse.Namespace(**vars(state["args"]))}
         change(changed)
         torch.save(changed, tmp_path / "bad.pth")
@@ -338,8 +328,7 @@ def test_an_auxiliary_head_sees_image_tokens_only():
 def test_more_processes_than_gpus_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert model.pick_device() == torch.device("cuda", 1)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="GPU 2 is asked for, this machine has 2"):
-        model.pick_device()
+        with model.machine():
+            pass

@@ -154,14 +154,14 @@ def test_noise_left_by_the_clamp():
 
 
 def test_times_of_training():
-    n, s = 200_000, {"times": "logit-normal", "p-mean": -0.8, "p-std": 0.8, "shift": 1.0}
+    n, s = 200_000, train.Options()
     torch.manual_seed(0)
     t = train.sample_times(n, s, "cpu")
     logit = torch.log(t / (1 - t))
     assert abs(logit.mean() + 0.8) < 0.01 and abs(logit.std() - 0.8) < 0.01
-    shifted = train.sample_times(n, {**s, "shift": 3.0}, "cpu")                         # p_mean - ln A
+    shifted = train.sample_times(n, train.Options(shift=3.0), "cpu")                         # p_mean - ln A
     assert abs(torch.log(shifted / (1 - shifted)).mean() + 0.8 + math.log(3)) < 0.01
-    uniform = train.sample_times(n, {**s, "times": "uniform"}, "cpu")
+    uniform = train.sample_times(n, train.Options(times="uniform"), "cpu")
     assert abs(uniform.mean() - 0.5) < 0.01 and abs(uniform.std() - 12**-0.5) < 0.01
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import TINY, TINY_FLAGS, call, evaluate, model, randomised, sample, train
+from conftest import TINY, TINY_FLAGS, call, data, evaluate, model, randomised, sample, shell, train
 from test_model import official
 
 
@@ -48,18 +48,18 @@ def test_noise_and_labels_are_a_function_of_seed_and_index():
 
 def test_a_killed_run_goes_on(run, monkeypatch):
     whole = draw("whole", "--batch-size", 10)
-    real, count = sample.draw_batch, []
+    real, count = sample.generate, []
 
     def dies(*args, **kwargs):
         count.append(1)
         if len(count) > 3:
             raise KeyboardInterrupt
         return real(*args, **kwargs)
-    monkeypatch.setattr(sample, "draw_batch", dies)
-    assert call(sample, "--run", "r", "--num", 64, "--amp", "off", "--out", "half", "--batch-size", 10) == 1
+    monkeypatch.setattr(sample, "generate", dies)
+    assert call(sample, "--run", "r", "--num", 64, "--amp", "off", "--out", "half", "--batch-size", 10) == 130
     assert len(list(Path("half").glob("0*.png"))) == 30
-    Path("half/000003.png").unlink()                      # a hole, in any order
-    monkeypatch.setattr(sample, "draw_batch", real)
+    Path("half/0000003.png").unlink()                      # a hole, in any order
+    monkeypatch.setattr(sample, "generate", real)
     assert np.array_equal(draw("half", "--batch-size", 10), whole)
 
 
@@ -71,13 +71,12 @@ def test_every_solver_is_reproducible(run, solver):
 def test_two_ranks_make_the_images_of_one(run, monkeypatch):
     """Each rank takes its share of the batches; what they leave is the same folder."""
     whole = draw("whole", "--batch-size", 7)
+    net, info = model.load_network("runs/r/checkpoint.pt")
+    how = sample.settings_of(sample.Options(), info, net.config)
+    sampler = sample.Sampler(net, [i % 3 for i in range(64)], 0, how, "off", torch.device("cpu"))
+    Path("parts").mkdir()
     for rank, share in ((1, 4 * 7 + 1), (0, 5 * 7)):                   # ten batches, the last of one image
-        net, info = model.load_network("runs/r/checkpoint.pt")
-        args = sample.parse_args(["--run", "r", "--num", "64", "--batch-size", "7"])
-        s = sample.settle(args, info, net.config)
-        Path("parts").mkdir(exist_ok=True)
-        made = sample.sample_all(net, net, [i % 3 for i in range(64)], Path("parts"), s, args, torch.device("cpu"), torch.autocast("cpu", enabled=False), rank, 2)
-        assert made == share
+        assert sample.sample_all(sampler, Path("parts"), 7, rank, 2) == share
     assert np.array_equal(pictures("parts"), whole)
 
 
@@ -106,7 +105,7 @@ def test_official_checkpoint_is_sampled(there, monkeypatch):
     monkeypatch.setitem(model.MODELS, "JiT-tiny", TINY)
     net = randomised(model.JiTConfig(**TINY))
     official(there / "official.pth", net)
-    assert call(sample, "--checkpoint", "official.pth", "--num", 5, "--steps", 3, "--labels", "2x5", "--cfg", 2.9, "--interval", "0.1,1", "--amp", "off") == 0
+    assert call(sample, "--checkpoint", "official.pth", "--num", 5, "--steps", 3, "--labels", "2", "--cfg", 2.9, "--interval", "0.1,1", "--amp", "off") == 0
     noise = sample.noise_for(range(5), (3, 16, 16), 0, 1.0)
     expected = sample.generate(net, noise, torch.full((5,), 2), steps=3, cfg=2.9, interval=(0.1, 1.0))
     assert np.array_equal(pictures("samples"), model.to_uint8(expected).permute(0, 2, 3, 1).numpy())
@@ -116,33 +115,77 @@ def test_official_checkpoint_is_sampled(there, monkeypatch):
 def test_labels_grammar():
     names = ["ring", "star", "4x4"]
     assert sample.parse_labels("all", 5, names, 3) == [0, 1, 2, 0, 1]
-    assert sample.parse_labels("star", 3, names, 3) == [1, 1, 1] and sample.parse_labels("2,ring", 4, names, 3) == [2, 0, 2, 0]
-    assert sample.parse_labels("1x2,ring", None, names, 3) == [1, 1, 0] and sample.parse_labels("4x4", 1, names, 3) == [2]
-    assert sample.parse_labels("207x16", None, [], 1000) == [207] * 16 and len(sample.parse_labels("all", None, [], 1000)) == 1000
-    for wrong in ("moon", "3", "-1", "", "x3"):
-        with pytest.raises(ValueError, match="is no class"):
-            sample.parse_labels(wrong, None, names, 3)
+    assert sample.parse_labels("star", 3, names, 3) == [1, 1, 1] and sample.parse_labels("2, ring", 4, names, 3) == [2, 0, 2, 0]
+    assert sample.parse_labels("4x4", 1, names, 3) == [2] and len(sample.parse_labels("all", 1000, [], 1000)) == 1000
+    for wrong in ("moon", "3", "-1", "", "1x99999999999", "²"):
+        with pytest.raises(data.UsageError, match="is not a class"):
+            sample.parse_labels(wrong, 3, names, 3)
 
 
-def test_pictures_of_the_process(work, capsys):
+def test_pictures_of_the_process(work, monkeypatch, capsys):
+    """Columns are spread over all steps, the last among them; rows have names; --out is honoured."""
     assert call(train, *TINY_FLAGS, "--steps", 6, "--snapshots", 3, "--run", "p") == 0
-    assert call(sample, "--run", "p", "--steps", 12, "--trajectory", "--labels", "star,3") == 0 and call(sample, "--run", "p", "--steps", 2, "--evolution") == 0
+    drawn, real = [], data.picture
+    monkeypatch.setattr(data, "picture", lambda rows, titles=(), names=(): drawn.append((rows, list(titles), list(names))) or real(rows, titles, names))
+    assert call(sample, "--run", "p", "--solver", "heun", "--steps", 50, "--shift", 1, "--trajectory", "--labels", "star,3") == 0
+    rows, titles, names = drawn.pop()
+    assert titles[0] == "t = 0.00" and titles[-2:] == ["t = 0.98", "result"] and len(titles) == len(rows[0]) == 10 and names == ["z", "x_pred"] * 4
+    assert call(sample, "--run", "p", "--steps", 2, "--evolution") == 0 and drawn.pop()[2] == ["step 2", "step 4", "step 6"]
+    assert call(sample, "--run", "p", "--steps", 2, "--trajectory", "--out", "here") == 0 and Path("here-trajectory.png").exists()
     for name in ("trajectory", "evolution"):
-        assert Image.open(f"runs/p/{name}.png").width > 100 and Image.open(f"runs/p/{name}.gif").n_frames > 2
-    assert call(sample, "--run", "p", "--evolution", "--ema", -1) == 1 and "averaged weights only" in capsys.readouterr().err
+        assert Image.open(f"runs/p/{name}.png").width > 100
+    assert call(sample, "--run", "p", "--evolution", "--ema", -1) == 1 and "no raw ones" in capsys.readouterr().err
 
 
-def test_benchmark_speaks(run, capsys):
-    assert call(sample, "--run", "r", "--benchmark", "--batch-size", 4, "--steps", 5, "--amp", "off") == 0
-    out = capsys.readouterr().out
-    assert "9 network evaluations" not in out and "18 network evaluations per image" in out and "images/s" in out and "two separate passes" in out
+def test_the_network_shift_of_training_is_recommended(work):
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--shift", 2.5, "--preset", "cifar10", "--data", "shapes", "--run", "s") == 0
+    assert model.load_network("runs/s/checkpoint.pt")[1]["sampling"]["shift"] == 2.5
+
+
+def test_two_at_once_are_refused(run, capsys):
+    with data.locked(Path("out")):
+        done = shell("04_sample.py", "--run", "r", "--num", 4, "--out", "out", cwd=Path("."))
+    assert done.returncode == 1 and "another process is writing to out" in done.stderr
+
+
+def test_no_compiler_is_said_in_one_line(run):
+    done = shell("04_sample.py", "--run", "r", "--num", 1, "--compile", cwd=Path("."), env={"CXX": "/nonexistent", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"})
+    assert done.returncode == 1 and "pass --no-compile" in done.stderr and "Traceback" not in done.stderr
+
+
+def broken(change):
+    state = torch.load("runs/r/checkpoint.pt", weights_only=True)
+    change(state)
+    torch.save(state, "broken.pt")
+
+
+BROKEN = {"image size": (lambda s: s["config"].update(image_size="16"), "broken.pt cannot be used"), "list config": (lambda s: s.update(config=[1]), "broken.pt cannot be used"),
+          "dict ema": (lambda s: s.update(ema={"a": 1}), "broken.pt cannot be used"), "scalar weight": (lambda s: s["ema"][0].update({"pos_embed": 3.0}), "broken.pt cannot be used"),
+          "NaN": (lambda s: s["ema"][0]["final_layer.linear.bias"].fill_(float("nan")), "holds NaN"), "no raw": (lambda s: None, "no raw ones")}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_checkpoints_are_refused_in_one_line(run, capsys, name):
+    broken(BROKEN[name][0])
+    assert call(sample, "--checkpoint", "broken.pt", "--ema", -1 if name == "no raw" else 0) == 1
+    error = capsys.readouterr().err
+    assert BROKEN[name][1] in error and error.count("\n") == 1 and not Path("samples").exists()
+
+
+def test_another_ema_than_there_is_is_refused(work, capsys):
+    """One set of averages: --ema 1 would be the raw weights."""
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--ema", "0.9") == 0
+    assert call(sample, "--ema", 1) == 1 and "--ema goes from 0 to 0" in capsys.readouterr().err
+    assert call(sample, "--ema", -1, "--num", 2, "--steps", 2) == 0
 
 
 @pytest.mark.parametrize("flags,words,code", [
-    (["--steps", -1], "above 0", 2), (["--interval", "0.5"], "two times", 2), (["--interval", "0.9,0.1"], "two times", 2), (["--solver", "rk4"], "choice", 2), (["--labels", "moon"], "is no class", 2),
-    (["--ema", 3], "sets of weights", 1), (["--run", "nope"], "train one first", 1), (["--checkpoint", "x.pth"], "no checkpoint at x.pth", 1), (["--seed", -1], "from 0 on", 2),
-    (["--evolution"], "no snapshots", 1), (["--device", "gpu"], "give cuda or cpu", 2), (["--labels", "3x0"], "a count of 0", 2), (["--num", 0], "above 0", 2)])
+    (["--steps", -1], "[1, 100000]", 2), (["--interval", "0.5"], "two times", 2), (["--interval", "0.9,0.1"], "two times", 2), (["--interval", "0,2"], "in [0, 1]", 2), (["--solver", "rk4"], "is unknown", 2),
+    (["--labels", "moon"], "is not a class", 2), (["--ema", 3], "sets of averaged weights", 1), (["--run", "nope"], "train one first", 1), (["--checkpoint", "x.pth"], "no checkpoint at x.pth", 1), (["--seed", -1], "[0, inf)", 2),
+    (["--evolution"], "no snapshots", 1), (["--device", "gpu"], "give cuda or cpu", 2), (["--num", 0], "[1, 10000000]", 2), (["--num", "9999999999"], "[1, 10000000]", 2), (["--cfg", "nan"], "give a number", 2),
+    (["--t-eps", "inf"], "in (0, 1)", 2), (["--shift", "inf"], "in (0, inf)", 2), (["--checkpoint", "notes.txt"], "notes.txt is not a checkpoint: not a file that torch.save wrote", 1)])
 def test_wrong_requests(run, capsys, flags, words, code):
+    Path("notes.txt").write_text("remember the milk")
     assert call(sample, *(["--run", "r"] if "--run" not in flags else []), *flags) == code
     error = capsys.readouterr().err
     assert words in error and len(error.strip().splitlines()) == 1 and not Path("runs/r/samples").exists()
@@ -158,6 +201,6 @@ def test_guidance_without_classes_is_refused(there, capsys):
 
 def test_an_unconditional_run_has_no_class_accuracy(work):
     """The data set has classes, the network has not: its images are of none of them."""
-    assert call(train, *TINY_FLAGS, "--steps", 2, "--unconditional") == 0 and call(sample, "--num", 20, "--steps", 2, "--amp", "off") == 0
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--num-classes", 0) == 0 and call(sample, "--num", 20, "--steps", 2, "--amp", "off") == 0
     assert json.loads(Path("runs/shapes/samples/samples.json").read_text())["classes"] == []
     assert call(evaluate) == 0 and "class_accuracy" not in json.loads(Path("runs/shapes/metrics.json").read_text())

@@ -1,0 +1,148 @@
+"""Speed of every stage, one row of the README's table per command; ratios are measured in one run on the same machine.
+
+python tests/benchmark.py train [--model JiT-T/16] [--batch-size 128] [--amp bf16|fp16|off] [--compile] [--checkpointing] [--plain]
+python tests/benchmark.py sample [--cfg 2.9] [--steps 50] [--batch-size 100] ...      Heun, against two separate passes in every evaluation
+python tests/benchmark.py data --root PHOTOS [--size 256]                             packed rows against decoding
+python tests/benchmark.py scores                                                      50,000 x 2,048 features
+Utilisation is model FLOPs (forward, and twice that backward) over the rate of a big matrix product in the same process.
+--plain: attention written out in fp32, as the official code has it.
+"""
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import conftest
+from conftest import data, evaluate, model, sample, train
+
+
+def now(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def matmul_rate(device, amp):
+    """FLOP/s of a big matrix product on random numbers."""
+    size, dtype = (8192 if device.type == "cuda" else 2048), {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
+    a, b, times = *(torch.randn(size, size, device=device).to(dtype) for _ in range(2)), []
+    for _ in range(8):
+        start = now(device)
+        a @ b
+        times.append(now(device) - start)
+    return 2 * size**3 / sorted(times[2:])[2]
+
+
+def plain_attention(q, k, v):
+    with torch.autocast(q.device.type, enabled=False):
+        return ((q.float() * q.shape[-1]**-0.5 @ k.float().transpose(-1, -2)).softmax(-1) @ v.float()).to(v.dtype)
+
+
+def describe(config, args, device):
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{args.model} {config.image_size} px, {args.amp}, {'compiled' if args.compile else 'eager'}{', plain attention' if args.plain else ''}, batch {args.batch_size} on {name}, torch {torch.__version__}")
+
+
+def benchmark_train(args, device, seconds=10.0):
+    config = model.JiTConfig(**model.MODELS[args.model])
+    options = train.Options(model=args.model, batch_size=args.batch_size, micro_batch=args.batch_size, lr=1e-4, warmup=0, steps=10**6, amp=args.amp, compile=args.compile,
+                            checkpointing=args.checkpointing)
+    trainer, times = train.Trainer(options, config, device), []
+    pair = torch.randint(0, 256, (args.batch_size, config.image_size, config.image_size, 3), dtype=torch.uint8, device=device), torch.zeros(args.batch_size, dtype=torch.long, device=device)
+    feed, rate = iter(lambda: pair, None), matmul_rate(device, args.amp)
+    while len(times) < 5 or sum(times) < seconds and len(times) < 50:
+        start = now(device)
+        trainer.train_step(feed)
+        times += [now(device) - start] if trainer.step > 3 else []
+    step = sorted(times)[len(times) // 2]
+    describe(config, args, device)
+    memory = f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
+    print(f"{args.batch_size / step:.1f} images/s, {step * 1e3:.1f} ms a step (median of {len(times)}){memory}, matrix product {rate / 1e12:.3f} TFLOP/s, "
+          f"utilisation {6 * model.count_macs(config) * args.batch_size / step / rate * 100:.1f} %")
+
+
+def two_passes(net, z, t, labels, cfg, interval, t_eps):
+    """The plain way: always both passes, one after the other."""
+    low, high = interval
+    w = cfg if t < high - 1e-6 and (low == 0 or t > low + 1e-6) else 1.0
+    v, null = (sample.velocity(net, z, t, y, t_eps) for y in (labels, torch.full_like(labels, net.config.num_classes)))
+    return null + w * (v - null)
+
+
+def benchmark_sample(args, device):
+    config = model.JiTConfig(**model.MODELS[args.model])
+    how = {**sample.HOW, "steps": args.steps, "cfg": args.cfg, "interval": (0.1, 1.0) if args.cfg != 1 else (0.0, 1.0)}
+    sampler = sample.Sampler(model.JiT(config).eval(), list(range(10)), 0, how, args.amp, device, args.compile)
+    one_batch, seconds, calls, rate = sample.guided_velocity, {}, [], matmul_rate(device, args.amp)
+    for round, (name, guide) in enumerate([("warm-up", one_batch), *[("one batch", one_batch), ("two passes", two_passes)] * 2]):
+        sample.guided_velocity, sampler.how["steps"] = guide, 2 if not round else args.steps
+        hook = sampler.net.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0]))) if round == 1 else None
+        start = now(device)
+        sampler.draw(range(args.batch_size))
+        seconds[name] = min(seconds.get(name, 1e9), now(device) - start)
+        if hook:
+            hook.remove()
+    sample.guided_velocity = one_batch
+    describe(config, args, device)
+    print(f"Heun {args.steps}, w {args.cfg:g} in {how['interval']}: {args.batch_size / seconds['one batch']:.2f} images/s, {sum(calls) / args.batch_size:.0f} evaluations an image, "
+          f"utilisation {sum(calls) * 2 * model.count_macs(config) / seconds['one batch'] / rate * 100:.1f} %, {seconds['two passes'] / seconds['one batch']:.2f} times as fast as two passes")
+
+
+def benchmark_data(args):
+    """Images a second and core: decoding and cropping the originals, random rows of the packed file."""
+    files = data.list_images(args.root)[:200]
+    start = time.perf_counter()
+    rows = [data.decode((file, args.size)) for file in files]
+    decoding = len(files) / (time.perf_counter() - start)
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/x.npy", np.stack([row for row in rows if not isinstance(row, str)] * 20))
+        images, count, order = np.load(f"{folder}/x.npy", mmap_mode="r"), 0, np.random.default_rng(0)
+        start = time.perf_counter()
+        while time.perf_counter() - start < 2:
+            count += len(images[np.sort(order.integers(0, len(images), 64))])
+        packed = count / (time.perf_counter() - start)
+    print(f"{args.size} px, one core: decoding {decoding:.0f} images/s, packed rows {packed:.0f} images/s, {packed / decoding:.0f} times as fast")
+
+
+def benchmark_scores(n=50_000, d=2048):
+    x, start = np.random.default_rng(0).standard_normal((n, d)).astype(np.float32), time.perf_counter()
+    real = evaluate.describe(np.arange(n), lambda rows: {"features": torch.from_numpy(x[rows]), "logits": torch.zeros(len(rows), 2)}, "cpu", 100, "")
+    took = time.perf_counter() - start
+    print(f"moments of {n} x {d} features: {took:.1f} s")
+    start = time.perf_counter()
+    evaluate.frechet_distance(real["mu"], real["sigma"], real["mu"] + 1, real["sigma"])
+    print(f"Frechet distance: {time.perf_counter() - start:.1f} s")
+    start = time.perf_counter()
+    evaluate.precision_recall(x[:10_000], x[10_000:20_000])
+    print(f"precision and recall, 10000 x 10000: {time.perf_counter() - start:.1f} s")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("what", choices=("train", "sample", "data", "scores"))
+    for name, kind, default in (("model", str, "JiT-T/16"), ("batch-size", int, 128), ("steps", int, 50), ("cfg", float, 1.0), ("root", str, None), ("size", int, 256), ("device", str, None)):
+        parser.add_argument(f"--{name}", type=kind, default=default)
+    parser.add_argument("--amp", choices=("bf16", "fp16", "off"))
+    for name in ("compile", "checkpointing", "plain"):
+        parser.add_argument(f"--{name}", action="store_true")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(torch.get_num_threads() if argv else len(__import__("os").sched_getaffinity(0)))
+    with model.machine(args.device) as (device, _, _):
+        args.amp, kept = model.choose_precision(args.amp, device), model.attend
+        model.attend = plain_attention if args.plain else model.attend
+        if args.what in ("train", "sample"):
+            {"train": benchmark_train, "sample": benchmark_sample}[args.what](args, device)
+        elif args.what == "data":
+            benchmark_data(args)
+        else:
+            benchmark_scores()
+        model.attend = kept
+
+
+if __name__ == "__main__":
+    main()
