@@ -126,7 +126,7 @@ def pack(split, make, jobs, labels, size, folder, workers):
     images, record = (np.lib.format.open_memmap(path, "r+") for path in (images_path, labels_path))
     todo = np.flatnonzero(record == TODO)
     with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool, \
-            progress(len(jobs), split, " images", initial=len(jobs) - len(todo)) as bar:
+            Progress(len(jobs), split, " images", initial=len(jobs) - len(todo)) as bar:
         make_all = partial(pool.map, make, chunksize=16) if workers > 1 else partial(map, make)
         for block in np.split(todo, range(BLOCK, len(todo), BLOCK)):
             bad = {}
@@ -262,7 +262,7 @@ def fetch(source, folder):
         try:
             with whole(path) as part:
                 with urllib.request.urlopen(url, timeout=60) as answer, open(part, "wb") as file, \
-                        progress(int(answer.headers.get("Content-Length", 0)), path.name, "B", unit_scale=True) as bar:
+                        Progress(int(answer.headers.get("Content-Length", 0)), path.name, "B", unit_scale=True) as bar:
                     while piece := answer.read(1 << 20):
                         bar.update(file.write(piece))
                 if file_hash(part, "md5") != md5:
@@ -299,7 +299,7 @@ class UsageError(ValueError):
 def option(default, text, within=None, choices=None, group=None, flag=True, free=False):
     """A dataclass field that is also a command-line flag.  None as default: worked out later, as the text says.
 
-    within: an interval such as "(0, 1]" for its numbers.  group: title of the flags from here on.  free: see 03_train.py.
+    within: an interval such as "(0, 1]" for its numbers.  group: title of the flags from here on.  free: see 03.
     """
     return field(default=default, metadata={k: v for k, v in locals().items() if k != "default"})
 
@@ -348,12 +348,11 @@ def run(main):
     """Call main() and return the exit code.  Expected errors become one line on stderr; bugs keep their traceback."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")              # a terminal without the letters of a class name
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return main() or 0
-    except KeyboardInterrupt as stop:
-        number = stop.args[0] if stop.args else signal.SIGINT
-        code, message = 128 + number, f"stopped by {signal.Signals(number).name}; the same command goes on where it was"
+    except KeyboardInterrupt:
+        code, message = 130, "stopped; the same command goes on where it was"
     except (ValueError, OSError) as error:
         code, message = 2 if isinstance(error, UsageError) else 1, error
     except RuntimeError as error:                         # torch's own are known by name: this file does without torch
@@ -368,9 +367,6 @@ def run(main):
         time.sleep(3)
     print(f"{os.path.basename(sys.argv[0])}: error: {f'[rank {rank}] ' if rank else ''}{message}", file=sys.stderr)
     return code
-
-def interrupt(number, frame):
-    raise KeyboardInterrupt(number)
 
 # ---- Plumbing: files and progress ------------------------------------------------------------------------------------
 @contextmanager
@@ -406,19 +402,17 @@ def folder_of(name, parent):
     """A bare name means parent/name; anything with a slash is taken as it is."""
     return Path(name) if "/" in str(name) else Path(parent) / name
 
-class Lines:
-    """A stream that makes each state of a tqdm bar a line of its own."""
-    flush = staticmethod(sys.stderr.flush)
-
-    def write(self, text):
-        print(text.strip(), file=sys.stderr, flush=True, end="\n" if text.strip() else "")
-
-def progress(total, title, unit, **more):
+class Progress(tqdm):
     """A tqdm bar on a terminal, elsewhere a line every half minute; the first process alone shows it."""
-    if not sys.stderr.isatty():
-        more |= dict(file=Lines(), mininterval=30, maxinterval=60, delay=29, ncols=100,
-                     bar_format="{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}, {remaining} left")
-    return tqdm(total=total, desc=title, unit=unit, disable=os.environ.get("RANK", "0") != "0", **more)
+
+    def __init__(self, total, title, unit, **more):
+        self.lines = not sys.stderr.isatty()
+        if self.lines:
+            more |= dict(mininterval=30, delay=29, bar_format="{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left")
+        super().__init__(total=total, desc=title, unit=unit, disable=os.environ.get("RANK", "0") != "0", **more)
+
+    def display(self, *args, **more):
+        return print(self, file=sys.stderr, flush=True) if self.lines else super().display(*args, **more)
 
 # ---- Plumbing: pictures ----------------------------------------------------------------------------------------------
 def write(draw, place, text, width, anchor="la"):
@@ -494,7 +488,7 @@ class Options:
         return {k: getattr(self, k) for k in names} | {"root": self.root and str(self.root.resolve())}
 
 def plan(options):
-    """The source as (summary for meta.json, make, {split: (jobs, labels)}); nothing is decoded yet.  Raises ValueError."""
+    """The source as (summary for meta.json, make, {split: (jobs, labels)}); nothing is decoded.  Raises ValueError."""
     root, make = options.root or options.out / "downloads", decode
     if options.source == "shapes":                        # held out: indices that training never reaches
         spans = {"train": range(options.count), "val": range(10**7, 10**7 + max(100, options.count // 10))}
@@ -526,11 +520,11 @@ def already_packed(options, folder):
     if not folder.exists() or options.overwrite:
         return False
     meta, recipe = open_data(folder)[0], options.recipe()
-    odd = [f"{key} {meta['recipe'].get(key)}, now {recipe[key]}" for key in recipe if meta["recipe"].get(key) != recipe[key]]
-    if not odd and options.source == "folder" and plan(options)[0] != {k: meta[k] for k in ("recipe", "classes", "found")}:
+    odd = [f"{k} {meta['recipe'].get(k)}, now {recipe[k]}" for k in recipe if meta["recipe"].get(k) != recipe[k]]
+    if not odd and options.source == "folder" and any(meta[k] != v for k, v in plan(options)[0].items()):
         odd = [f"{options.root} has changed since, it held {meta['found']} images in {len(meta['classes'])} classes"]
     if odd:
-        raise ValueError(f"{folder} holds another data set ({odd[0]}): choose --name, or pass --overwrite to pack it again")
+        raise ValueError(f"{folder} holds another data set ({odd[0]}): choose --name, or replace it with --overwrite")
     return True
 
 def build(options, folder):

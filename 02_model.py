@@ -1,7 +1,7 @@
 """02_model.py -- the network: a plain Transformer on large pixel patches (JiT), and the path from noise to data
 
-What this stage teaches: how the three things a network may predict, x, e or v, turn into each other; how an image becomes
-a few long tokens and comes back; and how time and class steer every block (adaLN-Zero, context tokens).
+What this stage teaches: how the three things a network may predict, x, e or v, turn into each other; how an image
+becomes a few long tokens and comes back; and how time and class steer every block (adaLN-Zero, context tokens).
 Reads nothing, writes nothing.   Run it:   python 02_model.py   (6 s: the table of sizes, then one batch walked through)
 
 TIME RUNS FROM NOISE TO DATA: t = 0 is pure noise, t = 1 is the clean image.  (Stable Diffusion 3, SiT and REPA write it
@@ -54,12 +54,12 @@ def linear_path(t):
     return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
 
 def mix(path, x, e, t):
-    """The noised image z = alpha x + sigma e (B,...) from image x, noise e (B,...) and times t (B,).      (JiT eq. 1)"""
+    """The noised image z = alpha x + sigma e (B,...) from image x, noise e (B,...) and times t (B,).    (JiT eq. 1)"""
     alpha, sigma, _, _ = (expand(c, x) for c in path_coefficients(path, t))
     return (alpha * x).addcmul_(sigma, e)
 
 def velocity_target(path, x, e, t):
-    """v = alpha' x + sigma' e, the derivative of mix by t: x - e on the linear path.                      (JiT eq. 2)"""
+    """v = alpha' x + sigma' e, the derivative of mix by t: x - e on the linear path.                    (JiT eq. 2)"""
     _, _, d_alpha, d_sigma = (expand(c, x) for c in path_coefficients(path, t))
     return d_alpha * x + d_sigma * e
 
@@ -97,9 +97,8 @@ def shift_time(t, shift):
 
 def to_float(images, device="cpu"):
     """uint8 (B,H,W,C) -> float (B,C,H,W) in [-1,1] on the device."""
-    images = torch.as_tensor(images).to(device, non_blocking=True)
-    # subtle: without contiguous() x keeps the strides of NHWC, and so does noise like it, drawn ten times slower on a CPU
-    return images.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
+    x = torch.as_tensor(images).to(device).permute(0, 3, 1, 2)
+    return x.contiguous().float().div_(127.5).sub_(1)     # subtle: noise like x with NHWC's strides is slow
 
 def to_uint8(x):
     """Pixels in [-1,1], float -> uint8 0..255, rounded and not cut off; the inverse of u / 127.5 - 1."""
@@ -140,7 +139,7 @@ class PatchEmbed(nn.Module):
         return self.proj2(self.act(self.proj1(x))).flatten(2).transpose(1, 2)                      # B N D
 
 def position_table(hidden, side):
-    """Fixed 2-D sine-cosine positions (1,N,D): half the channels from the column, half from the row (as in MAE, DiT)."""
+    """Fixed 2-D sine-cosine positions (1,N,D): half the channels from the column, half from the row (as MAE, DiT)."""
     omega = 10000 ** -(torch.arange(hidden // 4, dtype=torch.float64) / (hidden / 4))
     rows, cols = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     angles = [axis.reshape(-1, 1) * omega for axis in (cols, rows)]                                # N D/4, twice
@@ -159,7 +158,7 @@ def rotary_table(head_dim, side, context):
 
 def rotate(x, cos, sin):
     """Turn adjacent channel pairs of x (B,h,L,d) by their angles: (x0 cos - x1 sin, x1 cos + x0 sin)."""
-    if not (x.is_cuda or torch.compiler.is_compiling()):  # the same in one complex product: a sixth of a CPU's step time
+    if not (x.is_cuda or torch.compiler.is_compiling()):  # the same as one complex product: faster on a CPU
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                            # B h L d/2
         return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)                     # B h L d
     x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)                                                   # B h L d/2
@@ -312,7 +311,7 @@ class JiT(nn.Module):
         """Xavier for linear maps, N(0, 0.02) for tables and the time MLP, zero for every gate and for the output."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(module.weight.flatten(1))   # subtle: flatten is a view; patches, not pixels, fan in
+                nn.init.xavier_uniform_(module.weight.flatten(1))   # subtle: a view; patches, not pixels, fan in
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         context = [self.in_context_posemb] if self.config.in_context_len else []
@@ -357,7 +356,7 @@ def cosine_path(t):
 def ddpm_path(alpha, d_alpha):
     """A path that keeps the variance: sigma = sqrt(1 - alpha^2)."""
     sigma = (1 - alpha**2).clamp_min(0).sqrt()
-    return alpha, sigma, d_alpha, -alpha * d_alpha / sigma.clamp_min(T_EPS)    # subtle: infinite at t = 1, hence the clamp
+    return alpha, sigma, d_alpha, -alpha * d_alpha / sigma.clamp_min(T_EPS)    # subtle: infinite at t = 1
 
 def ddpm_linear_path(t):
     """The continuous form of DDPM's linear betas, from 0.1 to 20 (Song et al. 2021, eq. 33)."""
@@ -372,7 +371,8 @@ def ddpm_cosine_path(t):
 
 def gelu_ffn(hidden, inner, dropout):
     """DiT's."""
-    return nn.Sequential(nn.Linear(hidden, inner), nn.GELU(approximate="tanh"), nn.Dropout(dropout), nn.Linear(inner, hidden))
+    act = nn.GELU(approximate="tanh")
+    return nn.Sequential(nn.Linear(hidden, inner), act, nn.Dropout(dropout), nn.Linear(inner, hidden))
 
 def bottleneck_ffn(hidden, inner, dropout):
     """Document 000's (listing 1): squeezed to D/2 before it widens.  It has no dropout."""
@@ -389,7 +389,7 @@ FFNS = {"swiglu": SwiGLU, "gelu": gelu_ffn, "bottleneck": bottleneck_ffn}
 
 # ---- Auxiliary heads: a second question put to the tokens, in training only          (document 000, section 3.3) ----
 class AuxHead(nn.Module):
-    """Mean of the image tokens after block `after` (-1: the last) -> Linear, SiLU, Linear.  loss() sees all of the batch.
+    """Mean of the image tokens after block `after` (-1: the last) -> Linear, SiLU, Linear.
 
     A further head is a subclass: set `outputs` and `after`, or override forward, and define loss.
     """
@@ -422,9 +422,9 @@ AUX_HEADS = {"none": lambda hidden: None, "time": TimeHead, "rotation": Rotation
 # ---- Configuration: everything a checkpoint needs to rebuild its network, and to know what the output means ---------
 @dataclass
 class JiTConfig:
-    """The network and the meaning of its output.  Defaults: JiT-B/16 at 256 pixels.  Raises ValueError when unusable."""
+    """The network and the meaning of its output.  Defaults: JiT-B/16 at 256 pixels.  Raises ValueError if unusable."""
     image_size: int = option(256, "pixels, height = width", "[1, inf)", flag=False)
-    patch_size: int = option(16, "pixels; a token holds patch_size^2 x in_channels numbers", "[1, inf)", group="network")
+    patch_size: int = option(16, "pixels (default: as many tokens as --model has)", "[1, inf)", group="network")
     in_channels: int = option(3, "3 for colours", "[1, inf)", flag=False)
     hidden_size: int = option(768, "width of a token", "[1, inf)")
     depth: int = option(12, "number of blocks", "[1, inf)")
@@ -451,8 +451,8 @@ class JiTConfig:
         if self.image_size % self.patch_size:
             raise ValueError(f"image size {self.image_size} is not a multiple of patch size {self.patch_size}")
         if self.hidden_size % (4 * self.num_heads):
-            raise ValueError(f"hidden size {self.hidden_size} is not a multiple of 4 x {self.num_heads} heads: a head's "
-                             "channels turn in pairs, half with the row and half with the column")
+            raise ValueError(f"hidden size {self.hidden_size} is not a multiple of 4 x {self.num_heads} heads: channels "
+                             "turn in pairs, half of a head's with the row and half with the column")
         if self.patch_embed == "nonlinear" and not self.bottleneck_dim:
             raise ValueError("a nonlinear patch embedding needs a bottleneck (bottleneck_dim > 0) to put the SiLU in")
         if self.in_context_start >= self.depth:
@@ -463,7 +463,8 @@ def _size(image, patch, hidden, depth, heads, bottleneck=128, start=4, dropout=0
                 bottleneck_dim=bottleneck, in_context_start=start, dropout=dropout, num_classes=classes,
                 in_context_len=context, noise_scale=max(1.0, image / 256))
 
-MODELS = {  # name      image patch hidden depth heads bottleneck start dropout classes context   (JiT Table 9; T and S are ours)
+MODELS = {  # name      image patch hidden depth heads bottleneck start dropout classes context        (JiT Table 9)
+    # T and S are ours
     "JiT-T/8":   _size(32,   8,  192,   6,  3,  48, 2, 0.0, 10, 4),       # small images, a CPU
     "JiT-T/16":  _size(64,   16, 192,   6,  3,  64, 2, 0.0, 10, 4),
     "JiT-S/4":   _size(32,   4,  384,  12,  6,  48, 4, 0.0, 10, 8),       # CIFAR-10 on one GPU
@@ -479,7 +480,7 @@ MODELS = {  # name      image patch hidden depth heads bottleneck start dropout 
     "JiT-G/16":  _size(256,  16, 1664, 40, 16, 256, 10, 0.2),
 }
 PAPER_GMAC = {"JiT-B/16": 25, "JiT-B/32": 26, "JiT-B/64": 30, "JiT-L/16": 88, "JiT-L/32": 89, "JiT-H/16": 182,
-              "JiT-H/32": 183, "JiT-G/16": 383}           # its "Gflops" are multiply-adds; B/64's 30 leaves out the bottleneck
+              "JiT-H/32": 183, "JiT-G/16": 383}           # called "Gflops"; B/64's 30 leaves out the bottleneck
 
 # ---- Checkpoints: ours, and the official release's (a dict with model, model_ema1, model_ema2 and args) -------------
 def read_checkpoint(path):
@@ -500,8 +501,8 @@ def read_checkpoint(path):
 def load_network(path, ema=0):
     """A checkpoint file -> (JiT in eval mode without auxiliary head, info).
 
-    ema picks one set of averaged weights by its place (0 is the first), -1 the raw weights.  Official files are known by
-    their keys: model, image size, classes and noise scale come from their args.  Raises ValueError.
+    ema picks one set of averaged weights by its place (0 is the first), -1 the raw weights.  Official files are known
+    by their keys: model, image size, classes and noise scale come from their args.  Raises ValueError.
     """
     state = read_checkpoint(path)
     try:
@@ -509,23 +510,24 @@ def load_network(path, ema=0):
             args = vars(state["args"])
             config = MODELS[args["model"]] | dict(image_size=args["img_size"], num_classes=args["class_num"],
                                                   noise_scale=float(args.get("noise_scale", 1.0)))
-            averages, info = [state[k] for k in ("model_ema1", "model_ema2") if k in state], {"decays": [0.9999, 0.9996]}
+            averages = [state[k] for k in ("model_ema1", "model_ema2") if k in state]
+            info = {"decays": [0.9999, 0.9996]}
         else:
-            known = {entry.name for entry in fields(JiTConfig)}
-            config, averages = {k: v for k, v in state["config"].items() if k in known}, list(state["ema"])
-            info = dict(state.get("info", {}))
+            names = {entry.name for entry in fields(JiTConfig)}
+            config = {k: v for k, v in state["config"].items() if k in names}
+            averages, info = list(state["ema"]), dict(state.get("info", {}))
         if not (0 <= ema < len(averages) or ema == -1 and "model" in state):
-            raise ValueError(f"it holds {len(averages)} sets of averaged weights, --ema goes from 0 to {len(averages) - 1}"
-                             + ("; -1: the raw ones" if "model" in state else ", and no raw ones"))
-        net = JiT(JiTConfig(**{**config, "aux": "none"}))
-        load_weights(net, {k.removeprefix("net."): v for k, v in (state["model"] if ema == -1 else averages[ema]).items()})
+            raise ValueError(f"it holds {len(averages)} sets of averaged weights and {'model' in state:d} of raw ones: --ema "
+                             f"goes from 0 to {len(averages) - 1}, -1 is for raw ones")
+        net, weights = JiT(JiTConfig(**{**config, "aux": "none"})), state["model"] if ema == -1 else averages[ema]
+        load_weights(net, {k.removeprefix("net."): v for k, v in weights.items()})
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
         raise ValueError(f"{path} cannot be used: {kind}{str(error).splitlines()[0][:200]}") from None
-    return net.eval(), {**info, "ema": ema, "official": "args" in state}
+    return net.eval(), {**info, "official": "args" in state}
 
 def load_weights(net, weights):
-    """Copy weights into net, all of them and no others (auxiliary heads aside).  Raises ValueError naming the first misfit."""
+    """Copy weights into net, all of them and no others (auxiliary heads aside).  Raises ValueError naming a misfit."""
     own = net.state_dict()
     for name, value in own.items():
         if name not in weights and name != "pos_embed":   # the fixed table may be left out of a file
@@ -553,8 +555,8 @@ def machine(name=None):
     device = torch.device(kind, index) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         if index >= count:
-            raise data.UsageError(f"--device {name}: GPU {index} is asked for, this machine has {count}: give another, or start "
-                                  "fewer processes")
+            raise data.UsageError(f"--device {name}: GPU {index} is asked for, this machine has {count}: give "
+                                  "another, or start fewer processes")
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     keep_freed_memory()
@@ -570,14 +572,14 @@ def keep_freed_memory():
     subtle: by default every array of some megabytes is mapped afresh and filled with zeros page by page, which on a CPU
     takes up to fifty times as long as multiplying it by two.  A third of a training step went there.
     """
-    try:
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28), (-8, 1)):  # MMAP_MAX, TRIM_THRESHOLD, TOP_PAD, ARENA_MAX
-            ctypes.CDLL(None).mallopt(option, value)
+    try:                                                  # MMAP_MAX, TRIM_THRESHOLD, TOP_PAD, ARENA_MAX
+        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28), (-8, 1)):
+            ctypes.CDLL(None).mallopt(parameter, value)
     except (AttributeError, OSError, TypeError):
         return
 
 def choose_precision(amp, device):
-    """"bf16", "fp16" or "off" -> the same; None -> "bf16" if the hardware is fast at it (Ampere GPUs, AVX512-bf16 or AMX)."""
+    """bf16, fp16 or off -> the same; None -> bf16 if the hardware is fast at it (Ampere GPUs, AVX512-bf16 or AMX)."""
     if amp is None and device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "off"
     flags = Path("/proc/cpuinfo")
@@ -593,9 +595,9 @@ def count_macs(config):
     """Multiply-adds of one forward pass of one image, counted by torch on tensors without storage."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
+    size = config.image_size
     with torch.device("meta"), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        net = JiT(config).eval()
-        net(torch.empty(1, config.in_channels, config.image_size, config.image_size), torch.empty(1), torch.zeros(1).long())
+        JiT(config).eval()(torch.empty(1, config.in_channels, size, size), torch.empty(1), torch.zeros(1).long())
     return counter.get_total_flops() // 2
 
 def count_parameters(config):
@@ -605,39 +607,36 @@ def count_parameters(config):
 
 def print_table():
     """One line per model: what it costs, beside the paper's figure."""
-    columns = ("image_size", "patch_size", "hidden_size", "depth")
-    print(f"{'model':10s} {'image':>6s} {'patch':>6s} {'hidden':>6s} {'depth':>6s} {'tokens':>7s} {'parameters':>14s} "
-          f"{'GMAC':>7s} {'paper':>6s}")
+    columns = ("image_size", "patch_size", "hidden_size", "depth", "num_heads")
+    print(f"{'model':10s}  image  patch hidden  depth  heads     parameters    GMAC  paper")
     for name, row in MODELS.items():
         config = JiTConfig(**row)
-        print(f"{name:10s} {' '.join(f'{row[column]:6d}' for column in columns)} {(row['image_size'] // row['patch_size'])**2:7d} "
-              f"{count_parameters(config):14,d} {count_macs(config) / 1e9:7.2f} {PAPER_GMAC.get(name, '-'):>6}")
+        print(f"{name:10s} {' '.join(f'{row[column]:6d}' for column in columns)} {count_parameters(config):14,d} "
+              f"{count_macs(config) / 1e9:7.2f} {PAPER_GMAC.get(name, '-'):>6}")
 
 def walk(config, batch=2):
     """Send one batch through a fresh network and print the shape after each step."""
-    net = JiT(config).eval()
-    z, t, y = torch.randn(batch, config.in_channels, *[config.image_size] * 2), torch.rand(batch), torch.zeros(batch).long()
+    net, size = JiT(config).eval(), config.image_size
 
     def show(text, shape):
         print(f"  {text:62s} {' x '.join(map(str, shape))}")
-    named = {"x_embedder.proj1: every patch squeezed to the bottleneck": net.x_embedder.proj1,
-             "x_embedder.proj2: ... widened to a token": net.x_embedder,
-             "t_embedder: the time": net.t_embedder, "y_embedder: the class": net.y_embedder,
-             **{f"block {i}" + (f": {config.in_context_len} context tokens in front" if i >= config.in_context_start else ""): block
-                for i, block in enumerate(net.blocks)},
-             "final_layer: context tokens gone, pixels of each patch": net.final_layer}
-    for text, module in named.items():
+    modules = [("x_embedder.proj1: every patch squeezed to the bottleneck", net.x_embedder.proj1),
+               ("x_embedder.proj2: ... widened to a token", net.x_embedder), ("t_embedder: the time", net.t_embedder),
+               ("y_embedder: the class", net.y_embedder), *((f"block {i}", b) for i, b in enumerate(net.blocks)),
+               ("final_layer: context tokens gone, pixels of each patch", net.final_layer)]
+    for text, module in modules:
         module.register_forward_hook(lambda module, inputs, output, text=text: show(text, output.shape))
+    z = torch.randn(batch, config.in_channels, size, size)
     show("z: the noised images", z.shape)
     with torch.no_grad():
-        show("unpatchify: the predicted clean images", net(z, t, y).shape)
+        show("unpatchify: the predicted clean images", net(z, torch.rand(batch), torch.zeros(batch).long()).shape)
 
 @dataclass
 class Options:
     model: str = option("JiT-S/16", "the network to walk through:", choices=tuple(MODELS))
 
 def main(argv=None):
-    options = Options(**data.parse(argv, "Print the table of model sizes and walk one batch through a network.", Options))
+    options = Options(**data.parse(argv, "Print the table of sizes and walk one batch through a network.", Options))
     print_table()
     print(f"\nOne batch through {options.model}:")
     walk(JiTConfig(**MODELS[options.model]))

@@ -1,10 +1,10 @@
 """03_train.py -- training: noise an image, let the network predict it, weigh the error as an error of velocity
 
-What this stage teaches: the JiT loss, and around it what a real run needs: mixed precision, any number of GPUs, gradient
-accumulation, averaged weights (EMA), checkpoints that survive a kill, and a log in which trouble shows early.
-Reads data/<name>/ (01_data.py).   Writes runs/<name>/: config.json, log.csv, loss.png, checkpoint.pt, snapshots/, preview/
-Run it:   python 03_train.py                                   the shapes preset, TRAINTIME on two CPU cores
-          torchrun --nproc_per_node 8 -- 03_train.py --preset imagenet-B         the same model on 8 GPUs as on one
+What this stage teaches: the JiT loss, and around it what a real run needs: mixed precision, any number of GPUs,
+gradient accumulation, averaged weights (EMA), checkpoints that survive a kill, a log in which trouble shows early.
+Reads data/<name>/.   Writes runs/<name>/: config.json, log.csv, loss.png, checkpoint.pt, snapshots/, preview/
+Run it:   python 03_train.py                     the shapes preset, TRAINTIME on two CPU cores
+          torchrun --nproc_per_node 8 -- 03_train.py --preset imagenet-B       the same model on 8 GPUs as on one
 Stopped or killed, the same command goes on where it was; --resume goes on with other steps, epochs, lr or amp.
 
 One step, in the letters of 02_model.py (t = 0 noise, t = 1 data; JiT Algorithm 1):
@@ -12,9 +12,9 @@ One step, in the letters of 02_model.py (t = 0 noise, t = 1 data; JiT Algorithm 
     x_pred = net(z, t, y)                                                      one in ten labels replaced by "no class"
     v_pred = (x_pred - z) / max(1-t, 0.05),  v = (x - z) / max(1-t, 0.05)      the same clamp for prediction and target
     loss = mean over pixels of (v_pred - v)^2
-Chance is a function of (seed, step, micro-batch), whoever computes it.  So a resumed run repeats what an undisturbed one
-does (bit for bit on a CPU; a GPU's sums vary in the last digits) and, at the same --micro-batch, two processes train the
-same model as one.
+Chance is a function of (seed, step, micro-batch), whoever computes it.  So a resumed run repeats what an undisturbed
+one does (bit for bit on a CPU; a GPU's sums vary in the last digits) and, at the same --micro-batch, two processes
+train the same model as one.
 """
 import csv
 import math
@@ -46,7 +46,7 @@ def seed_everything(*key):
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 def sample_times(n, options, device):
-    """t (n,) in (0,1): logit-normal or uniform, then the shift.                  (JiT section 3.1; SD3 eq. 19 and 23)"""
+    """t (n,) in (0,1): logit-normal or uniform, then the shift.               (JiT section 3.1; SD3 eq. 19 and 23)"""
     if options.times == "uniform":
         t = torch.rand(n, device=device)
     else:
@@ -56,9 +56,9 @@ def sample_times(n, options, device):
 def draw(images, labels, options, config):
     """Pixels (B,H,W,C) uint8 and labels (B,) -> the batch a network sees: x, e, t, y and, for rotation, turns.
 
-    x: (B,C,H,W) in [-1,1], mirrored by chance.  e: noise, std k.  t: (B,) times.  y: labels, some replaced by the null
-    class.  departure: the code of document 000 rotates only the input of a second pass; we follow its text, in which the
-    diffusion loss is taken on the rotated images too.
+    x: (B,C,H,W) in [-1,1], mirrored by chance.  e: noise, std k.  t: (B,) times.  y: labels, some replaced by the
+    null class.  departure: the code of document 000 ("Improved JiT") rotates only the input of a second pass; we follow
+    its text, in which the diffusion loss is taken on the rotated images too.
     """
     B, device = len(images), images.device
     if options.flip:
@@ -72,7 +72,7 @@ def draw(images, labels, options, config):
     return {"x": x, "y": y, "turns": turns, "t": t, "e": torch.randn_like(x).mul_(config.noise_scale)}
 
 def diffusion_loss(out, batch, config, *spaces):
-    """Squared error per image, one (B,) for each of the spaces "x", "e", "v" asked for, in fp32.     (JiT eq. 6, Table 1)
+    """Squared error per image, one (B,) for each of the spaces "x", "e", "v" asked for, in fp32.   (JiT eq. 6, Table 1)
 
     Prediction and truth go through the same affine map (02_model.conversion), so their difference is only scaled by it:
     a perfect prediction has loss zero at every t, and the space of the loss is a weight over t.
@@ -96,7 +96,7 @@ def training_loss(net, batch, options, config, autocast):
 BINS, MAX_BAD = 5, 10              # ranges of t that the log keeps apart; non-finite steps in a row that end a run
 
 class Trainer:
-    """Network, optimizer and averaged weights.  train_step() changes them, state() lists them, load() puts them back."""
+    """Network, optimizer, averaged weights: train_step() changes them, state() lists them, load() puts them back."""
 
     def __init__(self, options, config, device, rank=0, world=1):
         self.options, self.config, self.device, self.rank, self.world = options, config, device, rank, world
@@ -105,8 +105,8 @@ class Trainer:
         self.net.checkpointing = options.checkpointing
         self.ema = [{k: v.detach().clone() for k, v in self.net.state_dict().items()} for _ in options.ema]
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=options.weight_decay,
-                                           fused=True)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.95), fused=True,
+                                           weight_decay=options.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
         self.autocast = model.autocast(options.amp, device)
         if options.compile:
@@ -131,7 +131,8 @@ class Trainer:
                 self.scaler.scale(loss / micro_batches).backward()
             self.add_to_log(v_loss, batch["t"], aux)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in self.parameters if p.grad is not None])))
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         self.optimizer.param_groups[0]["lr"] = self.lr(self.step)
         if finite := math.isfinite(norm.item()):          # the same on every process: gradients are summed by now
             self.scaler.step(self.optimizer)
@@ -142,7 +143,7 @@ class Trainer:
 
     @torch.no_grad()
     def update_ema(self):
-        """ema += (1 - decay) (weights - ema), all tensors in one call.  Every weight is averaged, also biases and norms."""
+        """ema += (1 - decay) (weights - ema), all tensors in one call; every weight is averaged, also biases and norms."""
         weights = list(self.net.state_dict().values())
         for decay, average in zip(self.options.ema, self.ema):
             torch._foreach_lerp_(list(average.values()), weights, 1 - decay)
@@ -171,7 +172,7 @@ class Trainer:
         return sums
 
     def state(self):
-        """All that resuming and sampling need: tensors and plain Python values.  All processes must call it together."""
+        """All that resuming and sampling need: tensors and plain Python values.  Processes must call it together."""
         return self.weights() | {"options": asdict(self.options), "model": self.net.state_dict(),
                                  "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                                  "sums": self.summed().cpu(), "skipped": self.skipped, "bad": self.bad}
@@ -179,8 +180,8 @@ class Trainer:
     def weights(self):
         """What sampling needs."""
         options = self.options
-        info = {"step": self.step, "images": self.step * options.batch_size, "decays": list(options.ema),
-                "classes": options.classes, "data": options.data, "sampling": {"shift": options.shift, **options.sampling}}
+        info = {"step": self.step, "decays": list(options.ema), "classes": options.classes, "data": options.data,
+                "sampling": {"shift": options.shift, **options.sampling}}
         return {"config": asdict(self.config), "info": info, "ema": self.ema}
 
     def load(self, state):
@@ -205,7 +206,7 @@ class Trainer:
         return model.convert(out, self.config.pred, "x", z, t, self.config.path)
 
 def train(trainer, feed, recorder):
-    """The loop: step after step; recorder writes down what is due.  Raises ValueError if too many steps are not finite."""
+    """The loop: step after step; recorder writes down what is due.  Raises ValueError when steps stop being finite."""
     while trainer.step < trainer.options.steps:
         start = time.perf_counter()
         trainer.train_step(feed)
@@ -250,7 +251,7 @@ def watch(trainer, images, labels, t, generator):
     return x, z, trainer.predict(z, t, y)
 
 def held_out_loss(trainer, images, labels):
-    """v-space loss of the averaged weights on fixed held-out images, times and noise: comparable between steps and runs.
+    """v-space loss of the averaged weights on fixed held-out images, times and noise: comparable between runs.
 
     The times are quantiles of the paper's logit-normal (-0.8, 0.8), whatever the run itself draws.
     """
@@ -265,7 +266,8 @@ def held_out_loss(trainer, images, labels):
 def preview(trainer, images, labels):
     """A picture, two rows for each of four images: noised at five times, and what the network makes of it."""
     times, rows, n = (0.1, 0.3, 0.5, 0.7, 0.9), [], min(4, len(images))
-    columns = [watch(trainer, images[:n], labels[:n], torch.full((n,), t), torch.Generator().manual_seed(1)) for t in times]
+    columns = [watch(trainer, images[:n], labels[:n], torch.full((n,), t), torch.Generator().manual_seed(1))
+               for t in times]
     for i in range(n):
         rows += [[images[i], *(model.to_pictures(column[k])[i] for column in columns)] for k in (1, 2)]
     return data.picture(rows, ["clean", *(f"t = {t}" for t in times)], ["z", "x_pred"] * n)
@@ -276,20 +278,21 @@ class Recorder:
     log.csv has a line every log_every steps.  Losses are means since the line before, in v-space whatever --loss is;
     loss_t0.2 is that of 0.2 <= t < 0.4.  Every tenth line has the held-out loss.
     """
-    COLUMNS = ["step", "images", "loss", *(f"loss_t{k / BINS:.1f}" for k in range(BINS)), "aux", "grad_norm", "lr", "held_out",
-               "skipped", "images_per_s", "gpu_MiB"]
+    COLUMNS = ["step", "images", "loss", *(f"loss_t{k / BINS:.1f}" for k in range(BINS)), "aux", "grad_norm", "lr",
+               "held_out", "skipped", "images_per_s", "gpu_MiB"]
 
     def __init__(self, trainer, folder, arrays):
         self.trainer, self.folder, self.signals, options = trainer, folder, [], trainer.options
         images, labels = arrays["val"] if len(arrays["val"][1]) else arrays["train"]               # nothing held out
-        chosen = np.random.default_rng(0).permutation(len(labels))[:256]                           # subtle: sorted by class
+        chosen = np.random.default_rng(0).permutation(len(labels))[:256]                   # subtle: they lie sorted by class
         self.shown = np.array(images[chosen]), labels[chosen]
-        self.seconds, self.lap, self.saved_at, self.wait = 0.0, trainer.step, time.perf_counter(), min(1, options.save_minutes)
+        self.seconds, self.lap, self.saved_at = 0.0, trainer.step, time.perf_counter()
+        self.wait = min(1, options.save_minutes)          # minutes until the next checkpoint
         self.marks = {round(options.steps * (k + 1) / options.snapshots) for k in range(options.snapshots)}
         self.bar = tqdm(total=options.steps, initial=trainer.step, desc=folder.name, unit=" steps",
                         disable=trainer.rank > 0 or not sys.stderr.isatty())
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: self.signals.append(int(number)))
+            signal.signal(number, lambda *_: self.signals.append(1))
         if trainer.rank == 0:
             for name in ("snapshots", "preview"):
                 (folder / name).mkdir(parents=True, exist_ok=True)
@@ -313,37 +316,38 @@ class Recorder:
         if first and trainer.step in self.marks:
             save(trainer.weights(), self.folder / "snapshots" / f"{name}.pt")
         due = done or first and time.perf_counter() - self.saved_at > 60 * self.wait
-        number = largest(max(self.signals, default=int(due)), trainer.world)           # the same on all processes
-        if number:
+        due, stop = largest([due, len(self.signals)], trainer.world)                   # the same on all processes
+        if due or stop:
             state = trainer.state()
             if first:
                 save(state, self.folder / "checkpoint.pt")
             self.saved_at, self.wait = time.perf_counter(), options.save_minutes
-        if number > 1 and not done:
-            raise KeyboardInterrupt(number)
+        if stop and not done:
+            raise KeyboardInterrupt
 
     def write_line(self, sums, done):
         """One line of the log, on the screen too where no bar is shown."""
-        trainer, step, batch, last = self.trainer, self.trainer.step, self.trainer.options.batch_size, self.trainer.options.steps
+        trainer, step, options = self.trainer, self.trainer.step, self.trainer.options
         trainer.sums.zero_()
-        speed, self.seconds, self.lap = (step - self.lap) * batch / self.seconds, 0.0, step
+        speed, self.seconds, self.lap = (step - self.lap) * options.batch_size / self.seconds, 0.0, step
         if trainer.rank:
             return
         means = [total / count if count else "" for total, count in sums]
         loss = sum(total for total, _ in sums[:BINS]) / max(1, sum(count for _, count in sums[:BINS]))
-        held_out = held_out_loss(trainer, *self.shown) if done or (step // trainer.options.log_every) % 10 == 0 else ""
+        held_out = held_out_loss(trainer, *self.shown) if done or step // options.log_every % 10 == 0 else ""
         memory = torch.cuda.max_memory_allocated() / 2**20 if trainer.device.type == "cuda" else 0
-        row = [step, step * batch, loss, *means[:BINS], means[BINS] or 0.0, means[-1], trainer.lr(step - 1), held_out,
-               trainer.skipped, speed, memory]
-        self.rows.append(dict(zip(self.COLUMNS, (f"{value:.6g}" if isinstance(value, float) else value for value in row))))
+        row = [step, step * options.batch_size, loss, *means[:BINS], means[BINS] or 0.0, means[-1], trainer.lr(step - 1),
+               held_out, trainer.skipped, speed, memory]
+        row = (f"{value:.6g}" if isinstance(value, float) else value for value in row)
+        self.rows.append(dict(zip(self.COLUMNS, row)))
         with data.whole(self.folder / "log.csv") as part, open(part, "w", newline="") as file:
             writer = csv.DictWriter(file, self.COLUMNS)
             writer.writeheader()
             writer.writerows(self.rows)
         self.bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.0f}")
         if self.bar.disable:
-            print(f"step {step} of {last}, loss {loss:.4f}, {speed:.0f} images/s, {(last - step) * batch / speed / 60:.1f} min left",
-                  flush=True)
+            left = (options.steps - step) * options.batch_size / speed / 60
+            print(f"step {step} of {options.steps}, loss {loss:.4f}, {speed:.0f} images/s, {left:.1f} min left", flush=True)
 
     def advice(self):
         """What to say when no step is finite any more."""
@@ -366,26 +370,27 @@ def save(state, path):
         with data.whole(path) as part:
             torch.save(state, part)
     except (OSError, RuntimeError) as error:              # subtle: torch reports a full disk as a RuntimeError
-        raise ValueError(f"cannot write {path} ({str(error).splitlines()[0][:100]}); what was there is intact: make room, "
-                         "then the same command goes on") from None
+        raise ValueError(f"cannot write {path} ({str(error).splitlines()[0][:100]}); what was there is intact: make room, and "
+                         "give the same command again") from None
 
-def largest(number, world):
-    """The largest of the processes' integers; all of them get it."""
+def largest(numbers, world):
+    """The largest of the processes' integers, place by place; all of them get it."""
+    numbers = torch.tensor([int(number) for number in numbers])
     if world > 1:
-        number = torch.tensor(number)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-    return int(number)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    return numbers.tolist()
 
 # ---- Settings: the defaults are the paper's; a preset, an experiment and the flags given override them, in this order
-IMAGENET = {"data": "imagenet", "model": "JiT-B/16", "preview_every": 5000, "sampling": {"cfg": 2.9, "interval": (0.1, 1.0)}}
+IMAGENET = {"data": "imagenet", "model": "JiT-B/16", "preview_every": 5000,
+            "sampling": {"cfg": 2.9, "interval": (0.1, 1.0)}}
 PRESETS = {
     "shapes": {"data": "shapes", "model": "JiT-T/16", "batch_size": 32, "steps": 4600, "lr": 7e-3, "schedule": "cosine",
                "ema": (0.998,), "noise_scale": 2.0, "p_mean": -0.9, "p_std": 1.0,
                "sampling": {"solver": "ddpm", "cfg": 1.5, "steps": 25, "shift": 3.0}},
-    "cifar10": {"data": "cifar10", "model": "JiT-S/4", "batch_size": 256, "epochs": 200.0, "lr": 4e-4, "ema": (0.9999, 0.999),
-                "sampling": {"cfg": 2.0, "interval": (0.1, 1.0)}},
-    "cifar10-cpu": {"data": "cifar10", "model": "JiT-T/8", "batch_size": 32, "steps": 1000, "lr": 3e-3, "schedule": "cosine",
-                    "ema": (0.998,), "preview_every": 0, "sampling": {"cfg": 2.0, "steps": 8}},        # for comparisons
+    "cifar10": {"data": "cifar10", "model": "JiT-S/4", "batch_size": 256, "epochs": 200.0, "lr": 4e-4,
+                "ema": (0.9999, 0.999), "sampling": {"cfg": 2.0, "interval": (0.1, 1.0)}},
+    "cifar10-cpu": {"data": "cifar10", "model": "JiT-T/8", "batch_size": 32, "steps": 1000, "lr": 3e-3,
+                    "schedule": "cosine", "ema": (0.998,), "sampling": {"cfg": 2.0, "steps": 8}},      # for comparisons
     "imagenette": {"data": "imagenette-160", "model": "JiT-S/16", "patch_size": 16, "batch_size": 256, "lr": 4e-4,
                    "ema": (0.9999, 0.999), "sampling": {"cfg": 2.5, "interval": (0.1, 1.0)}},
     "photos": {"data": "photos", "model": "JiT-S/16", "batch_size": 128, "ema": (0.9999, 0.999)},
@@ -408,7 +413,8 @@ EXPERIMENTS = {  # combine with any preset
     "rope-qknorm": {"rope": True,  "qk_norm": True,  "in_context_len": 0},
     "context":     {"rope": True,  "qk_norm": True},
     # the neighbours; departure: DiT also learns the variance of its ancestral sampler, this one takes the posterior's
-    "dit": DIT | {"pred": "e", "loss": "e", "path": "ddpm-linear", "times": "uniform", "sampling": {"solver": "ddpm", "steps": 250}},
+    "dit": DIT | {"pred": "e", "loss": "e", "path": "ddpm-linear", "times": "uniform",
+                  "sampling": {"solver": "ddpm", "steps": 250}},
     "sd3": DIT | {"pred": "v", "loss": "v", "path": "linear", "p_mean": 0.0, "p_std": 1.0},
 }
 
@@ -459,14 +465,14 @@ def fill_defaults(options, network, meta, device, world):
 
     network: {field of JiTConfig: value} of preset, experiment and flags; they override the row of MODELS.
     """
-    row, size, count = model.MODELS[options.model], meta["size"], meta["counts"]["train"]
+    row, size, count, classes = model.MODELS[options.model], meta["size"], meta["counts"]["train"], len(meta["classes"])
     patches = [p for p in range(1, size + 1) if size % p == 0]             # as many tokens as the row has, or nearly
     patch = min(patches, key=lambda p: abs(p - row["patch_size"] * size / row["image_size"]))
-    config = row | dict(image_size=size, num_classes=len(meta["classes"]), patch_size=patch, noise_scale=max(1.0, size / 256))
+    found = dict(image_size=size, num_classes=classes, patch_size=patch, noise_scale=max(1.0, size / 256))
     try:
-        config = model.JiTConfig(**config | network)
-        if config.num_classes not in (0, len(meta["classes"])):
-            raise ValueError(f"--num-classes {config.num_classes}: the data set has {len(meta['classes'])}; 0: without classes")
+        config = model.JiTConfig(**row | found | network)
+        if config.num_classes not in (0, classes):
+            raise ValueError(f"--num-classes {config.num_classes}: the data set has {classes}; 0: without classes")
     except ValueError as error:
         raise data.UsageError(str(error)) from None
     batch, share = options.batch_size, options.batch_size // world
@@ -474,8 +480,8 @@ def fill_defaults(options, network, meta, device, world):
     micro = options.micro_batch or max(sizes, default=0)
     if not micro or batch % (micro * world) or not options.micro_batch and micro < min(share, 128) / 4:
         unit = (options.micro_batch or min(max(share, 1), 128)) * world
-        raise data.UsageError(f"--batch-size {batch} cannot be cut into equal micro-batches of {unit // world} for {world} "
-                              f"process(es); nearest: {max(1, round(batch / unit)) * unit}, or pass another --micro-batch")
+        raise data.UsageError(f"--batch-size {batch} cannot be cut into micro-batches of {unit // world} for {world} process(es); "
+                              f"nearest: {max(1, round(batch / unit)) * unit}, or pass another --micro-batch")
     options.micro_batch, epoch = micro, count / batch
     options.steps = options.steps or max(1, round(options.epochs * epoch))
     options.warmup = min(round(5 * epoch), options.steps // 20) if options.warmup is None else options.warmup
@@ -487,24 +493,22 @@ def fill_defaults(options, network, meta, device, world):
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
 def resolve(given, saved=None):
-    """Flags given -> (Options, {field of JiTConfig: value}).  saved: the checkpoint whose run is to go on, with --resume."""
-    if saved:
-        layers = [saved["options"], saved["config"]]
-    else:
-        layers = [{"sampling": {}}, PRESETS[given.get("preset", "shapes")], EXPERIMENTS.get(given.get("experiment"), {})]
+    """Flags given -> (Options, {field of JiTConfig: value}).  saved: the checkpoint whose run goes on, with --resume."""
+    layers = [saved["options"], saved["config"]] if saved else [
+        {"sampling": {}}, PRESETS[given.get("preset", "shapes")], EXPERIMENTS.get(given.get("experiment"), {})]
     layers = layers + [{"steps": None}] * ("epochs" in given) + [given]
     merged, names = {k: v for layer in layers for k, v in layer.items()}, {entry.name for entry in fields(Options)}
     options = Options(**{k: v for k, v in merged.items() if k in names})
     options.run = options.run or "-".join(filter(None, (options.preset, options.experiment)))
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        options.overwrite = False                         # torchrun started us again: go on with what the first start made
+        options.overwrite = False                         # torchrun started us again: go on with what we made
     return options, {k: v for k, v in merged.items() if k not in names}
 
 def checkpoint_of(folder, options):
     """The state to go on from, or None for a new run.  Raises ValueError."""
     path = folder / "checkpoint.pt"
     if options.resume and (options.overwrite or not path.exists()):
-        raise ValueError(f"--resume: there is no {path}, or --overwrite is given too; leave --resume out to start this run")
+        raise ValueError(f"--resume: there is no {path}, or --overwrite is given too; leave --resume out to begin")
     if options.overwrite or not path.exists():
         return None
     state = model.read_checkpoint(path)
@@ -515,15 +519,17 @@ def checkpoint_of(folder, options):
 def refuse_other_settings(state, options, config, folder):
     """Raise ValueError if the run in the folder was made with other settings, naming the first that differs."""
     old, new, step = state["options"] | state["config"], asdict(options) | asdict(config), state["info"]["step"]
-    free, amendable = {entry.name for entry in fields(Options) if entry.metadata["free"]}, {"steps", "epochs", "lr", "amp"}
     if old.get("data_id") != new["data_id"]:
-        raise ValueError(f"data set {options.data} is another, or was packed anew, since {folder} was begun: pass --run NAME, "
-                         "or --overwrite")
-    odd = [k for k in new if k not in free and not (options.resume and k in amendable | {"warmup"}) and old.get(k) != new[k]]
+        raise ValueError(f"data set {options.data} is another, or was packed anew, since {folder} was begun: pass --run "
+                         "NAME, or --overwrite")
+    free = {entry.name for entry in fields(Options) if entry.metadata["free"]}
+    amendable = {"steps", "epochs", "lr", "amp"}
+    free |= amendable | {"warmup"} if options.resume else set()
+    odd = next((k for k in new if k not in free and old.get(k) != new[k]), None)
     if odd:
-        way = f"--resume --{odd[0]} {new[odd[0]]} to go on with it, " if odd[0] in amendable else ""
-        raise ValueError(f"{folder} holds a run with other settings (--{odd[0].replace('_', '-')} {old.get(odd[0])}, now "
-                         f"{new[odd[0]]}): pass {way}--run NAME for a new run, or --overwrite")
+        way = f"--resume --{odd} {new[odd]} to go on with it, " if odd in amendable else ""
+        raise ValueError(f"{folder} holds a run with other settings (--{odd.replace('_', '-')} {old.get(odd)}, now {new[odd]}): "
+                         f"pass {way}--run NAME for a new run, or --overwrite")
     if step > options.steps:
         raise data.UsageError(f"--steps {options.steps}: the run in {folder} is at step {step} already")
 
@@ -540,8 +546,8 @@ def main(argv=None):
         if state:
             refuse_other_settings(state, options, config, folder)
             if state["info"]["step"] == options.steps:
-                return rank or print(f"{folder} is finished (step {options.steps}); nothing to do. Train longer with --resume "
-                                     "--steps N, anew with --overwrite")
+                return rank or print(f"{folder} is finished (step {options.steps}); nothing to do. Train longer with "
+                                     "--resume --steps N, anew with --overwrite")
         if not config.num_classes:
             arrays = {split: (images, labels * 0) for split, (images, labels) in arrays.items()}
         with data.locked(folder) if rank == 0 else nullcontext():
@@ -552,8 +558,9 @@ def main(argv=None):
                 announce(trainer, folder, len(arrays["train"][1]))
             train(trainer, read_ahead(*arrays["train"], trainer), Recorder(trainer, folder, arrays))
         if rank == 0:
+            name = "" if folder == Path("runs/shapes") else f" --run {options.run}"
             print(f"{folder / 'checkpoint.pt'} after step {trainer.step}; look at {folder / 'preview'} and loss.png, then run "
-                  f"04_sample.py{'' if folder == Path('runs/shapes') else f' --run {options.run}'}")
+                  f"04_sample.py{name}")
 
 def announce(trainer, folder, count):
     """Move an old run aside, with --overwrite, and say what begins."""
@@ -562,9 +569,9 @@ def announce(trainer, folder, count):
         aside = Path(f"{aside}.old")
     if options.overwrite and folder.exists():
         os.replace(folder, aside)
-    print(f"{folder}: {options.model} with {model.count_parameters(config):,} parameters, patch {config.patch_size}, on {count} "
-          f"images; step {trainer.step} to {options.steps}, batch {options.batch_size}, lr {options.lr:.2g}, {options.amp}, "
-          f"{trainer.device}; all settings in config.json", flush=True)
+    print(f"{folder}: {options.model} with {model.count_parameters(config):,} parameters, patch {config.patch_size}, on "
+          f"{count} images; step {trainer.step} to {options.steps}, batch {options.batch_size}, lr {options.lr:.2g}, "
+          f"{options.amp}, {trainer.device}; all settings in config.json", flush=True)
 
 if __name__ == "__main__":
     sys.exit(data.run(main))

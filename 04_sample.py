@@ -198,7 +198,7 @@ def sample_all(sampler, out, batch_size, rank, world):
     batches = [range(i, min(i + batch_size, num)) for i in range(0, num, batch_size)][rank::world]
     todo = [batch for batch in batches if not all(file_of(out, i).exists() for i in batch)]
     made, share = sum(map(len, todo)), sum(map(len, batches))
-    with data.progress(share, "sampling", " images", initial=share - made) as bar:
+    with data.Progress(share, "sampling", " images", initial=share - made) as bar:
         for batch in todo:
             for i, image in zip(batch, model.to_pictures(sampler.draw(batch))):
                 if not file_of(out, i).exists():
@@ -249,7 +249,7 @@ def save_trajectory(sampler, path):
 def save_evolution(files, options, labels, how, amp, device, path):
     """Draw the same seeds from every snapshot of a run: a row per snapshot."""
     rows = []
-    with data.progress(len(files), "snapshots", " files") as bar:
+    with data.Progress(len(files), "snapshots", " files") as bar:
         for file in files:
             net, info = model.load_network(file, options.ema)
             rows.append(list(model.to_pictures(Sampler(net, labels, options.seed, how, amp, device).draw(range(10)))))

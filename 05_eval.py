@@ -61,6 +61,8 @@ def inception_score(logits, splits=10):
     The shuffle is np.random.RandomState(2020).permutation(N).  logits: (N,classes), without the bias of the last layer;
     both as torch-fidelity has it.
     """
+    if len(logits) < splits:
+        raise ValueError(f"the Inception score needs {splits} images")
     logits = torch.as_tensor(logits).double()[np.random.RandomState(2020).permutation(len(logits))]
     scores, n = [], len(logits)
     for i in range(splits):
@@ -91,8 +93,8 @@ def precision_recall(generated, real, k=3, block=1000):
     (Kynkäänniemi et al. 2019, eq. 2)  Features (N,D).  In blocks: memory grows with N, not with N^2.
     """
     a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (generated, real))
-    if min(len(a), len(b)) <= k:
-        raise ValueError(f"precision and recall need more than {k} images a side")
+    if min(len(a), len(b)) < 10 * k:
+        raise ValueError(f"precision and recall need {10 * k} images a side")
 
     def distances(x, y):
         squared = (x * x).sum(dim=1)[:, None] + (y * y).sum(dim=1) - 2 * x @ y.T
@@ -106,8 +108,6 @@ def precision_recall(generated, real, k=3, block=1000):
     return covered(a, b, radii(b)), covered(b, a, radii(a))
 
 # ---- One pass over an image set: features, and the sums that the moments need ----------------------------------------
-KEPT, NEIGHBOURS = 50_000, 10_000      # images whose features are kept; real ones that precision and recall look at
-
 def random_subset(n, count):
     """At most n of the places 0 ... count-1 by chance, always the same ones, in order.
 
@@ -125,7 +125,7 @@ def describe(images, net, device, batch_size, title, chosen=None):
     chosen = np.arange(len(images)) if chosen is None else chosen
     start, stop = len(chosen) * rank // world, len(chosen) * (rank + 1) // world
     kept, sums, parts = np.isin(np.arange(len(chosen)), random_subset(KEPT, len(chosen))), {}, []
-    with data.progress(stop - start, title, " images") as bar:
+    with data.Progress(stop - start, title, " images") as bar:
         for i in range(start, stop, batch_size):
             rows = slice(i, min(i + batch_size, stop))
             out = {k: v.float() for k, v in net(torch.from_numpy(np.array(images[chosen[rows]])).to(device)).items()}
@@ -146,88 +146,63 @@ def describe(images, net, device, batch_size, title, chosen=None):
             result["mu" + suffix], result["sigma" + suffix] = moments(sums[name].cpu().numpy())
     return result
 
-# ---- Inception-v3 as the original FID uses it: names and layout of torchvision, three differences marked -------------
-class Conv(nn.Module):
-    """Convolution without bias, batch norm with eps 1e-3, ReLU.  At stride 1 it keeps the size, unless padding says no."""
+# ---- Inception-v3 as the original FID uses it, three differences from torchvision's marked ---------------------------
+class Inception(nn.Module):
+    """uint8 images (B,H,W,3) -> {"features" (B,2048), "spatial" (B,2023), "logits" (B,1008) without bias}.
 
-    def __init__(self, cin, cout, kernel, stride=1, pad=True):
-        super().__init__()
-        padding = tuple(k // 2 for k in kernel) if stride == 1 and pad else 0
-        self.conv = nn.Conv2d(cin, cout, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(cout, eps=1e-3)
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)))
-
-POOLS = {"avg": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),           # first difference: padding not counted
-         "max": lambda x: F.max_pool2d(x, 3, 1, 1), "reduce": lambda x: F.max_pool2d(x, 3, 2)}
-
-class Mixed(nn.Module):
-    """Parallel branches, concatenated.  A branch is a chain of convolutions such as "48 1x1, 64 5x5" (width, kernel, /stride).
-
-    The convolutions of a chain are called branch_1, branch_2, ...; two side by side, "384 1x3 | 384 3x1", branch_2a and
-    branch_2b.  `branch_pool` begins with the pooling `pool`, `reduce` is a pooling alone.
+    weights: {torchvision's name: tensor}; widths and kernels are theirs.  A block's branches are chains of names.
     """
 
-    def __init__(self, cin, pool="avg", **branches):
+    def __init__(self, weights):
         super().__init__()
-        self.pool, self.chains = pool, {}
-        for branch, chain in branches.items():
-            width, steps, self.chains[branch] = cin, chain.split(",") if chain else [], []
-            for i, step in enumerate(steps, 1):
-                names = [branch + (f"_{i}" if len(steps) > 1 else "") + letter for letter in ("ab" if "|" in step else [""])]
-                for name, text in zip(names, step.split("|")):
-                    out, shape = text.split()
-                    kernel, _, stride = shape.partition("/")
-                    self.add_module(name, Conv(width, int(out), tuple(map(int, kernel.split("x"))), int(stride or 1)))
-                self.chains[branch].append(names)
-                width = int(out)
+        self.names = {name: f"w{i}" for i, name in enumerate(weights)}         # a buffer's name has no dots
+        for name, weight in weights.items():
+            self.register_buffer(self.names[name], weight)
 
-    def forward(self, x):
+    def chain(self, x, block, *names, stride=1, same=True):
+        """Convolution, batch norm and ReLU for each name; the last has the stride.  At stride 1 the size stays the same."""
+        for name in names:
+            kernel, *norm = (getattr(self, self.names[f"{block}{name}.{part}"]) for part in
+                             ("conv.weight", "bn.running_mean", "bn.running_var", "bn.weight", "bn.bias"))
+            step = stride if name == names[-1] else 1
+            x = F.conv2d(x, kernel, stride=step, padding=[k // 2 for k in kernel.shape[2:]] if same and step == 1 else 0)
+            x = F.relu(F.batch_norm(x, *norm, eps=1e-3))
+        return x
+
+    def mixed(self, x, block, *branches, pool=None, stride=1):
+        """The branches side by side: "branch5x5 2" is branch5x5_1, then branch5x5_2."""
         outs = []
-        for branch, chain in self.chains.items():
-            y = POOLS[self.pool](x) if branch == "branch_pool" else POOLS["reduce"](x) if branch == "reduce" else x
-            for names in chain:
-                y = torch.cat([getattr(self, name)(y) for name in names], dim=1)
-            outs.append(y)
+        for branch in branches:
+            name, _, count = branch.partition(" ")
+            fork = count.endswith("ab")                   # the last of the chain is two convolutions side by side
+            names = [f"{name}_{i + 1}" for i in range(int(count.strip("ab")) - fork)] if count else [name]
+            y = self.chain(x, block, *names, stride=stride)
+            outs += [self.chain(y, block, f"{name}_{len(names) + 1}{side}") for side in "ab"] if fork else [y]
+        if stride == 2:
+            outs.append(F.max_pool2d(x, 3, 2))
+        elif pool == "max":
+            outs.append(self.chain(F.max_pool2d(x, 3, 1, 1), block, "branch_pool"))
+        else:                                             # first difference: the padding is not counted
+            outs.append(self.chain(F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), block, "branch_pool"))
         return torch.cat(outs, dim=1)
-
-def mixed_a(cin, pool):
-    return Mixed(cin, branch1x1="64 1x1", branch5x5="48 1x1, 64 5x5", branch3x3dbl="64 1x1, 96 3x3, 96 3x3", branch_pool=f"{pool} 1x1")
-
-def mixed_c(c):
-    return Mixed(768, branch1x1="192 1x1", branch7x7=f"{c} 1x1, {c} 1x7, 192 7x1",
-                 branch7x7dbl=f"{c} 1x1, {c} 7x1, {c} 1x7, {c} 7x1, 192 1x7", branch_pool="192 1x1")
-
-def mixed_e(cin, pool):                                   # second difference: Mixed_7c takes the maximum in its pool branch
-    return Mixed(cin, pool, branch1x1="320 1x1", branch3x3="384 1x1, 384 1x3 | 384 3x1",
-                 branch3x3dbl="448 1x1, 384 3x3, 384 1x3 | 384 3x1", branch_pool="192 1x1")
-
-class Inception(nn.Module):
-    """uint8 images (B,H,W,3) -> {"features" (B,2048), "spatial" (B,2023), "logits" (B,1008) without bias}."""
-
-    def __init__(self):
-        super().__init__()
-        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3 = Conv(3, 32, (3, 3), 2), Conv(32, 32, (3, 3), pad=False)
-        self.Conv2d_2b_3x3, self.Conv2d_3b_1x1 = Conv(32, 64, (3, 3)), Conv(64, 80, (1, 1))
-        self.Conv2d_4a_3x3 = Conv(80, 192, (3, 3), pad=False)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = mixed_a(192, 32), mixed_a(256, 64), mixed_a(288, 64)
-        self.Mixed_6a = Mixed(288, branch3x3="384 3x3/2", branch3x3dbl="64 1x1, 96 3x3, 96 3x3/2", reduce="")
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (mixed_c(c) for c in (128, 160, 160, 192))
-        self.Mixed_7a = Mixed(768, branch3x3="192 1x1, 320 3x3/2", branch7x7x3="192 1x1, 192 1x7, 192 7x1, 192 3x3/2", reduce="")
-        self.Mixed_7b, self.Mixed_7c = mixed_e(1280, "avg"), mixed_e(2048, "max")
-        self.fc = nn.Linear(2048, 1008)                   # third difference: 1008 outputs
 
     def forward(self, images):
         x = (resize_tf1(images.permute(0, 3, 1, 2).float(), 299) - 128) / 128                      # B 3 299 299
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))                     # B 288 35 35
-        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))                                         # B 768 17 17
-        spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)                 # B 2023
-        x = self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))                                         # B 1280 8 8
-        x = self.Mixed_7c(self.Mixed_7b(x)).mean(dim=(2, 3))                                       # B 2048
-        return {"features": x, "spatial": spatial, "logits": x @ self.fc.weight.T}
+        x = self.chain(self.chain(x, "Conv2d_", "1a_3x3", stride=2), "Conv2d_", "2a_3x3", same=False)
+        x = F.max_pool2d(self.chain(x, "Conv2d_", "2b_3x3"), 3, 2)
+        x = F.max_pool2d(self.chain(self.chain(x, "Conv2d_", "3b_1x1"), "Conv2d_", "4a_3x3", same=False), 3, 2)
+        for block in ("Mixed_5b.", "Mixed_5c.", "Mixed_5d."):                                      # B 288 35 35
+            x = self.mixed(x, block, "branch1x1", "branch5x5 2", "branch3x3dbl 3")
+        x = self.mixed(x, "Mixed_6a.", "branch3x3", "branch3x3dbl 3", stride=2)                    # B 768 17 17
+        for block in ("Mixed_6b.", "Mixed_6c.", "Mixed_6d.", "Mixed_6e."):
+            if block == "Mixed_6d.":
+                spatial = self.chain(x, block, "branch1x1")[:, :7].permute(0, 2, 3, 1).flatten(1)  # B 2023
+            x = self.mixed(x, block, "branch1x1", "branch7x7 3", "branch7x7dbl 5")
+        x = self.mixed(x, "Mixed_7a.", "branch3x3 2", "branch7x7x3 4", stride=2)                   # B 1280 8 8
+        for block, pool in (("Mixed_7b.", "avg"), ("Mixed_7c.", "max")):                           # second difference: max
+            x = self.mixed(x, block, "branch1x1", "branch3x3 2ab", "branch3x3dbl 3ab", pool=pool)
+        x = x.mean(dim=(2, 3))                                                                     # B 2048
+        return {"features": x, "spatial": spatial, "logits": x @ getattr(self, self.names["fc.weight"]).T}     # third: 1008
 
 def resize_tf1(x, size):
     """Bilinear, the TF-1 way: the source of pixel i is i * in/size, no half-pixel offset, no antialiasing.  x: (B,C,H,W)."""
@@ -250,21 +225,16 @@ def load_inception(path):
             digest = WEIGHTS_HASH
         else:
             digest, state = data.file_hash(path, "sha256")[:8], torch.load(path, map_location="cpu", weights_only=True)
-        net = Inception()
-        own = net.state_dict()
-        for name in own:
-            if not name.endswith("num_batches_tracked") and state[name].shape != own[name].shape:
-                raise ValueError(f"{name} has another shape")
+        net = Inception(state)
+        net(torch.zeros(1, 8, 8, 3, dtype=torch.uint8))   # all names, all shapes
     except Exception as error:
         hint = "fetch it elsewhere and pass --inception-weights FILE" if path is None else "is it the right file?"
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0][:80]
         raise ValueError(f"cannot load the Inception weights from {path or WEIGHTS_URL} ({what}): {hint}") from None
-    net.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
     if digest == WEIGHTS_HASH:
-        return net.eval(), "FID", digest
-    print(f"warning: {path} (sha256 {digest}...) is not the published weights file; the scores are named after it, not FID",
-          file=sys.stderr)
-    return net.eval(), f"FD ({path.name} {digest})", digest
+        return net, "FID", digest
+    print(f"warning: {path} is not the published weights file; the scores are named after it, not FID", file=sys.stderr)
+    return net, f"FD ({path.name} {digest})", digest
 
 # ---- The classifier whose features stand in where Inception cannot be had --------------------------------------------
 class Classifier(nn.Module):
@@ -287,12 +257,11 @@ def train_classifier(images, labels, classes, device):
 
     It sees 40,000 images of 64 pixels, four times as many of half the size, and none more than 30 times.
     """
-    images_seen = min(int(40_000 * (64 / min(64, images.shape[1]))**2), 30 * len(labels))
     torch.manual_seed(0)
-    net, batch = Classifier(classes).to(device), 128
+    net, batch, random = Classifier(classes).to(device), 128, np.random.default_rng(0)
+    steps = max(1, min(int(40_000 * (64 / min(64, images.shape[1]))**2), 30 * len(labels)) // batch)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05)
-    steps, random = max(1, images_seen // batch), np.random.default_rng(0)
-    with data.progress(steps, "training the classifier", " steps") as bar:
+    with data.Progress(steps, "training the classifier", " steps") as bar:
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 50) * (1 - step / steps)
             chosen = np.sort(random.integers(0, len(labels), batch))
@@ -308,31 +277,30 @@ def train_classifier(images, labels, classes, device):
 def load_classifier(folder, device, rank=0, world=1):
     """(network, name of its score, hash) of the data set's classifier, trained once and cached beside the data."""
     meta, arrays = data.open_data(folder)
-    if len(meta["classes"]) < 2:
-        raise ValueError(f"{folder} has no classes to train a classifier on: score it with --features inception, or pack class "
-                         "folders")
-    path, net = Path(folder) / "classifier.pt", Classifier(len(meta["classes"])).to(device)
+    path, classes = Path(folder) / "classifier.pt", len(meta["classes"])
+    if classes < 2:
+        raise ValueError(f"{folder} has no classes for a classifier: use --features inception, or pack class folders")
     if rank:
         dist.barrier()                                    # until the first process has it: on a GPU no two trainings are alike
+    net, state = Classifier(classes).to(device), {"data": None}
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {"data": None}
+        state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else state
         if state["data"] == meta["id"]:
             net.load_state_dict(state["weights"])
     except Exception:
-        print(f"warning: {path} is damaged; training the classifier again", file=sys.stderr)
-        state = {"data": None}
+        state = {"data": print(f"warning: {path} is damaged; training the classifier again", file=sys.stderr)}
     if state["data"] != meta["id"]:                       # none yet, or the data set was packed anew
-        net = train_classifier(*arrays["train"], len(meta["classes"]), device)
+        net = train_classifier(*arrays["train"], classes, device)
         with data.locked(path), data.whole(path) as part:
             torch.save({"weights": net.state_dict(), "data": meta["id"]}, part)
     if world > 1 and not rank:
         dist.barrier()
-    digest = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in net.state_dict().values())).hexdigest()[:8]
-    return net.eval(), "FD (classifier features)", digest
+    weights = b"".join(v.cpu().numpy().tobytes() for v in net.state_dict().values())
+    return net.eval(), "FD (classifier features)", hashlib.sha256(weights).hexdigest()[:8]
 
-# ---- Image sets: a folder of PNG files, an npz batch, a packed data set, or statistics alone -------------------------
+# ---- Image sets: a folder of image files, an npz batch, a packed data set, or statistics alone -----------------------
 class ImageFiles:
-    """A list of image files as an array: len() and slices, which give uint8 (N,H,W,3).  All have one size."""
+    """Image files as an array: len(), and indexing that gives uint8 (N,H,W,3).  All have one size."""
 
     def __init__(self, files):
         self.files, self.size = np.array(files), None
@@ -342,131 +310,120 @@ class ImageFiles:
 
     def __getitem__(self, rows):
         batch = [np.array(Image.open(file).convert("RGB")) for file in self.files[rows]]
+        self.size = self.size or batch[0].shape
         for file, image in zip(self.files[rows], batch):
-            self.size = self.size or image.shape
             if image.shape != self.size:
                 raise ValueError(f"{file} is {image.shape[1]} x {image.shape[0]}, others are {self.size[1]} x {self.size[0]}: "
                                  "all images of a set must have one size")
         return np.stack(batch)
 
-@dataclass
 class ImageSet:
-    """place, images or None, class ids or None, how 04_sample.py made them, statistics of the file, key of the content."""
-    place: str
-    images: object = None
-    labels: object = None
-    record: dict = None
-    statistics: dict = None
-    key: str = ""
+    """images and labels of a path, or statistics alone; record: how 04_sample.py made them; key: changes with the content."""
 
-def open_set(place, split="train"):
-    """A path -> ImageSet.  Raises ValueError."""
-    path, found = Path(place), ImageSet(str(place), record={})
-    if (path / "meta.json").exists():
-        meta, arrays = data.open_data(path)
-        (found.images, found.labels), found.key = arrays[split], meta["id"]
-        return found
-    files = [str(path)] if path.suffix == ".npz" else data.list_images(path)
-    if not path.exists() or not files:
-        raise ValueError(f"no images at {path}: make samples first (python 04_sample.py)")
-    stamps = [(Path(file).name, Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files]
-    found.key = hashlib.sha256(str(stamps).encode()).hexdigest()[:16]
-    if path.suffix == ".npz":
-        read_npz(path, found)
-    else:
-        found.images = ImageFiles(files)
+    def __init__(self, place, split="train"):
+        path, self.place, self.images, self.labels, self.record, self.statistics = Path(place), str(place), None, None, {}, {}
+        files = [str(path)] if path.suffix == ".npz" and path.exists() else data.list_images(path)
+        if (path / "meta.json").exists():
+            meta, arrays = data.open_data(path)
+            (self.images, self.labels), self.key, self.record = arrays[split], meta["id"], {k: meta[k] for k in ("size", "classes")}
+            return
+        if not files:
+            raise ValueError(f"no images at {path}: make samples first (python 04_sample.py)")
+        stamps = [(Path(file).name, Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files]
+        self.key = hashlib.sha256(str(stamps).encode()).hexdigest()[:16]
+        if path.suffix == ".npz":
+            return self.read_npz(path)
+        self.images = ImageFiles(files)
         if (path / "samples.json").exists():
             try:
-                found.record = json.loads((path / "samples.json").read_text())
-                found.labels = np.array(found.record.pop("labels"), dtype=np.int64)
+                self.record = json.loads((path / "samples.json").read_text())
+                self.labels = np.array(self.record.pop("labels"), dtype=np.int64)
             except (ValueError, TypeError, LookupError, AttributeError):
                 raise ValueError(f"{path / 'samples.json'} is damaged: run 04_sample.py again") from None
-            if len(found.labels) != len(files):
-                raise ValueError(f"{path} holds {len(files)} of {len(found.labels)} images: run the same 04_sample.py command "
-                                 "again to finish")
-    return found
+            if len(self.labels) != len(files):
+                raise ValueError(f"{path} holds {len(files)} of {len(self.labels)} images: run its 04_sample.py command again")
 
-def read_npz(path, found):
-    """Sample batches (arr_0, arr_1) and statistics (mu, sigma, mu_s, sigma_s), into an ImageSet."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            content = {k: file[k] for k in ("arr_0", "arr_1", "mu", "sigma", "mu_s", "sigma_s", "n") if k in file.files}
-    except Exception as error:                            # zip, zlib and numpy each have their own
-        raise ValueError(f"{path} is not a readable npz file ({error})") from None
-    found.images, found.labels = content.get("arr_0"), content.get("arr_1")
-    if "mu" in content and "sigma" in content:            # ADM's: of the whole data set, and it does not say of how many
-        found.statistics = {k: content[k].astype(np.float64) for k in content if k[:2] in ("mu", "si")}
-        found.statistics["n"] = int(content.get("n", 0))
-    elif found.images is None:
-        raise ValueError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")
-    shape, images = np.shape(found.images), found.images
-    if images is not None and (images.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not shape[0]):
-        raise ValueError(f"{path}: arr_0 is {images.dtype} {shape}; it must be uint8 (N,H,W,3)")
-    if found.labels is not None and (found.labels.shape != shape[:1] or found.labels.dtype.kind not in "iu"):
-        raise ValueError(f"{path}: arr_1 is {found.labels.dtype} {found.labels.shape}; it must hold one class id per image")
+    def read_npz(self, path):
+        """Sample batches (arr_0, arr_1) and statistics (mu, sigma, mu_s, sigma_s)."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                content = {k: file[k] for k in ("arr_0", "arr_1", "mu", "sigma", "mu_s", "sigma_s", "n") if k in file.files}
+        except Exception as error:                        # zip, zlib and numpy each have their own
+            raise ValueError(f"{path} is not a readable npz file ({error})") from None
+        images, labels = self.images, self.labels = content.pop("arr_0", None), content.pop("arr_1", None)
+        if {"mu", "sigma"} <= content.keys():             # ADM's are of the whole data set, and do not say of how many images
+            self.statistics = {"n": 0, **{k: v.astype(np.float64) for k, v in content.items()}}
+        elif images is None:
+            raise ValueError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")
+        shape = np.shape(images)
+        if images is not None and (images.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not shape[0]):
+            raise ValueError(f"{path}: arr_0 is {images.dtype} {shape}; it must be uint8 (N,H,W,3)")
+        if labels is not None and (labels.shape != shape[:1] or labels.dtype.kind not in "iu"):
+            raise ValueError(f"{path}: arr_1 is {labels.dtype} {labels.shape}; it must hold one class id per image")
 
 def describe_reference(real, net, features, digest, device, batch_size):
     """describe() of the real images, cached beside a packed data set; mu and sigma of a file come before those computed."""
+    cache = Path(real.place) / f"statistics-{features}-{digest}-{real.key[:8]}.npz"
     if real.images is None:
         return real.statistics
-    cache = Path(real.place) / f"statistics-{features}-{digest}-{real.key[:8]}.npz"
     if cache.exists():
         try:
             with np.load(cache, allow_pickle=False) as file:
                 return {k: file[k] for k in file.files}
         except Exception:
             print(f"warning: {cache} is damaged; making it again", file=sys.stderr)
-    result = describe(real.images, net, device, batch_size, "real images") | (real.statistics or {})
+    result = describe(real.images, net, device, batch_size, "real images") | real.statistics
     if Path(real.place).is_dir() and not (dist.is_initialized() and dist.get_rank()):
         with data.whole(cache) as part, open(part, "wb") as file:          # mu and sigma are what other tools read
             np.savez(file, **result)
     return result
 
 # ---- From two image sets to a result ---------------------------------------------------------------------------------
-METRICS = ("fd", "kid", "pr", "is", "sfd")
+KEPT, NEIGHBOURS = 50_000, 10_000      # images whose features are kept; real ones that precision and recall look at
+
+def precision_and_recall(fake, real):
+    if np.trace(fake["sigma"]) < 1e-6 * np.trace(real["sigma"]):
+        raise ValueError("the generated images are all the same")
+    return precision_recall(fake["features"], real["features"][random_subset(NEIGHBOURS, len(real["features"]))])
+
+METRICS = {  # name: (keys of the result, function of two descriptions)
+    "fd": (["fd"], lambda fake, real: [frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"])]),
+    "kid": (["kid", "kid_std"], lambda fake, real: kernel_distance(fake["features"], real["features"])),
+    "pr": (["precision", "recall"], precision_and_recall),
+    "is": (["is", "is_std"], lambda fake, real: inception_score(fake["logits"])),
+    "sfd": (["sfd"], lambda fake, real: [frechet_distance(fake["mu_s"], fake["sigma_s"], real["mu_s"], real["sigma_s"])]),
+}
 
 def compare(fake, real, metrics, inception):
     """The scores of two descriptions: ({name: number}, {score left out: why})."""
-    scores, left_out, few = {}, {}, len(fake["features"])
     if fake["mu"].shape != real["mu"].shape:
         raise ValueError(f"the reference has features of {real['mu'].shape[0]} numbers, the samples of {fake['mu'].shape[0]}: "
                          "they were made with other networks")
-    known = real["features"][random_subset(NEIGHBOURS, len(real["features"]))] if "features" in real else ()
-    alike = float(np.trace(fake["sigma"])) < 1e-6 * float(np.trace(real["sigma"]))
-    needs = {  # score: reasons why it cannot be computed
-        "fd": {}, "sfd": {"it needs --features inception": not inception, "the reference has no mu_s, sigma_s": "mu_s" not in real},
-        "kid": {"it needs 1000 images a side": min(few, len(real.get("features", ()))) < 1000},
-        "pr": {"the reference has no images": not len(known), "the generated images are all the same": alike,
-               "it needs at least 10 images a side": min(few, len(known)) < 10},
-        "is": {"it needs --features inception": not inception, "it needs at least 10 images": few < 10}}
+    scores, left_out = {}, {}
     for metric in metrics:
-        reason = next((reason for reason, holds in needs[metric].items() if holds), None)
-        if reason:
-            left_out[metric] = reason
-        elif metric == "fd":
-            scores["fd"] = frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"])
-        elif metric == "sfd":
-            scores["sfd"] = frechet_distance(fake["mu_s"], fake["sigma_s"], real["mu_s"], real["sigma_s"])
-        elif metric == "kid":
-            scores["kid"], scores["kid_std"] = kernel_distance(fake["features"], real["features"])
-        elif metric == "pr":
-            scores["precision"], scores["recall"] = precision_recall(fake["features"], known)
-        elif metric == "is":
-            scores["is"], scores["is_std"] = inception_score(fake["logits"])
+        keys, function = METRICS[metric]
+        try:
+            if metric in ("is", "sfd") and not inception:
+                raise ValueError("it needs --features inception")
+            scores |= dict(zip(keys, function(fake, real)))
+        except KeyError as missing:
+            left_out[metric] = f"the reference has no {missing.args[0]}"
+        except ValueError as reason:
+            left_out[metric] = str(reason)
     return scores, left_out
 
-def score(samples, real, place, net, options, digest, device):
+def score(samples, real, net, options, digest, device):
     """Score one image set against another: {name: number}, every number with its N."""
     inception, result = options.features == "inception", {}
     reference = describe_reference(real, net, options.features, digest, device, options.batch_size)
     fake = describe(samples.images, net, device, options.batch_size, "generated images")
     if not inception:
-        held_out = open_set(place, "val")
+        held_out = ImageSet(real.place, "val")
         rows = random_subset(len(samples.images), len(held_out.images))                # as many: FD grows as N falls
         if len(rows) > 1:
             floor = describe(held_out.images, net, device, options.batch_size, "held-out images", rows)
-            result["fd_floor"] = frechet_distance(floor["mu"], floor["sigma"], reference["mu"], reference["sigma"])
-            result |= {"n_floor": len(rows), "class_accuracy_real": float((floor["seen"] == held_out.labels[rows]).mean())}
+            result = {"fd_floor": frechet_distance(floor["mu"], floor["sigma"], reference["mu"], reference["sigma"]),
+                      "n_floor": len(rows), "class_accuracy_real": float((floor["seen"] == held_out.labels[rows]).mean())}
         if samples.labels is not None:
             result["class_accuracy"] = float((fake["seen"] == samples.labels).mean())
     if dist.is_initialized() and dist.get_rank():         # the first process computes and reports
@@ -474,63 +431,58 @@ def score(samples, real, place, net, options, digest, device):
     scores, left_out = compare(fake, reference, options.metrics, inception)
     features = len(reference.get("features", ()))
     return {**scores, **result, "left_out": left_out, "n_generated": fake["n"], "n_real": int(reference["n"]),
-            "n_real_features": features, "n_real_precision_recall": min(NEIGHBOURS, features)}
+            "n_real_features": features}
 
 def report(result):
-    """Print a result, each number with its unit and its N, then what was left out and what to be wary of."""
-    n, m, name = result["n_generated"], result["n_real"], result["score"]
-    kid = "KID" if result["features"] == "inception" else "KID (classifier features)"
-    real = f"{m} real images" if m else f"the statistics in {result['reference']}"
-    lines = {"fd": (name, f"{n} generated against {real}; 0 is best"),
-             "fd_floor": (f"{name} floor", f"{result.get('n_floor')} held-out real against {m} real images"),
-             "sfd": ("s" + name, f"{n} generated against {real}"), "is": ("Inception score", f"{n} images, ten splits"),
-             "kid": (kid, f"x 1000 would be the usual unit; 100 subsets of 1000 of {n} and {result['n_real_features']} images"),
-             "precision": ("precision", f"share of {n} generated images"),
-             "recall": ("recall", f"share of {result['n_real_precision_recall']} real images"),
-             "class_accuracy": ("class accuracy", f"share of {n} generated images that the classifier puts into the class asked for"),
-             "class_accuracy_real": ("class accuracy, real", f"share of {result.get('n_floor')} held-out real images it gets right")}
-    for key, (title, unit) in lines.items():
+    """Print a result, every number with its N, then what was left out and what to be wary of."""
+    n, name, offline, judge = (result.get(k) for k in ("n_generated", "score", "features", "class_accuracy_real"))
+    offline, held_out = offline == "classifier", f"{result.get('n_floor')} held-out real images"
+    real = f"{result['n_real'] or 'the statistics of the'} real images"
+    for key, title, about in (
+            ("fd", name, f"{n} generated against {real}; 0 is best"), ("fd_floor", f"{name} floor", f"{held_out} against {real}"),
+            ("sfd", f"s{name}", f"{n} generated against {real}"), ("is", "Inception score", f"{n} images, ten splits"),
+            ("kid", "KID (classifier features)" if offline else "KID", f"100 subsets of 1000 of {n} and "
+             f"{result['n_real_features']} images; usually given x 1000"), ("precision", "precision", f"share of {n} generated"),
+            ("recall", "recall", f"share of {min(NEIGHBOURS, result['n_real_features'])} real images"),
+            ("class_accuracy", "class accuracy", f"share of {n} generated images in which the classifier sees the class asked for"),
+            ("class_accuracy_real", "class accuracy, real", f"share of {held_out} it gets right")):
         if key in result:
             spread = f" +- {result[key + '_std']:.4f}" if key + "_std" in result else ""
-            print(f"{title:32s} {result[key]:10.4f}{spread}   ({unit})")
+            print(f"{title:32s} {result[key]:10.4f}{spread}   ({about})")
     for metric, reason in result["left_out"].items():
         print(f"{metric:32s}   left out   ({reason})")
-    judge = result.get("class_accuracy_real")
-    for wary, message in ((n < 2048, f"{n} images are few: {name} is then biased upwards and only comparable at the same N"),
-                          (result["features"] == "classifier" and judge is None, "nothing is held out: how well the classifier "
-                           "judges is not known"),
-                          (judge is not None and judge < 0.5, f"the classifier is right on {judge or 0:.2f} of held-out real "
-                           "images only: neither its features nor its class accuracy are to be trusted")):
+    for wary, message in ((n < 2048, f"{n} images are few: {name} is biased upwards and only comparable at the same N"),
+                          (offline and judge is None, "nothing is held out: how well the classifier judges is not known"),
+                          (judge is not None and judge < 0.5, f"the classifier is right on {judge} of held-out real images only: "
+                           "neither its features nor its class accuracy are to be trusted")):
         if wary:
             print(f"warning: {message}", file=sys.stderr)
 
 def print_table(files, out):
-    """--table: a line per result, with the settings in which they differ; a CSV file and a curve over the first of these."""
-    rows = []
-    for file in files:
-        try:
-            rows.append(json.loads(Path(file).read_text()))
-            rows[-1]["sampling"], rows[-1]["score"]
-        except (ValueError, LookupError, TypeError):
-            raise ValueError(f"{file} is not a result of this script") from None
-    if len({(row["score"], row["n_real"]) for row in rows}) > 1:
-        raise ValueError("the results differ in features or reference: they cannot be compared")
-    varied = [k for k in rows[0]["sampling"] if len({str(row["sampling"].get(k)) for row in rows}) > 1 and k not in ("weights", "step")]
+    """--table: a line per result, with the settings in which they differ; a CSV file, and a curve over the first of these."""
+    try:
+        rows = [json.loads(Path(file).read_text()) for file in files]
+        if len({(row["score"], row["n_real"], row["reference_key"]) for row in rows}) > 1:
+            raise ValueError("they differ in features or reference")
+        made = [{k: v for k, v in row["sampling"].items() if k not in ("weights", "step")} for row in rows]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{', '.join(files)} are not results of this script that can be compared ({error})") from None
+    varied = [k for k in made[0] if len({str(how.get(k)) for how in made}) > 1]
     scores = [k for k in ("fd", "sfd", "kid", "is", "precision", "recall", "class_accuracy") if any(k in row for row in rows)]
-    table = [[Path(file).name, *(row["sampling"].get(k) for k in varied), row["n_generated"], *(row.get(k, "") for k in scores)]
-             for file, row in zip(files, rows)]
-    print(" | ".join(["file", *varied, "N", *scores]))
-    for row in table:
-        print(" | ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
+    table = [["file", *varied, "N", *scores]] + [
+        [Path(file).name, *(how.get(k) for k in varied), row["n_generated"], *(row.get(k, "") for k in scores)]
+        for file, how, row in zip(files, made, rows)]
+    for line in table:
+        print(" | ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in line))
     out = out or Path(files[0]).with_name("table")
     with data.whole(out.with_suffix(".csv")) as part, open(part, "w", newline="") as file:
-        csv.writer(file).writerows([["file", *varied, "N", *scores], *table])
-    numeric = [k for k in varied if all(isinstance(row["sampling"].get(k), (int, float)) for row in rows)]
-    if numeric:
-        points = sorted((float(row["sampling"][numeric[0]]), row["fd"]) for row in rows if "fd" in row)
+        csv.writer(file).writerows(table)
+    axis = next((k for k in varied if all(isinstance(how.get(k), (int, float)) for how in made)), None)
+    if axis and "fd" in scores:
+        curve = sorted((how[axis], row["fd"]) for how, row in zip(made, rows))
         with data.whole(out.with_suffix(".png")) as part:
-            data.chart(rows[0]["score"], numeric[0], {f"N = {rows[0]['n_generated']}": points}).save(part, "png")
-    print(f"{out.with_suffix('.csv')}{f' and {out.stem}.png' if numeric else ''}: {len(rows)} results")
+            data.chart(rows[0]["score"], axis, {f"N = {rows[0]['n_generated']}": curve}).save(part, "png")
+    print(f"{len(rows)} results, also in {out.with_suffix('.csv')}{f' and {out.stem}.png' if axis else ''}")
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
 @dataclass
@@ -538,8 +490,7 @@ class Options:
     run: str = option("shapes", "runs/NAME, or a folder", group="what")
     samples: str = option(None, "generated images (default: the run's samples)")
     reference: str = option(None, "real images or their statistics (default: the samples' data set, training images)")
-    metrics: str = option("all", f"some of {','.join(METRICS)}: Frechet distance, kernel distance, precision and recall, "
-                          "Inception score, spatial Frechet distance")
+    metrics: str = option(",".join(METRICS), "Frechet and kernel distance, precision and recall, Inception score, spatial FD")
     features: str = option("classifier", "see the head of this file:", choices=("classifier", "inception"))
     inception_weights: Path = option(None, "the weights file, where it cannot be downloaded")
     table: list = option(None, "only compare results made before: a table, a CSV file and a curve")
@@ -550,48 +501,45 @@ class Options:
     device: str = option(None, "cuda or cpu")
 
     def __post_init__(self):
-        self.metrics = list(METRICS) if self.metrics == "all" else self.metrics.split(",")
-        unknown = [m for m in self.metrics if m not in METRICS]
-        if unknown:
-            raise data.UsageError(f"--metrics {unknown[0]} is unknown: some of {', '.join(METRICS)}")
+        self.metrics = self.metrics.split(",")
+        for metric in self.metrics:
+            data.check("--metrics", metric, choices=METRICS)
 
-def reference_of(options, samples):
-    """The reference's path: the one asked for, or the data set on which the samples' network was trained."""
-    name = options.reference or samples.record.get("data")
-    if not name:
-        raise ValueError(f"{samples.place} does not say which data set it imitates: pass --reference")
-    place = Path(name) if options.reference else data.folder_of(name, "data")
-    if options.features == "classifier" and not place.is_dir():
-        raise ValueError(f"{place} is not a packed data set, and the classifier is trained on one: --features inception takes "
-                         "any reference")
-    return place
+def open_sets(options):
+    """The generated images and the real ones.  Raises ValueError if they cannot be compared."""
+    samples = ImageSet(options.samples or data.folder_of(options.run, "runs") / "samples")
+    name, made = options.reference or samples.record.get("data"), samples.record
+    if samples.images is None or not name:
+        raise ValueError(f"{samples.place} holds statistics only: they serve as --reference" if samples.images is None else
+                         f"{samples.place} does not say which data set it imitates: pass --reference")
+    real = ImageSet(Path(name) if options.reference else data.folder_of(name, "data"))
+    if options.features == "classifier" and "classes" not in real.record:
+        raise ValueError(f"{name} is not a packed data set, and the classifier is trained on one: --features inception takes any")
+    if made.get("size") != real.record.get("size", made.get("size")) and made:
+        raise ValueError(f"{samples.place} has images of {made.get('size')} pixels, {real.place} of {real.record['size']}: is it "
+                         "the right --reference?")
+    if made.get("classes", []) != real.record.get("classes") and made:
+        samples.labels = None                             # labels of other classes say nothing to this classifier
+    return samples, real
 
 def main(argv=None):
     options = Options(**data.parse(argv, "Score generated images against real ones.", Options))
     if options.table:
         return print_table(options.table, options.out)
     with model.machine(options.device) as (device, rank, world):
-        folder = data.folder_of(options.run, "runs")
-        samples = open_set(options.samples or folder / "samples")
-        if samples.images is None:
-            raise ValueError(f"{samples.place} holds statistics only: they serve as --reference, --samples needs images")
-        place = reference_of(options, samples)
-        inception = options.features == "inception"
-        net, name, digest = load_inception(options.inception_weights) if inception else load_classifier(place, device, rank, world)
-        real, record = open_set(place), samples.record
-        if place.is_dir() and (place / "meta.json").exists():
-            meta = data.open_data(place)[0]
-            if record.get("size", meta["size"]) != meta["size"]:
-                raise ValueError(f"{samples.place} has images of {record['size']} pixels, {place} of {meta['size']}: is it the "
-                                 "right --reference?")
-            if record.get("classes", meta["classes"]) != meta["classes"]:
-                samples.labels = None                     # labels of other classes say nothing to this classifier
-        beside = Path(options.samples or folder).with_name(f"{Path(options.samples or folder).name}-metrics.json")
-        out = options.out or (beside if options.samples else folder / "metrics.json")
-        made = {"score": name, "features": options.features, "weights": digest, "metrics": options.metrics, "samples": samples.place,
-                "samples_key": samples.key, "reference": str(place), "reference_key": real.key, "sampling": record}
-        if rank == 0 and not options.samples:
-            warn_if_stale(folder)
+        samples, real = open_sets(options)
+        folder, path = data.folder_of(options.run, "runs"), Path(samples.place)
+        out = options.out or (path.with_name(f"{path.name}-metrics.json") if options.samples else folder / "metrics.json")
+        if options.features == "inception":
+            net, name, digest = load_inception(options.inception_weights)
+        else:
+            net, name, digest = load_classifier(real.place, device, rank, world)
+        made = {"score": name, "features": options.features, "weights": digest, "metrics": options.metrics,
+                "samples": samples.place, "samples_key": samples.key, "reference": real.place, "reference_key": real.key,
+                "sampling": samples.record}
+        stamps = [file.stat().st_mtime for file in (folder / "checkpoint.pt", path / "samples.json") if file.exists()]
+        if rank == 0 and not options.samples and stamps == sorted(stamps, reverse=True) and len(stamps) == 2:
+            print(f"warning: {folder / 'checkpoint.pt'} is newer than the samples: run 04_sample.py again", file=sys.stderr)
         if out.exists() and not options.overwrite:
             old = json.loads(out.read_text())
             odd = next((k for k in made if old.get(k) != made[k]), None)
@@ -599,16 +547,11 @@ def main(argv=None):
                 raise ValueError(f"{out} holds the score of other samples, weights or data, or with other options ({odd} differs): "
                                  "pass --overwrite to replace it, or --out")
             return rank or print(f"{out} is already there, for these samples:") or report(old)
-        result = made | score(samples, real, place, net.to(device), options, digest, device)
+        result = made | score(samples, real, net.to(device), options, digest, device)
         if rank == 0:
             data.save_json(out, result)
             report(result)
             print(f"{out}: all of this, and how the samples were made")
-
-def warn_if_stale(folder):
-    checkpoint, made = folder / "checkpoint.pt", folder / "samples" / "samples.json"
-    if checkpoint.exists() and made.exists() and checkpoint.stat().st_mtime > made.stat().st_mtime:
-        print(f"warning: {checkpoint} is newer than the samples: run 04_sample.py again to score it", file=sys.stderr)
 
 if __name__ == "__main__":
     sys.exit(data.run(main))

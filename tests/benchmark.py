@@ -20,12 +20,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import conftest
 from conftest import data, evaluate, model, sample, train
 
-
 def now(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
 
 def matmul_rate(device, amp):
     """FLOP/s of a big matrix product on random numbers."""
@@ -37,16 +35,13 @@ def matmul_rate(device, amp):
         times.append(now(device) - start)
     return 2 * size**3 / sorted(times[2:])[2]
 
-
 def plain_attention(q, k, v):
     with torch.autocast(q.device.type, enabled=False):
         return ((q.float() * q.shape[-1]**-0.5 @ k.float().transpose(-1, -2)).softmax(-1) @ v.float()).to(v.dtype)
 
-
 def describe(config, args, device):
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{args.model} {config.image_size} px, {args.amp}, {'compiled' if args.compile else 'eager'}{', plain attention' if args.plain else ''}, batch {args.batch_size} on {name}, torch {torch.__version__}")
-
 
 def benchmark_train(args, device, seconds=10.0):
     config = model.JiTConfig(**model.MODELS[args.model])
@@ -65,14 +60,12 @@ def benchmark_train(args, device, seconds=10.0):
     print(f"{args.batch_size / step:.1f} images/s, {step * 1e3:.1f} ms a step (median of {len(times)}){memory}, matrix product {rate / 1e12:.3f} TFLOP/s, "
           f"utilisation {6 * model.count_macs(config) * args.batch_size / step / rate * 100:.1f} %")
 
-
 def two_passes(net, z, t, labels, cfg, interval, t_eps):
     """The plain way: always both passes, one after the other."""
     low, high = interval
     w = cfg if t < high - 1e-6 and (low == 0 or t > low + 1e-6) else 1.0
     v, null = (sample.velocity(net, z, t, y, t_eps) for y in (labels, torch.full_like(labels, net.config.num_classes)))
     return null + w * (v - null)
-
 
 def benchmark_sample(args, device):
     config = model.JiTConfig(**model.MODELS[args.model])
@@ -92,7 +85,6 @@ def benchmark_sample(args, device):
     print(f"Heun {args.steps}, w {args.cfg:g} in {how['interval']}: {args.batch_size / seconds['one batch']:.2f} images/s, {sum(calls) / args.batch_size:.0f} evaluations an image, "
           f"utilisation {sum(calls) * 2 * model.count_macs(config) / seconds['one batch'] / rate * 100:.1f} %, {seconds['two passes'] / seconds['one batch']:.2f} times as fast as two passes")
 
-
 def benchmark_data(args):
     """Images a second and core: decoding and cropping the originals, random rows of the packed file."""
     files = data.list_images(args.root)[:200]
@@ -108,7 +100,6 @@ def benchmark_data(args):
         packed = count / (time.perf_counter() - start)
     print(f"{args.size} px, one core: decoding {decoding:.0f} images/s, packed rows {packed:.0f} images/s, {packed / decoding:.0f} times as fast")
 
-
 def benchmark_scores(n=50_000, d=2048):
     x, start = np.random.default_rng(0).standard_normal((n, d)).astype(np.float32), time.perf_counter()
     real = evaluate.describe(np.arange(n), lambda rows: {"features": torch.from_numpy(x[rows]), "logits": torch.zeros(len(rows), 2)}, "cpu", 100, "")
@@ -120,7 +111,6 @@ def benchmark_scores(n=50_000, d=2048):
     start = time.perf_counter()
     evaluate.precision_recall(x[:10_000], x[10_000:20_000])
     print(f"precision and recall, 10000 x 10000: {time.perf_counter() - start:.1f} s")
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(usage=__doc__)
@@ -142,7 +132,6 @@ def main(argv=None):
         else:
             benchmark_scores()
         model.attend = kept
-
 
 if __name__ == "__main__":
     main()

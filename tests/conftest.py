@@ -19,7 +19,6 @@ TINY = dict(image_size=16, patch_size=4, hidden_size=32, depth=4, num_heads=2, n
 TINY_FLAGS = ["--model", "JiT-T/8", "--patch-size", "8", "--hidden-size", "32", "--depth", "3", "--num-heads", "2", "--batch-size", "8", "--lr", "1e-3",
               "--preview-every", "0", "--snapshots", "0", "--log-every", "5", "--amp", "off", "--no-compile"]
 
-
 def randomised(config, scale=0.1, seed=0):
     """A network whose gates and head are not zero, so that everything in it reaches the output."""
     generator = torch.Generator().manual_seed(seed)
@@ -30,24 +29,20 @@ def randomised(config, scale=0.1, seed=0):
                 p.copy_(torch.randn(p.shape, generator=generator) * scale + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
     return net
 
-
 def call(script, *args):
     """Run a script's main in this process, as the command line would.  Returns the exit code."""
     return data.run(lambda: script.main([str(a) for a in args]))
-
 
 def shell(*args, cwd, env=None, timeout=300):
     """Run a script as a user does; one thread, so that tests do not fight over the cores."""
     return subprocess.run([sys.executable, ROOT / args[0], *map(str, args[1:])], cwd=cwd, capture_output=True, text=True, timeout=timeout,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
 
-
 @pytest.fixture
 def there(tmp_path, monkeypatch):
     """Work in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
 
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory):
@@ -59,14 +54,12 @@ def packed(tmp_path_factory):
     os.chdir(old)
     return folder
 
-
 @pytest.fixture
 def work(packed, tmp_path, monkeypatch):
     """An empty folder with data/shapes in it."""
     (tmp_path / "data").symlink_to(packed / "data")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
 
 def images_of(n, size=16, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)

@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["--model", "JiT-T/8", "--patch-size", "8", "--hidden-size", "32", "--depth", "3", "--num-heads", "2", "--batch-size", "8", "--micro-batch", "4",
          "--lr", "1e-3", "--preview-every", "7", "--snapshots", "3", "--log-every", "3", "--save-minutes", "0.01", "--amp", "off", "--no-compile"]
 
-
 def torture(folder, kills, steps, seed=0):
     """Returns 0 if every checkpoint found after a kill loads and the final log equals the undisturbed run's."""
     sys.path.insert(0, str(ROOT))
@@ -47,7 +46,6 @@ def torture(folder, kills, steps, seed=0):
     same = loss_log("calm") == loss_log("hunted")
     print("the logs are equal" if same else "THE LOGS DIFFER")
     return 0 if same else 1
-
 
 if __name__ == "__main__":
     sys.exit(torture(".", int(sys.argv[1]) if len(sys.argv) > 1 else 50, steps=60))

@@ -26,7 +26,6 @@ EXERCISES = [  # file, function, minutes, what to do
     ("05_eval.py", "inception_score", 30, "exp of the mean KL from p(y given x) to p(y), over ten parts of the shuffle RandomState(2020).permutation(N)"),
 ]
 
-
 def find(text, name):
     """The function `name` ("f" or "Class.f") of a source text, as an ast node."""
     body = ast.parse(text).body
@@ -35,7 +34,6 @@ def find(text, name):
         body = node.body
     return node
 
-
 def empty(text, name, message):
     """The source text with the function's body, docstring aside, replaced by one raise."""
     node, lines = find(text, name), text.splitlines(keepends=True)
@@ -43,7 +41,6 @@ def empty(text, name, message):
     first = node.body[0].end_lineno if documented else node.lineno + len(ast.unparse(node.args).splitlines()) - 1
     indent = " " * node.body[0].col_offset
     return "".join(lines[:first] + [f"{indent}raise NotImplementedError({message!r})\n"] + lines[node.end_lineno:])
-
 
 def make(out, solved=()):
     """Write the assignment to the new folder `out`; functions named in `solved` keep their bodies.  Raises ValueError."""
@@ -61,7 +58,6 @@ def make(out, solved=()):
         "# Exercises", "", "Read a function's docstring and what surrounds it, fill in the body, then ask what is missing or wrong:", "",
         "    python -m pytest -q --tb=line tests/test_exercises.py", "", "| | file | function | time | what to do |", "|---|---|---|---|---|", *rows]) + "\n")
 
-
 def main(arguments):
     if len(arguments) != 1 or arguments[0].startswith("-"):
         return print("usage: python tests/make_assignment.py OUT      (OUT: a new folder)", file=sys.stderr) or 2
@@ -71,7 +67,6 @@ def main(arguments):
         return print(f"make_assignment.py: error: {error}", file=sys.stderr) or 1
     print(f"{arguments[0]}: {len(EXERCISES)} exercises, about {sum(e[2] for e in EXERCISES) / 60:.0f} hours; they are listed in {arguments[0]}/tests/EXERCISES.md")
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -16,7 +16,6 @@ for folder in sys.argv[1:]:                               # one import of torch 
     os.waitpid(child, 0)
 """
 
-
 def test_the_kit(tmp_path):
     names = [name for _, name, _, _ in EXERCISES]
     states = {"empty": [], "full": names, **{name: [name] for name in names}}
@@ -35,7 +34,6 @@ def test_the_kit(tmp_path):
             assert (message in answers[label]) == (label != name), (label, name, answers[label])
     passed = {label: int(answers[label].split(" passed")[0].split()[-1]) for label in names}
     assert passed == {name: 2 if name == "conversion" else 1 for name in names}
-
 
 def test_kit_on_the_command_line(there):
     done = shell("tests/make_assignment.py", "out", cwd=there)

@@ -17,10 +17,8 @@ from PIL import Image
 
 from conftest import ROOT, call, data, images_of, shell, train
 
-
 def photo(seed=0, size=(40, 30), mode="RGB"):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode)
-
 
 def folder(root, classes=("cat", "dog"), count=6, splits=("train", "val"), **options):
     """Class folders of PNG files."""
@@ -31,15 +29,10 @@ def folder(root, classes=("cat", "dog"), count=6, splits=("train", "val"), **opt
                 photo(100 * c + i, **options).save(root / split / name / f"{i}.png")
     return root
 
-
 def pack(*args):
     return call(data, "--source", "folder", "--root", "in", "--size", 16, "--name", "set", "--workers", 1, *args)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is packed is right
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- What is packed is right -----------------------------------------------------------------------------------------
 def adm_crop(image, size):
     """ADM's center_crop_arr from its description, on the shape alone: halve with BOX, BICUBIC to the short side, cut."""
     w, h = image.size
@@ -51,12 +44,10 @@ def adm_crop(image, size):
     image = image.resize((w, h), resample=Image.Resampling.BICUBIC)
     return np.array(image.crop(((w - size) // 2, (h - size) // 2, (w - size) // 2 + size, (h - size) // 2 + size)))
 
-
 @pytest.mark.parametrize("shape", [(40, 30), (16, 16), (200, 33), (17, 90), (1, 1), (31, 64)])
 def test_crop_is_adms(shape):
     image = photo(1, shape)
     assert np.array_equal(data.center_crop(image, 16), adm_crop(image, 16))
-
 
 def test_shapes_depend_on_seed_and_index_alone(there):
     assert np.array_equal(data.draw_shape((3, 17, 32)), data.draw_shape((3, 17, 32)))
@@ -65,7 +56,6 @@ def test_shapes_depend_on_seed_and_index_alone(there):
     _, arrays = data.open_data("data/two")
     assert np.array_equal(arrays["train"][0][13], data.draw_shape((0, 13, 16))) and arrays["train"][1][13] == 3
     assert len(data.SHAPES) >= 10 and len(np.unique(arrays["train"][0].reshape(100, -1), axis=0)) == 100
-
 
 def test_shapes_are_their_own_mirror_images():
     """Training mirrors half of the images: no class may change by it."""
@@ -80,7 +70,6 @@ def test_shapes_are_their_own_mirror_images():
             masks.append(np.array(image) > 0)
         assert (masks[0] ^ masks[1]).mean() < 0.01, name
 
-
 def test_folder_with_splits(there):
     folder(there / "in")
     assert pack() == 0
@@ -90,14 +79,12 @@ def test_folder_with_splits(there):
     assert Path("data/set/preview.png").exists() and not Path("data/set.partial").exists()
     assert len(meta["id"]) == 32 and meta["recipe"]["root"] == str((there / "in").resolve())
 
-
 def test_flat_folder_holds_out_a_part_and_empties_no_class(there):
     folder(there / "in", classes=("a", "b", "c"), count=4, splits=())
     folder(there / "in", classes=("single",), count=1, splits=())
     assert pack("--val-fraction", 0.3) == 0
     meta, arrays = data.open_data("data/set")
     assert meta["counts"] == {"train": 9, "val": 4} and set(arrays["train"][1]) == {0, 1, 2, 3}
-
 
 def test_unlabelled_folder_and_fraction(there):
     (there / "in").mkdir()
@@ -112,11 +99,9 @@ def test_unlabelled_folder_and_fraction(there):
     from conftest import TINY_FLAGS
     assert call(train, *TINY_FLAGS, "--data", "set", "--steps", 2, "--run", "u") == 0   # becomes an unconditional network
 
-
 def test_one_percent_of_imagenet_is_12811_images():
     jobs, labels = data.keep_fraction(range(1_281_167), range(1_281_167), 0.01, 0)
     assert len(jobs) == 12_811 and jobs == sorted(set(jobs)) and jobs != data.keep_fraction(range(1_281_167), range(1_281_167), 0.01, 1)[0]
-
 
 def cifar_archive(path, break_it=None):
     """A tiny file in the form of the binary CIFAR-10."""
@@ -127,7 +112,6 @@ def cifar_archive(path, break_it=None):
             info.size = len(body)
             tar.addfile(info, io.BytesIO(body))
 
-
 def test_cifar10_binary_layout(there, monkeypatch):
     (there / "in").mkdir()
     cifar_archive(there / "in" / "cifar-10-binary.tar.gz")
@@ -136,7 +120,6 @@ def test_cifar10_binary_layout(there, monkeypatch):
     meta, arrays = data.open_data("data/cifar10")
     assert meta["counts"] == {"train": 100, "val": 20} and meta["classes"][3] == "cat"
     assert np.array_equal(arrays["train"][0][25], images_of(1, 32, seed=105)[0]) and arrays["train"][1][25] == 5
-
 
 def test_imagenette_is_unpacked_with_the_data_filter(there, monkeypatch):
     folder(there / "imagenette2-160", classes=("n01440764", "n02102040"))
@@ -153,17 +136,12 @@ def test_imagenette_is_unpacked_with_the_data_filter(there, monkeypatch):
         data.unpack(Path("evil.tgz"), there / "deep" / "out")
     assert not (there / "deep" / "escaped.txt").exists() and not (there / "deep" / "out").exists()
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Nothing lost
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Nothing lost ----------------------------------------------------------------------------------------------------
 def packed_so_far(name):
     try:
         return int((np.load(f"data/{name}.partial/train_labels.npy") != data.TODO).sum())
     except (OSError, ValueError):
         return 0
-
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_packing_goes_on_after_a_kill(there, number):
@@ -177,14 +155,13 @@ def test_packing_goes_on_after_a_kill(there, number):
     child.wait()
     assert not Path("data/killed").exists() and 0 < packed_so_far("killed") < 6000
     if number == signal.SIGTERM:
-        assert child.returncode == 143 and error.count("\n") == 1 and "goes on where it was" in error
+        assert child.returncode == 130 and error.count("\n") == 1 and "goes on where it was" in error
         with pytest.raises(ProcessLookupError):
             os.killpg(child.pid, 0)
     assert subprocess.run([*command, "--name", "killed"]).returncode == 0 and subprocess.run([*command, "--name", "calm"]).returncode == 0
     for split in ("train", "val"):
         for a, b in zip(*(data.open_data(f"data/{name}")[1][split] for name in ("killed", "calm"))):
             assert np.array_equal(a, b)
-
 
 def test_a_kill_between_packing_and_the_end_loses_nothing(there, monkeypatch):
     """Everything is packed, an unreadable image among it; the preview dies.  The second start decodes nothing again."""
@@ -199,7 +176,6 @@ def test_a_kill_between_packing_and_the_end_loses_nothing(there, monkeypatch):
     meta, arrays = data.open_data("data/set")
     assert meta["counts"]["train"] == 12 and meta["skipped"] == 1 and sorted(arrays["train"][1]) == [0] * 6 + [1] * 6
     assert Path("data/set/skipped.txt").read_text().count("\n") == 1
-
 
 def test_rows_skipped_before_a_kill_stay_skipped(there, monkeypatch):
     """Blocks of four, killed after the second: the images marked bad are neither packed nor forgotten."""
@@ -218,12 +194,10 @@ def test_rows_skipped_before_a_kill_stay_skipped(there, monkeypatch):
     assert len(count) == 9 + 4 and sorted(labels) == [1, 2, 4, 5, 7, 8, 10, 11] and (images[:8, 0, 0, 0] == labels).all()
     assert sorted(Path("skipped.txt").read_text().split("\n")) == ["", "0: bad", "3: bad", "6: bad", "9: bad"]
 
-
 def test_two_at_once_are_refused(there, capsys):
     with data.locked(Path("data/shapes")):
         assert shell("01_data.py", "--size", 16, "--count", 100, cwd=there).stderr.count("another process is writing to data/shapes") == 1
     assert call(data, "--size", 16, "--count", 100, "--workers", 1) == 0
-
 
 def test_a_folder_that_has_changed_is_not_already_there(there, capsys):
     folder(there / "in")
@@ -234,7 +208,6 @@ def test_a_folder_that_has_changed_is_not_already_there(there, capsys):
     for split in ("train", "val"):
         (there / "in" / split / "cat").rename(there / "in" / split / "lion")
     assert pack() == 1 and "has changed since" in capsys.readouterr().err
-
 
 def test_photographs_are_turned_as_their_exif_says(there):
     (there / "in").mkdir()
@@ -247,7 +220,6 @@ def test_photographs_are_turned_as_their_exif_says(there):
     image = data.open_data("data/set")[1]["train"][0][0].astype(int)
     assert (image[:6, :, 0] > 200).all() and (image[10:, :, 2] > 200).all()
 
-
 def test_sixteen_bits_and_transparency(there):
     """A 16-bit ramp keeps its mean; a hidden colour does not show: transparency is white."""
     ramp = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
@@ -259,13 +231,11 @@ def test_sixteen_bits_and_transparency(there):
     image = data.decode(("in/b.png", 16))
     assert (image[:, :7] == 255).all() and (image[:, 9:] == (255, 0, 0)).all()
 
-
 def test_a_name_that_does_not_fit_is_cut_visibly(monkeypatch):
     drawn, real = [], data.ImageDraw.ImageDraw.text
     monkeypatch.setattr(data.ImageDraw.ImageDraw, "text", lambda self, place, text, **more: drawn.append(text) or real(self, place, text, **more))
     data.picture([[np.zeros((64, 64, 3), np.uint8)] * 2], ["cat", "a very long class name"])
     assert drawn[0] == "cat" and drawn[1].endswith("..") and "a very long class name".startswith(drawn[1][:-2]) and len(drawn[1]) > 5
-
 
 def test_existing_sets_are_neither_overwritten_nor_ignored(there, capsys):
     assert call(data, "--size", 16, "--count", 100, "--workers", 1) == 0
@@ -273,7 +243,6 @@ def test_existing_sets_are_neither_overwritten_nor_ignored(there, capsys):
     assert call(data, "--size", 32, "--count", 100) == 1 and "--overwrite" in capsys.readouterr().err
     assert data.open_data("data/shapes")[0]["size"] == 16
     assert call(data, "--size", 32, "--count", 100, "--workers", 1, "--overwrite") == 0 and data.open_data("data/shapes")[0]["size"] == 32
-
 
 def test_a_broken_download_leaves_nothing(there, monkeypatch, capsys):
     monkeypatch.setitem(data.ARCHIVES, "cifar10", (32, (there / "served" / "cifar-10-binary.tar.gz").as_uri(), "0" * 32))
@@ -283,29 +252,22 @@ def test_a_broken_download_leaves_nothing(there, monkeypatch, capsys):
     assert call(data, "--source", "cifar10") == 1
     assert not list((there / "data" / "downloads").iterdir()) and not Path("data/cifar10").exists()
 
-
 def test_a_damaged_archive_is_named(there, capsys):
     (there / "in").mkdir()
     (there / "in" / "cifar-10-binary.tar.gz").write_bytes(b"damaged")
     assert call(data, "--source", "cifar10", "--root", "in") == 1 and "is damaged" in capsys.readouterr().err
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad images: skipped, counted, listed; readable oddities are read
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Bad images: skipped, counted, listed; readable oddities are read ------------------------------------------------
 def huge_header():
     """A PNG whose header claims 60000 x 60000 pixels."""
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
 
-
 def as_bytes(image, kind, **options):
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return stream.getvalue()
-
 
 UNREADABLE = {
     "empty.png": b"", "text.png": b"this is text", "html.jpg": b"<html>404</html>", "cut.jpg": as_bytes(photo(1, (200, 200)), "JPEG")[:2000],
@@ -319,7 +281,6 @@ READABLE = {
     "UPPER.JPEG": as_bytes(photo(1), "JPEG"), "spaß & more.png": as_bytes(photo(1), "PNG"),
 }
 
-
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_unreadable_images_are_skipped_counted_and_listed(there, capsys, name):
     folder(there / "in")
@@ -331,13 +292,11 @@ def test_unreadable_images_are_skipped_counted_and_listed(there, capsys, name):
     meta, arrays = data.open_data("data/set")
     assert meta["counts"]["train"] == 12 and sorted(arrays["train"][1]) == [0] * 6 + [1] * 6
 
-
 @pytest.mark.parametrize("name", READABLE)
 def test_odd_images_are_read(there, name):
     folder(there / "in")
     (there / "in" / "train" / "cat" / name).write_bytes(READABLE[name])
     assert pack() == 0 and data.open_data("data/set")[0]["counts"]["train"] == 13
-
 
 def damage(change):
     """A packed set with one thing changed."""
@@ -346,10 +305,8 @@ def damage(change):
         change(Path("data/set"))
     return make
 
-
 def rewrite_labels(value):
     return damage(lambda path: np.save(path / "train_labels.npy", np.full(100, value)))
-
 
 SETS = {
     "label too high": (rewrite_labels(10), "outside 0..9"), "label negative": (rewrite_labels(-1), "outside 0..9"),
@@ -359,14 +316,12 @@ SETS = {
     "other size": (damage(lambda p: np.save(p / "val_images.npy", images_of(100, 8))), "do not fit"), "no set": (lambda: None, "make it first"),
 }
 
-
 @pytest.mark.parametrize("name", SETS)
 def test_damaged_sets_are_refused_in_one_line(there, capsys, name):
     SETS[name][0]()
     assert call(train, "--data", "set", "--steps", 1) == 1
     error = capsys.readouterr().err
     assert SETS[name][1] in error and len(error.strip().splitlines()) == 1 and not Path("runs").exists()
-
 
 FOLDERS = {
     "missing": (lambda: None, "is not a folder", 2), "empty": (lambda: Path("in").mkdir(), "holds no images", 2),
@@ -378,7 +333,6 @@ FOLDERS = {
     "splits differ": (lambda: (folder(Path("in")), Path("in/train/dog").rename("in/train/fox")), "is in one only", 1),
 }
 
-
 @pytest.mark.parametrize("name", FOLDERS)
 def test_unusable_folders_are_refused_in_one_line(there, capsys, name):
     make, words, code = FOLDERS[name]
@@ -387,12 +341,10 @@ def test_unusable_folders_are_refused_in_one_line(there, capsys, name):
     error = capsys.readouterr().err
     assert words in error and len(error.strip().splitlines()) == 1 and not Path("data/set").exists()
 
-
 def test_no_space_is_said_before_the_start(there, capsys, monkeypatch):
     folder(there / "in")
     monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     assert pack() == 1 and "are free: make room" in capsys.readouterr().err and not Path("data/set").exists()
-
 
 @pytest.mark.parametrize("flags", [["--size", 3], ["--fraction", 0], ["--count", 5], ["--source", "mnist"], ["--source", "folder"], ["--val-fraction", 1], ["--workers", 0],
                                    ["--seed", -1], ["--name", "a/b"], ["--source", "cifar10", "--size", 64], ["--source", "folder", "--root", "x", "--count", 200], ["--val-fraction", 0.2], ["--root", "photos"], ["--sise", 3]])
@@ -400,7 +352,6 @@ def test_wrong_flags(there, capsys, flags):
     assert call(data, *flags) == 2
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1 and "error" in error and not Path("data").exists()
-
 
 def test_a_folder_that_is_no_data_set_is_not_touched(there, capsys):
     """The photographs themselves, say, with --out . and their own name."""

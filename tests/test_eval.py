@@ -14,16 +14,13 @@ from PIL import Image
 
 from conftest import ROOT, TINY_FLAGS, call, data, evaluate, images_of, sample, train
 
-
 def features(n, d, seed=0, shift=0.0):
     return np.random.default_rng(seed).standard_normal((n, d)) + shift
-
 
 def moments(x):
     """By describe()'s way: sums of (1, f)^T (1, f)."""
     f = np.concatenate([np.ones((len(x), 1)), x], axis=1)
     return evaluate.moments(sum(part.T @ part for part in np.array_split(f, 7)))
-
 
 def test_moments_are_the_moments():
     x = features(500, 20) * 3 + 100
@@ -31,7 +28,6 @@ def test_moments_are_the_moments():
     assert np.allclose(mu, x.mean(0), rtol=1e-12) and np.allclose(sigma, np.cov(x, rowvar=False), atol=1e-8)
     with pytest.raises(ValueError, match="too few"):
         moments(x[:1])
-
 
 def test_frechet_distance_closed_forms():
     mu, sigma = moments(features(300, 12))
@@ -46,7 +42,6 @@ def test_frechet_distance_closed_forms():
     assert evaluate.frechet_distance(np.zeros(30), thin, np.ones(30), thin) == pytest.approx(30)
     assert np.isfinite(evaluate.frechet_distance(np.zeros(3), np.zeros((3, 3)), np.zeros(3), a))
 
-
 def test_inception_score_by_definition():
     logits = features(103, 5) * 2
     order, scores = np.random.RandomState(2020).permutation(103), []
@@ -59,7 +54,6 @@ def test_inception_score_by_definition():
     certain = np.eye(4)[np.arange(4000) % 4] * 100
     assert evaluate.inception_score(certain)[0] == pytest.approx(4, rel=1e-2)
 
-
 def test_kernel_distance_by_definition():
     a, b = features(30, 4), features(25, 4, 1, 0.5)
     random, scores = np.random.RandomState(2020), []
@@ -71,7 +65,6 @@ def test_kernel_distance_by_definition():
     with pytest.raises(ValueError, match="subsets of 1000"):
         evaluate.kernel_distance(a, b)
 
-
 def test_precision_and_recall_by_definition():
     a, b = features(60, 3), features(50, 3, 1, 0.7)
     radius = lambda x: [sorted(np.linalg.norm(x - p, axis=1))[3] for p in x]
@@ -79,7 +72,6 @@ def test_precision_and_recall_by_definition():
     expected = np.mean([inside(p, b, radius(b)) for p in a]), np.mean([inside(p, a, radius(a)) for p in b])
     assert evaluate.precision_recall(a, b, block=7) == pytest.approx(expected)
     assert evaluate.precision_recall(a, a) == (1, 1) and evaluate.precision_recall(a, a + 100) == (0, 0)
-
 
 def test_tf1_resize_by_definition():
     x = torch.rand(1, 2, 5, 7)
@@ -92,11 +84,7 @@ def test_tf1_resize_by_definition():
             expected = (x[0, :, y0, z0] * (1 - fy) + x[0, :, y1, z0] * fy) * (1 - fz) + (x[0, :, y0, z1] * (1 - fy) + x[0, :, y1, z1] * fy) * fz
             assert torch.allclose(out[0, :, i, j], expected, atol=1e-5)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Inception-v3: a functional rewrite that only knows the names of the weights
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Inception-v3: a functional rewrite that only knows the names of the weights -------------------------------------
 def functional_inception(sd, images):
     """The original FID's network from a state dict, one line per block."""
     x = (evaluate.resize_tf1(images.permute(0, 3, 1, 2).float(), 299) - 128) / 128
@@ -138,33 +126,46 @@ def functional_inception(sd, images):
     features = x.mean((2, 3))
     return features, spatial.permute(0, 2, 3, 1).reshape(len(x), -1), features @ sd["fc.weight"].T
 
+def layers():
+    """Name and shape of every convolution of torchvision's Inception-v3: "width kernel" chains, a fork after a bar."""
+    a = lambda pool: {"branch1x1": "64 1x1", "branch5x5": "48 1x1, 64 5x5", "branch3x3dbl": "64 1x1, 96 3x3, 96 3x3", "branch_pool": f"{pool} 1x1"}
+    c = lambda n: {"branch1x1": "192 1x1", "branch7x7": f"{n} 1x1, {n} 1x7, 192 7x1", "branch7x7dbl": f"{n} 1x1, {n} 7x1, {n} 1x7, {n} 7x1, 192 1x7", "branch_pool": "192 1x1"}
+    e = {"branch1x1": "320 1x1", "branch3x3": "384 1x1, 384 1x3 | 384 3x1", "branch3x3dbl": "448 1x1, 384 3x3, 384 1x3 | 384 3x1", "branch_pool": "192 1x1"}
+    blocks = {"5b": (192, a(32)), "5c": (256, a(64)), "5d": (288, a(64)), "6a": (288, {"branch3x3": "384 3x3", "branch3x3dbl": "64 1x1, 96 3x3, 96 3x3"}), "6b": (768, c(128)), "6c": (768, c(160)),
+              "6d": (768, c(160)), "6e": (768, c(192)), "7a": (768, {"branch3x3": "192 1x1, 320 3x3", "branch7x7x3": "192 1x1, 192 1x7, 192 7x1, 192 3x3"}), "7b": (1280, e), "7c": (2048, e)}
+    yield from {"Conv2d_1a_3x3": (32, 3, 3, 3), "Conv2d_2a_3x3": (32, 32, 3, 3), "Conv2d_2b_3x3": (64, 32, 3, 3), "Conv2d_3b_1x1": (80, 64, 1, 1), "Conv2d_4a_3x3": (192, 80, 3, 3)}.items()
+    for block, (width, branches) in blocks.items():
+        for branch, chain in branches.items():
+            cin, steps = width, chain.split(",")
+            for i, step in enumerate(steps, 1):
+                for side, text in zip("ab" if "|" in step else [""], step.split("|")):
+                    out, kernel = text.split()
+                    yield f"Mixed_{block}.{branch}" + (f"_{i}{side}" if len(steps) > 1 else ""), (int(out), cin, *map(int, kernel.split("x")))
+                cin = int(out)
 
 @pytest.fixture(scope="module")
 def inception():
-    torch.manual_seed(0)
-    net = evaluate.Inception().eval()
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1), module.running_var.uniform_(0.5, 1.5), module.weight.data.uniform_(0.8, 1.6), module.bias.data.normal_(0, 0.1)
-        elif isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight)
-    return net
-
+    generator, state = torch.Generator().manual_seed(0), {"fc.weight": torch.randn(1008, 2048) * 0.02, "fc.bias": torch.zeros(1008)}
+    draw = lambda n, mean, spread: mean + spread * (torch.rand(n, generator=generator) - 0.5)
+    for name, shape in layers():
+        state[f"{name}.conv.weight"] = torch.randn(shape, generator=generator) * (2 / np.prod(shape[1:]))**0.5
+        state |= {f"{name}.bn.weight": draw(shape[0], 1.2, 0.8), f"{name}.bn.bias": draw(shape[0], 0, 0.3), f"{name}.bn.running_mean": draw(shape[0], 0, 0.3), f"{name}.bn.running_var": draw(shape[0], 1, 1)}
+    assert len(state) == 94 * 5 + 2
+    return state
 
 def test_inception_agrees_with_rewrite(inception):
     with torch.no_grad():
         images = torch.from_numpy(images_of(2, 40))
-        out, expected = inception(images), functional_inception(inception.state_dict(), images)
+        out, expected = evaluate.Inception(inception)(images), functional_inception(inception, images)
     for name, value in zip(("features", "spatial", "logits"), expected):
         assert (out[name] - value).abs().max() < 1e-4 * value.abs().max() and value.std() > 0, name
     assert out["features"].shape == (2, 2048) and out["spatial"].shape == (2, 2023) and out["logits"].shape == (2, 1008)
 
-
 def test_inception_weights_file(there, inception, capsys):
-    torch.save(inception.state_dict(), "mine.pth")
+    torch.save(inception, "mine.pth")
     net, name, digest = evaluate.load_inception(Path("mine.pth"))
     assert name.startswith("FD (mine.pth") and "not the published weights file" in capsys.readouterr().err and len(digest) == 8
-    state = inception.state_dict()
+    state = dict(inception)
     del state["Mixed_6c.branch_pool.bn.running_var"]
     torch.save(state, "less.pth")
     with pytest.raises(ValueError, match="Mixed_6c.branch_pool.bn.running_var' is missing"):
@@ -173,54 +174,47 @@ def test_inception_weights_file(there, inception, capsys):
     with pytest.raises(ValueError, match="text.pth"):
         evaluate.load_inception(Path("text.pth"))
 
-
 def test_scores_with_inception_end_to_end(work, inception, capsys):
     """A folder against an npz; statistics written here and read back give the same distance."""
-    torch.save(inception.state_dict(), "mine.pth")
+    torch.save(inception, "mine.pth")
     Path("pngs").mkdir()
-    for i, image in enumerate(images_of(10, 24)):
+    for i, image in enumerate(images_of(30, 24)):
         Image.fromarray(image).save(f"pngs/{i:02d}.png")
-    np.savez("real.npz", arr_0=images_of(12, 24, 5))
+    np.savez("real.npz", arr_0=images_of(32, 24, 5))
     flags = ["--samples", "pngs", "--features", "inception", "--inception-weights", "mine.pth", "--batch-size", 5]
     assert call(evaluate, *flags, "--reference", "real.npz") == 0 and not Path("runs/x/metrics.json").exists()     # a foreign set: beside it
     first = json.loads(Path("pngs-metrics.json").read_text())
-    assert first["n_generated"] == 10 and first["n_real"] == 12 and {"fd", "sfd", "is", "precision", "recall"} <= first.keys() and "kid" not in first
-    assert first["left_out"] == {"kid": "it needs 1000 images a side"}
+    assert first["n_generated"] == 30 and first["n_real"] == 32 and {"fd", "sfd", "is", "precision", "recall"} <= first.keys() and "kid" not in first
+    assert first["left_out"] == {"kid": "KID draws subsets of 1000 images, one side has 30"}
     with torch.no_grad():
-        net = lambda images: inception(images)
-        real = evaluate.describe(np.load("real.npz")["arr_0"], net, torch.device("cpu"), 5, "")
+        real = evaluate.describe(np.load("real.npz")["arr_0"], evaluate.Inception(inception), torch.device("cpu"), 5, "")
     np.savez("stats.npz", **{k: real[k] for k in ("mu", "sigma", "mu_s", "sigma_s", "n")})
     assert call(evaluate, *flags, "--reference", "stats.npz", "--out", "again.json") == 0
     again = json.loads(Path("again.json").read_text())
-    assert again["fd"] == pytest.approx(first["fd"], rel=1e-4) and again["sfd"] == pytest.approx(first["sfd"], rel=1e-4) and "precision" not in again and again["left_out"]["pr"] == "the reference has no images"
+    assert again["fd"] == pytest.approx(first["fd"], rel=1e-4) and again["sfd"] == pytest.approx(first["sfd"], rel=1e-4) and "precision" not in again and again["left_out"]["pr"] == "the reference has no features"
     assert call(evaluate, *flags, "--reference", "pngs", "--out", "self.json") == 0
     own = json.loads(Path("self.json").read_text())
     assert own["fd"] < 1e-3 * first["fd"] and own["precision"] == own["recall"] == 1
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The offline score, the sweep, and what is refused
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- The offline score, the sweep, and what is refused ---------------------------------------------------------------
 @pytest.fixture
 def scored(work):
     """A tiny run with samples."""
-    assert call(train, *TINY_FLAGS, "--steps", 4) == 0 and call(sample, "--num", 20, "--steps", 2, "--amp", "off") == 0
+    assert call(train, *TINY_FLAGS, "--steps", 4) == 0 and call(sample, "--num", 30, "--steps", 2, "--amp", "off") == 0
     return work
-
 
 def test_offline_score(scored, capsys):
     assert call(evaluate) == 0
     result, out = json.loads(Path("runs/shapes/metrics.json").read_text()), capsys.readouterr()
-    assert result["left_out"] == {"kid": "it needs 1000 images a side", "is": "it needs --features inception", "sfd": "it needs --features inception"}
-    assert "kid                                left out   (it needs 1000 images a side)" in out.out
-    assert result["score"] == "FD (classifier features)" and result["fd_floor"] < result["fd"] and result["n_generated"] == result["n_floor"] == 20
+    assert result["left_out"] == {"kid": "KID draws subsets of 1000 images, one side has 30", "is": "it needs --features inception", "sfd": "it needs --features inception"}
+    assert "kid                                left out   (KID draws subsets of 1000 images, one side has 30)" in out.out
+    assert result["score"] == "FD (classifier features)" and result["fd_floor"] < result["fd"] and result["n_generated"] == result["n_floor"] == 30
     assert 0 <= result["class_accuracy"] <= 1 and result["class_accuracy_real"] > 0.3 and result["sampling"]["steps"] == 2 and result["sampling"]["weights"]
-    assert "FID" not in out.out and "20 images are few" in out.err
+    assert "FID" not in out.out and "30 images are few" in out.err
     assert call(evaluate) == 0 and "already there" in capsys.readouterr().out
     Image.new("RGB", (16, 16)).save("runs/shapes/samples/0000003.png")
     assert call(evaluate) == 1 and "other samples" in capsys.readouterr().err                       # same number, other content
-    assert call(sample, "--num", 20, "--steps", 3, "--amp", "off", "--overwrite") == 0
+    assert call(sample, "--num", 30, "--steps", 3, "--amp", "off", "--overwrite") == 0
     assert call(evaluate) == 1 and "--overwrite" in capsys.readouterr().err
     Path("runs/shapes/checkpoint.pt").touch()
     assert call(evaluate, "--overwrite") == 0 and "is newer than the samples" in capsys.readouterr().err
@@ -242,7 +236,6 @@ def test_offline_score(scored, capsys):
     Path("data/shapes/classifier.pt").write_bytes(b"damaged")
     assert call(evaluate, "--overwrite") == 0 and "training the classifier again" in capsys.readouterr().err
 
-
 @pytest.mark.parametrize("order", ["sorted", "in turn"])
 def test_parts_of_a_set_hold_every_class(monkeypatch, order):
     """Packed folders lie sorted by class (the first thousand of CIFAR-10 are aeroplanes), shapes go round the classes in turn."""
@@ -253,14 +246,13 @@ def test_parts_of_a_set_hold_every_class(monkeypatch, order):
 
     def net(images):
         return {"features": images.float().mean(dim=(1, 2)) + torch.rand(len(images), 3), "logits": images[:, 0, 0].float()}
-    monkeypatch.setattr(evaluate, "KEPT", 30)
+    monkeypatch.setattr(evaluate, "KEPT", 40)
     whole = evaluate.describe(images, net, "cpu", 7, "")
-    assert whole["n"] == len(whole["seen"]) == 120 and np.unique(whole["features"][:, 0] // 60).tolist() == [0, 1, 2, 3] and len(whole["features"]) == 30
-    monkeypatch.setattr(evaluate, "NEIGHBOURS", 12)
-    assert evaluate.compare(whole, whole, ["pr"], False)[0]["precision"] > 0.8       # the first 12 alone would reach 0.4
+    assert whole["n"] == len(whole["seen"]) == 120 and np.unique(whole["features"][:, 0] // 60).tolist() == [0, 1, 2, 3] and len(whole["features"]) == 40
+    monkeypatch.setattr(evaluate, "NEIGHBOURS", 30)
+    assert evaluate.compare(whole, whole, ["pr"], False)[0]["precision"] > 0.8       # the first 30 alone hold one class
     part = evaluate.describe(images, net, "cpu", 7, "", evaluate.random_subset(12, 120))
     assert part["n"] == 12 and np.unique(part["features"][:, 0] // 60).tolist() == [0, 1, 2, 3]
-
 
 def test_scores_of_nothing_are_left_out(work, capsys):
     """Thirty grey squares are no match for anything; a held-out set of nothing has no accuracy; a poor classifier is no judge."""
@@ -270,14 +262,13 @@ def test_scores_of_nothing_are_left_out(work, capsys):
     assert "precision" not in result and result["left_out"]["pr"] == "the generated images are all the same" and "all the same" in out.out
     result["class_accuracy_real"] = 0.2
     evaluate.report(result)
-    assert "right on 0.20 of held-out real images only" in capsys.readouterr().err
+    assert "right on 0.2 of held-out real images only" in capsys.readouterr().err
     shutil.copytree("data/shapes", "d")
     meta = json.loads(Path("d/meta.json").read_text())
     Path("d/meta.json").write_text(json.dumps({**meta, "counts": {**meta["counts"], "val": 0}}))
     np.save("d/val_images.npy", np.zeros((0, 16, 16, 3), np.uint8)), np.save("d/val_labels.npy", np.zeros(0, np.int64))
     assert call(evaluate, "--samples", "grey.npz", "--reference", "d", "--out", "g.json") == 0
     assert "class_accuracy_real" not in json.loads(Path("g.json").read_text()) and "how well the classifier judges is not known" in capsys.readouterr().err
-
 
 def test_a_reference_packed_again_is_not_a_current_score(there, capsys):
     for _ in range(2):
@@ -286,7 +277,6 @@ def test_a_reference_packed_again_is_not_a_current_score(there, capsys):
         code = call(evaluate, "--samples", "s.npz", "--reference", "data/shapes")
     assert code == 1 and "reference_key differs" in capsys.readouterr().err
 
-
 def test_unlabelled_data_cannot_be_judged_offline(there, capsys):
     (there / "in").mkdir()
     for i, image in enumerate(images_of(20)):
@@ -294,23 +284,21 @@ def test_unlabelled_data_cannot_be_judged_offline(there, capsys):
     assert call(data, "--source", "folder", "--root", "in", "--size", 16, "--name", "u", "--workers", 1) == 0
     assert call(evaluate, "--samples", "in", "--reference", "data/u") == 1
     error = capsys.readouterr().err
-    assert "--features inception, or pack class folders" in error and error.count("\n") == 1
-
+    assert "use --features inception, or pack class folders" in error and error.count("\n") == 1
 
 def test_table_of_results(scored, capsys):
     files = []
     for w in (3, 1, 2):
-        assert call(sample, "--num", 12, "--steps", 2, "--amp", "off", "--cfg", w, "--out", f"w{w}") == 0 and call(evaluate, "--samples", f"w{w}") == 0
+        assert call(sample, "--num", 30, "--steps", 2, "--amp", "off", "--cfg", w, "--out", f"w{w}") == 0 and call(evaluate, "--samples", f"w{w}") == 0
         files.append(f"w{w}-metrics.json")
     capsys.readouterr()
     assert call(evaluate, "--table", *files) == 0
     out = capsys.readouterr().out
-    assert out.startswith("file | cfg | N | fd | precision | recall | class_accuracy\nw3-metrics.json | 3 | 12 | ")
+    assert out.startswith("file | cfg | N | fd | precision | recall | class_accuracy\nw3-metrics.json | 3 | 30 | ")
     rows = list(csv.reader(open("table.csv")))
     assert [row[1] for row in rows] == ["cfg", "3.0", "1.0", "2.0"] and Image.open("table.png").width > 100
     Path("other.json").write_text("[]")
-    assert call(evaluate, "--table", *files, "other.json") == 1 and "other.json is not a result" in capsys.readouterr().err
-
+    assert call(evaluate, "--table", *files, "other.json") == 1 and "other.json are not results" in capsys.readouterr().err
 
 def bad_sets():
     Path("mixed").mkdir()
@@ -330,7 +318,6 @@ def bad_sets():
     Path("broken.npz").write_bytes(b"PK broken")
     Path("cut.npz").write_bytes(Path("few.npz").read_bytes()[:-500])
 
-
 @pytest.mark.parametrize("flags,words,code", [
     (["--samples", "mixed"], "must have one size", 1), (["--samples", "void"], "no images at void", 1), (["--samples", "float.npz"], "must be uint8", 1), (["--samples", "nothing.npz"], "neither images", 1),
     (["--samples", "none.npz"], "must be uint8", 1), (["--samples", "onehot.npz"], "one class id per image", 1), (["--samples", "short.npz"], "one class id per image", 1), (["--samples", "cut.npz"], "not a readable npz", 1),
@@ -346,21 +333,18 @@ def test_wrong_sets(work, capsys, flags, words, code):
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error and len([line for line in error.strip().splitlines() if "error" in line]) == 1
 
-
 def test_the_n_of_statistics_is_not_that_of_the_images_beside_them(there):
     """ADM's reference files: mu and sigma of the whole data set, 10,000 images for precision and recall, and no n."""
     np.savez("r.npz", arr_0=images_of(30), mu=np.zeros(3), sigma=np.eye(3))
     net = lambda x: {"features": x.float().mean(dim=(1, 2)), "logits": x[:, 0, 0].float()}
-    real = evaluate.describe_reference(evaluate.open_set("r.npz"), net, "f", "d", torch.device("cpu"), 7)
+    real = evaluate.describe_reference(evaluate.ImageSet("r.npz"), net, "f", "d", torch.device("cpu"), 7)
     assert real["n"] == 0 and len(real["features"]) == 30 and (real["mu"] == 0).all()
-
 
 def test_statistics_of_another_feature_size(work, inception, capsys):
     bad_sets()
-    torch.save(inception.state_dict(), "mine.pth")
+    torch.save(inception, "mine.pth")
     assert call(evaluate, "--samples", "few.npz", "--reference", "small.npz", "--features", "inception", "--inception-weights", "mine.pth", "--out", "x.json") == 1
     assert "features of 64 numbers, the samples of 2048" in capsys.readouterr().err
-
 
 def test_memory_of_precision_and_recall_is_not_quadratic():
     """10,000 x 10,000 distances in fp64 alone would be 800 MB."""

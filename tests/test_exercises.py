@@ -8,7 +8,6 @@ import torch
 from conftest import TINY, data, evaluate, model, sample, train
 from PIL import Image
 
-
 def same(found, wanted, message, atol=1e-5):
     """Compare two arrays; a difference says what was expected."""
     if found is None:
@@ -19,14 +18,12 @@ def same(found, wanted, message, atol=1e-5):
     if not torch.allclose(found, wanted, atol=atol):
         pytest.fail(f"{message} -- the largest difference is {(found - wanted).abs().max().item():.3g}", pytrace=False)
 
-
 def test_exercise_01_center_crop():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 50, 3), dtype=np.uint8))
     wanted = np.asarray(picture.resize((25, 18), Image.BOX).resize((22, 16), Image.BICUBIC))[:, 3:19]
     same(data.center_crop(picture, 16), wanted, "center_crop of 50 x 37 to 16: halve once with BOX to 25 x 18, BICUBIC to 22 x 16, cut columns 3 to 18")
     assert data.center_crop(picture.convert("L"), 16).shape == (16, 16, 3), "center_crop: a grey image must come out as RGB: convert it first"
     same(data.center_crop(picture.crop((0, 0, 16, 16)), 16), np.asarray(picture.crop((0, 0, 16, 16))), "center_crop: an image of the right size stays as it is")
-
 
 def test_exercise_02_patchify():
     x = torch.arange(2 * 3 * 4 * 6.).view(2, 3, 4, 6)
@@ -35,7 +32,6 @@ def test_exercise_02_patchify():
     assert tokens is not None and tokens.shape == wanted.shape, "patchify of (2,3,4,6) with p = 2 must give (2, 6, 12): batch, patches, p*p*C"
     same(tokens[:, 0], wanted[:, 0], "patchify, the first patch: its pixels row by row, and at each pixel the channels next to each other")
     same(tokens, wanted, "patchify: the first patch is right, the order of the patches is not: left to right, then down")
-
 
 def test_exercise_03_rotate():
     x, angle = torch.randn(2, 3, 5, 8), torch.rand(5, 4) * 6
@@ -47,7 +43,6 @@ def test_exercise_03_rotate():
         wanted[..., 2 * i] = x[..., 2 * i] * angle[:, i].cos() - x[..., 2 * i + 1] * angle[:, i].sin()
         wanted[..., 2 * i + 1] = x[..., 2 * i + 1] * angle[:, i].cos() + x[..., 2 * i] * angle[:, i].sin()
     same(turned, wanted, "rotate: pairs are channels (0,1), (2,3), ...: new 0 = x0 cos - x1 sin, new 1 = x1 cos + x0 sin")
-
 
 def test_exercise_04_block():
     block = model.Block(model.JiTConfig(**{**TINY, "rope": False}), 0.0).eval()
@@ -63,7 +58,6 @@ def test_exercise_04_block():
     same(block(x, c), wanted, "Block.forward: x + gate1 attn(norm1(x) (1 + scale1) + shift1), then the same with norm2 and mlp; order of the six: "
          "shift, scale, gate for attention, then for the FFN")
 
-
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 def test_exercise_05_conversion(path):
     t = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float32)
@@ -77,7 +71,6 @@ def test_exercise_05_conversion(path):
     u, w = model.conversion("x", "v", torch.tensor([1.0]), "linear")
     same(u, [20.0], "conversion from x to v at t = 1: 1 - t is clamped at t_eps = 0.05, so that u = 1/0.05")
 
-
 def test_exercise_06_loss(monkeypatch):
     monkeypatch.setattr(model, "conversion", lambda kind, to, t, path="linear", t_eps=0.05: {
         "x": (torch.ones_like(t), 0 * t), "v": (1 / (1 - t).clamp_min(t_eps), -1 / (1 - t).clamp_min(t_eps))}[to])
@@ -88,7 +81,6 @@ def test_exercise_06_loss(monkeypatch):
     found = train.diffusion_loss(batch["x"] + 0.1, batch, config, "x", "v")
     same(found[0], torch.full((4,), 0.01), "diffusion_loss in x-space of a prediction off by 0.1 everywhere: the MEAN over pixels of 0.1^2")
     same(found[1], 0.01 / (1 - batch["t"]).clamp_min(0.05)**2, "diffusion_loss in v-space: the error in x times u^2 = 1 / max(1-t, 0.05)^2")
-
 
 def test_exercise_07_ema():
     net = torch.nn.Linear(3, 2)
@@ -101,7 +93,6 @@ def test_exercise_07_ema():
     same(averages[0]["bias"], net.bias.detach() * 0.19, "update_ema twice from zero with decay 0.9: 1 - 0.9^2 = 0.19 of the weights, biases too")
     same(averages[1]["weight"], net.weight.detach() * 0.75, "update_ema: the second decay, 0.5, belongs to the second average")
 
-
 def test_exercise_08_guided_velocity(monkeypatch):
     seen = []
     monkeypatch.setattr(sample, "velocity", lambda net, z, t, labels, t_eps: seen.append(len(z)) or labels.float().view(-1, 1) * z)
@@ -112,10 +103,8 @@ def test_exercise_08_guided_velocity(monkeypatch):
     same(sample.guided_velocity(net, z, 0.5, y, 3.0), [[-11.0], [-8.0]], "guided_velocity: v_uncond + w (v_class - v_uncond)")
     same(sample.guided_velocity(net, z, 0.05, y, 3.0, (0.1, 1.0)), [[3.0], [4.0]], "guided_velocity outside its interval of time is that of w = 1")
 
-
 def test_exercise_09_euler_step():
     same(sample.euler_step(torch.tensor([2.0]), 0.25, 0.5, lambda z, t: z * 4 + t), [2.0 + 0.25 * 8.25], "euler_step: z + (t_next - t) * v(z, t)")
-
 
 def test_exercise_10_heun_step():
     times = []
@@ -125,7 +114,6 @@ def test_exercise_10_heun_step():
     times.clear()
     same(sample.heun_step(torch.tensor([2.0]), 0.5, 1.0, slope), [2.0 + 0.5 * 8.5], "heun_step: the last step, t_next = 1, is Euler's")
     assert times == [0.5], "heun_step: at t_next = 1 the velocity is not asked for, it is not defined there"
-
 
 def test_exercise_11_frechet_distance():
     zero, one = np.zeros(3), np.eye(3)
@@ -141,7 +129,6 @@ def test_exercise_11_frechet_distance():
     except (np.linalg.LinAlgError, RuntimeError):         # roots of negative numbers on the way
         found = np.nan
     same(found, 3.0, "frechet_distance of singular covariances: clamp the tiny negative eigenvalues at 0")
-
 
 def test_exercise_12_inception_score():
     same(evaluate.inception_score(np.zeros((100, 4))), [1.0, 0.0], "inception_score (mean, std) of a network that never decides is (1, 0)")

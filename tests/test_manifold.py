@@ -17,12 +17,10 @@ from conftest import model, sample, train
 DIMENSIONS, STEPS = (2, 8, 16, 512), 1200
 OPTIONS = train.Options(p_mean=0.0, p_std=1.0)
 
-
 def spiral(n, generator=None):
     """n points (n,2) on one and a half turns of a spiral, and its tight neighbourhood none."""
     angle = 1.5 * np.pi * (1 + 2 * torch.rand(n, 1, generator=generator))
     return torch.cat([angle * torch.cos(angle), angle * torch.sin(angle)], dim=1) / 8
-
 
 class MLP(nn.Module):
     """Five ReLU layers of 256 units on (z, t); as the paper's toy."""
@@ -35,7 +33,6 @@ class MLP(nn.Module):
 
     def forward(self, z, t, y):
         return self.layers(torch.cat([z, t[:, None]], dim=1))
-
 
 def experiment(dimension, pred, steps=STEPS, batch=256, seed=0):
     """Train one network and sample 1000 points: (their 2-D coordinates, mean distance to the curve in D dimensions, the larger of both directions)."""
@@ -57,13 +54,11 @@ def experiment(dimension, pred, steps=STEPS, batch=256, seed=0):
     gaps = torch.cdist(points, curve)                     # both ways: samples off the curve, and parts of the curve without samples
     return points @ basis, max(gaps.min(dim=0).values.mean().item(), gaps.min(dim=1).values.mean().item())
 
-
 def test_only_x_prediction_survives_512_dimensions():
     """The spiral is about 3 wide and its turns 0.8 apart; a quarter of that gap still shows the curve."""
     distance = {pred: experiment(512, pred, steps=700)[1] for pred in ("x", "e", "v")}
     assert distance["x"] < 0.25, distance
     assert distance["e"] > 3 * distance["x"] and distance["v"] > 3 * distance["x"], distance
-
 
 def main(path):
     """Draw ground truth and the three predictions over the four dimensions."""
@@ -85,7 +80,6 @@ def main(path):
                 draw.text((50 + c * cell + 4, 16 + (r + 1) * cell - 14), f"distance {distance:.2f}", fill="gray")
                 print(f"D = {dimension:3d}, {pred}-prediction: mean distance to the curve {distance:.3f}", flush=True)
     sheet.save(path)
-
 
 if __name__ == "__main__":
     torch.set_num_threads(2)

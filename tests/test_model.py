@@ -15,7 +15,6 @@ from conftest import TINY, model, randomised
 
 HERE = Path(__file__).parent
 
-
 def test_golden_output():
     """The reference implementation's output for weights given by a formula."""
     golden = np.load(HERE / "golden_public.npz")
@@ -32,14 +31,9 @@ def test_golden_output():
             out = net(*(torch.from_numpy(golden[k]) for k in "zty")).detach().numpy()
         assert np.abs(out - golden["baseline"]).max() < 1e-5
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# An independent rewrite, from SPEC's words: loops and einsum over explicit axes, no code of 02_model.py
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- An independent rewrite, from SPEC's words: loops and einsum over explicit axes, no code of 02_model.py ----------
 def rms(x, w):
     return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * w
-
 
 def turn(x, position, grid, context):
     """Rotary embedding of one head's token x (d,) by complex numbers."""
@@ -52,7 +46,6 @@ def turn(x, position, grid, context):
     angle = torch.cat([row * freq, col * freq])
     pairs = pairs * torch.exp(1j * angle)
     return torch.stack([pairs.real, pairs.imag], -1).reshape(-1)
-
 
 def rewrite(sd, c, z, t, y):
     """Forward pass of one image from a state dict."""
@@ -108,7 +101,6 @@ def rewrite(sd, c, z, t, y):
         image[:, row * p:(row + 1) * p, col * p:(col + 1) * p] = token.view(p, p, C).permute(2, 0, 1)
     return image
 
-
 @pytest.mark.parametrize("patch_embed", ["linear", "nonlinear"])
 @pytest.mark.parametrize("ffn", ["swiglu", "bottleneck"])
 def test_variants_agree_with_rewrite(patch_embed, ffn):
@@ -121,7 +113,6 @@ def test_variants_agree_with_rewrite(patch_embed, ffn):
             assert torch.allclose(out[i], rewrite(net.state_dict(), config, z[i], t[i], int(y[i])), atol=1e-5)
     assert out.std() > 0.1
 
-
 @pytest.mark.parametrize("name", ["JiT-B/16", "JiT-B/32"])
 def test_full_size_agrees_with_rewrite(name):
     config = model.JiTConfig(**model.MODELS[name])
@@ -131,11 +122,7 @@ def test_full_size_agrees_with_rewrite(name):
         out, expected = net(z, t, y)[0], rewrite(net.state_dict(), config, z[0], t[0], 7)
     assert (out - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Structure
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Structure -------------------------------------------------------------------------------------------------------
 def test_patchify_layout_and_inverse():
     x = torch.arange(2 * 3 * 8 * 12).float().view(2, 3, 8, 12)
     tokens = model.patchify(x, 4)
@@ -143,7 +130,6 @@ def test_patchify_layout_and_inverse():
     assert torch.equal(tokens[1, 4].view(4, 4, 3)[2, 3], x[1, :, 4 + 2, 4 + 3])         # channels last inside a patch
     square = torch.randn(2, 3, 16, 16)
     assert torch.equal(model.unpatchify(model.patchify(square, 4), 4), square)
-
 
 def test_every_output_patch_reacts_to_every_input_patch():
     """A reshape that mixes heads with tokens passes every shape test; this it does not pass."""
@@ -157,7 +143,6 @@ def test_every_output_patch_reacts_to_every_input_patch():
             moved = (model.patchify(net(model.unpatchify(tokens, 4), t, y), 4) - base).abs().amax(-1)
             assert (moved > 1e-6).all(), f"input patch {n} does not reach output patches {torch.nonzero(moved[0] <= 1e-6).flatten().tolist()}"
 
-
 def test_images_of_a_batch_do_not_mix_and_conditions_matter():
     net = randomised(model.JiTConfig(**TINY))
     z, t, y = torch.randn(3, 3, 16, 16), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 1, 3])
@@ -168,19 +153,16 @@ def test_images_of_a_batch_do_not_mix_and_conditions_matter():
         assert (net(z, t.flip(0), y) - out)[0].abs().max() > 1e-3
         assert (net(z, t, y.flip(0)) - out)[0].abs().max() > 1e-3
 
-
 def test_starts_as_zero_with_identity_blocks():
     net = model.JiT(model.JiTConfig(**TINY))
     x, c = torch.randn(2, 16, 32), torch.randn(2, 1, 32)
     assert torch.equal(net.blocks[0](x, c, net.rope(0)), x)
     assert net(torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 3])).abs().max() == 0
 
-
 def test_block_takes_a_condition_per_token():
     net = randomised(model.JiTConfig(**TINY))
     x, c = torch.randn(2, 16, 32), torch.randn(2, 1, 32)
     assert torch.allclose(net.blocks[0](x, c, net.rope(0)), net.blocks[0](x, c.expand(2, 16, 32), net.rope(0)), atol=1e-6)
-
 
 def test_rotation_is_the_same_written_with_complex_and_real_numbers():
     x, (cos, sin) = torch.randn(2, 3, 18, 8), model.rotary_table(8, 4, 2)
@@ -193,16 +175,13 @@ def test_rotation_is_the_same_written_with_complex_and_real_numbers():
     assert torch.allclose(real, model.rotate(x, cos, sin), atol=1e-6)
     assert torch.equal(real[:, :, :2], x[:, :, :2])       # context tokens do not turn
 
-
 def test_context_that_never_enters_is_left_out():
     config = model.JiTConfig(**{**TINY, "in_context_start": 4})
     assert config.in_context_len == 0 and "in_context_posemb" not in model.JiT(config).state_dict()
 
-
 def test_dropout_acts_in_the_middle_half_only():
     net = model.JiT(model.JiTConfig(**{**TINY, "depth": 8, "dropout": 0.2}))
     assert [block.dropout.p for block in net.blocks] == [0, 0, .2, .2, .2, .2, 0, 0]
-
 
 @pytest.mark.parametrize("change", [{"image_size": 30, "patch_size": 8}, {"hidden_size": 30}, {"ffn": "relu"}, {"pred": "y"}, {"path": "quadratic"},
                                     {"patch_embed": "nonlinear", "bottleneck_dim": 0}, {"dropout": 1.0}, {"depth": 0}, {"noise_scale": 0.0}])
@@ -211,15 +190,12 @@ def test_unusable_configurations_are_refused(change):
         model.JiTConfig(**{**TINY, **change})
     assert "\n" not in str(error.value)
 
-
 EXACT = {"JiT-B/16": 131_123_712, "JiT-B/32": 133_190_400, "JiT-L/16": 458_877_664, "JiT-L/32": 461_534_176, "JiT-H/16": 952_514_368, "JiT-H/32": 956_055_616}
-
 
 def test_parameter_counts_of_the_paper():
     for name, expected in {**EXACT, "JiT-B/64": 141.46e6, "JiT-G/16": 2007.1e6}.items():
         count = model.count_parameters(model.JiTConfig(**model.MODELS[name]))
         assert count == expected if name in EXACT else abs(count / expected - 1) < 1e-4, name
-
 
 def test_multiply_adds():
     """Against the paper where it can be had, and against a count by hand.
@@ -240,17 +216,12 @@ def test_multiply_adds():
         assert counted == by_hand
         assert name == "JiT-B/64" or abs(counted / 1e9 / model.PAPER_GMAC[name] - 1) < 0.02, name
 
-
 def test_uint8_round_trip():
     u = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(model.to_uint8(u.float() / 127.5 - 1), u)
     assert model.to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoint files
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Checkpoint files ------------------------------------------------------------------------------------------------
 def official(path, net, **changes):
     """A checkpoint file in the form of the official release."""
     state = {"net." + k: v for k, v in net.state_dict().items()}
@@ -259,13 +230,11 @@ def official(path, net, **changes):
                 "epoch": 7, "args": args, **changes}, path)
     return path
 
-
 @pytest.fixture
 def tiny_official(tmp_path, monkeypatch):
     monkeypatch.setitem(model.MODELS, "JiT-tiny", TINY)
     net = randomised(model.JiTConfig(**TINY))
     return official(tmp_path / "official.pth", net), net
-
 
 def test_official_checkpoint_is_loaded(tiny_official):
     path, net = tiny_official
@@ -276,11 +245,9 @@ def test_official_checkpoint_is_loaded(tiny_official):
     assert info["decays"] == [0.9999, 0.9996] and asdict(loaded.config)["image_size"] == 16
     assert torch.equal(model.load_network(path, ema=1)[0].pos_embed, net.pos_embed * 2)
 
-
 class Evil:
     def __reduce__(self):
         return (open, ("was_here", "w"))
-
 
 def test_foreign_code_in_a_checkpoint_is_never_run(tmp_path, monkeypatch, tiny_official):
     monkeypatch.chdir(tmp_path)
@@ -293,7 +260,6 @@ def test_foreign_code_in_a_checkpoint_is_never_run(tmp_path, monkeypatch, tiny_o
     with pytest.raises(ValueError, match="evil.pt"):
         model.load_network("evil.pt")
     assert not Path("was_here").exists()
-
 
 def test_damaged_checkpoints_are_named(tmp_path, tiny_official):
     path, net = tiny_official
@@ -316,14 +282,12 @@ def test_damaged_checkpoints_are_named(tmp_path, tiny_official):
     with pytest.raises(ValueError, match="--ema"):
         model.load_network(path, ema=5)
 
-
 def test_an_auxiliary_head_sees_image_tokens_only():
     net, seen = randomised(model.JiTConfig(**TINY, aux="time")), {}
     for name in ("aux_head", "final_layer"):
         getattr(net, name).register_forward_pre_hook(lambda module, inputs, name=name: seen.update({name: inputs[0]}))
     net(torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 1]), with_aux=True)
     assert seen["aux_head"].shape == (2, 16, 32) and torch.equal(seen["aux_head"], seen["final_layer"])
-
 
 def test_more_processes_than_gpus_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

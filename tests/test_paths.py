@@ -8,20 +8,17 @@ from conftest import TINY, model, randomised, sample, train
 
 PATHS, KINDS = model.PATHS, ("x", "e", "v")
 
-
 def example(n=64, path="linear", low=0.0, high=1.0):
     torch.manual_seed(0)
     x, e, t = torch.randn(n, 3, 4, 4), torch.randn(n, 3, 4, 4), torch.linspace(low, high, n)
     z, v = model.mix(path, x, e, t), model.velocity_target(path, x, e, t)
     return x, e, t, z, v, {"x": x, "e": e, "v": v}
 
-
 def test_linear_path_is_the_papers():
     x, e, t, z, v, _ = example()
     t4 = t.view(-1, 1, 1, 1)
     assert torch.allclose(z, t4 * x + (1 - t4) * e, atol=1e-6) and torch.allclose(v, x - e, atol=1e-6)
     assert torch.allclose(model.convert(x, "x", "v", z, t), (x - z) / (1 - t4).clamp_min(0.05), atol=1e-5)
-
 
 @pytest.mark.parametrize("path", PATHS)
 def test_velocity_is_the_derivative_of_the_path(path):
@@ -34,7 +31,6 @@ def test_velocity_is_the_derivative_of_the_path(path):
     ends = model.path_coefficients(path, torch.tensor([0.0, 1.0]))
     assert abs(float(ends[0][0])) < 0.01 and abs(float(ends[0][1]) - 1) < 1e-3 and float(ends[1][1]) < 0.02
 
-
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("to", KINDS)
@@ -43,7 +39,6 @@ def test_conversions_are_right_and_inverse(path, kind, to):
     there = model.convert(truth[kind], kind, to, z, t, path)
     assert (there - truth[to]).abs().max() < 2e-5 * truth[to].abs().max()
     assert (model.convert(there, to, kind, z, t, path) - truth[kind]).abs().max() < 2e-5 * max(1, truth[to].abs().max())
-
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("pred", KINDS)
@@ -58,7 +53,6 @@ def test_nine_cells_loss(path, pred, space):
     slow = (model.convert(wrong, pred, space, z, t, path) - model.convert(truth[pred], pred, space, z, t, path)).square().mean((1, 2, 3))
     assert torch.allclose(train.diffusion_loss(wrong, batch, config, space)[0], slow, rtol=2e-2, atol=1e-6)
 
-
 def test_v_loss_of_x_prediction_is_the_papers():
     x, e, t, z, v, _ = example()
     out = x + torch.randn_like(x)
@@ -66,7 +60,6 @@ def test_v_loss_of_x_prediction_is_the_papers():
     expected = (((out - z) - (x - z)) / (1 - t4).clamp_min(0.05)).square().mean((1, 2, 3))      # JiT Algorithm 1
     got, = train.diffusion_loss(out, {"x": x, "e": e, "t": t}, model.JiTConfig(**TINY), "v")
     assert torch.allclose(got, expected, rtol=1e-4)
-
 
 def test_elbo_weight_of_the_variational_diffusion_model():
     """KL( q(z_s | z_t, x) || q(z_s | z_t, x_hat) ) = half the difference of the SNRs times |x - x_hat|^2, SNR = a^2/s^2.
@@ -86,11 +79,7 @@ def test_elbo_weight_of_the_variational_diffusion_model():
             kl = (means[0] - means[1]).square().sum() / (2 * var)
             assert torch.allclose(kl, 0.5 * (a_s**2 / s_s**2 - a_t**2 / s_t**2) * (x - x_hat).square().sum(), rtol=2e-3)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Samplers on Gaussian data x ~ N(mu, sd^2): E[x | z] is known, and the marginal of z is N(a mu, a^2 sd^2 + s^2 k^2)
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Samplers on Gaussian data x ~ N(mu, sd^2): E[x | z] is known, and the marginal of z is N(a mu, a^2 sd^2 + s^2 k^2) ---
 class Gaussian:
     """The exact network for Gaussian data, for any prediction and path.
 
@@ -109,7 +98,6 @@ class Gaussian:
         e = s * self.k**2 / var * (z - a * self.mu)
         return {"x": x, "e": e, "v": da * x + ds * e}[self.config.pred]
 
-
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("pred", KINDS)
 @pytest.mark.parametrize("solver", sample.SOLVERS)
@@ -119,14 +107,12 @@ def test_gaussian_data_is_reproduced(path, pred, solver):
     z = sample.generate(net, torch.randn(1, 3, 256, 256), torch.zeros(1).long(), solver=solver, steps=200, t_eps=0.005)
     assert abs(z.mean() - net.mu) < 0.03 * net.mu and abs(z.std() - net.sd) < 0.03 * net.sd
 
-
 @pytest.mark.parametrize("solver", sample.SOLVERS)
 def test_noise_scale_is_respected(solver):
     torch.manual_seed(0)
     net = Gaussian("x", "linear", k=2.0)
     z = sample.generate(net, 2.0 * torch.randn(1, 3, 256, 256), torch.zeros(1).long(), solver=solver, steps=200, t_eps=0.005)
     assert abs(z.mean() - net.mu) < 0.03 * net.mu and abs(z.std() - net.sd) < 0.03 * net.sd
-
 
 @pytest.mark.parametrize("solver,order", [("euler", 1), ("heun", 2)])
 def test_order_of_convergence(solver, order):
@@ -143,7 +129,6 @@ def test_order_of_convergence(solver, order):
     rates = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
     assert all(abs(rate - order) < 0.25 for rate in rates), rates
 
-
 def test_noise_left_by_the_clamp():
     """A perfect network for a point mass, 50 steps: t_eps 0.05 leaves std 0.017 (2 grey levels), t_eps = 1/steps leaves none."""
     net = Gaussian("x", "linear", sd=1e-6)
@@ -151,7 +136,6 @@ def test_noise_left_by_the_clamp():
     noise, y = torch.randn(1, 3, 64, 64), torch.zeros(1).long()
     left = [sample.generate(net, noise, y, solver=solver, steps=50, t_eps=t_eps).std().item() for solver in ("euler", "heun") for t_eps in (0.05, 0.02)]
     assert all(0.01 < left[i] < 0.025 for i in (0, 2)) and left[1] < 1e-5 and left[3] < 1e-5
-
 
 def test_times_of_training():
     n, s = 200_000, train.Options()
@@ -164,11 +148,7 @@ def test_times_of_training():
     uniform = train.sample_times(n, train.Options(times="uniform"), "cpu")
     assert abs(uniform.mean() - 0.5) < 0.01 and abs(uniform.std() - 12**-0.5) < 0.01
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The official sampler, rewritten: always two passes, guidance by mask, Heun with a last Euler step
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- The official sampler, rewritten: always two passes, guidance by mask, Heun with a last Euler step ---------------
 def official_sampler(net, z, y, null, steps, method, w, low, high, t_eps=0.05):
     ts = torch.linspace(0, 1, steps + 1)
 
@@ -185,7 +165,6 @@ def official_sampler(net, z, y, null, steps, method, w, low, high, t_eps=0.05):
         z = z + (u - t) * v
     return z + (ts[-1] - ts[-2]) * v_of(z, ts[-2])
 
-
 @pytest.mark.parametrize("method", ["euler", "heun"])
 @pytest.mark.parametrize("w", [1.0, 2.9])
 @pytest.mark.parametrize("interval", [(0.1, 1.0), (0.3, 0.7), (0.0, 1.0)])
@@ -198,7 +177,6 @@ def test_trajectories_of_the_official_sampler(method, w, interval):
     got = sample.generate(net, z, y, solver=method, steps=20, cfg=w, interval=interval)
     assert (got - expected).abs().max() < 1e-4
 
-
 def test_small_t_eps_ends_on_the_prediction():
     net = randomised(model.JiTConfig(**TINY))
     trace, z, y = {}, torch.randn(2, 3, 16, 16), torch.tensor([0, 1])
@@ -208,7 +186,6 @@ def test_small_t_eps_ends_on_the_prediction():
         t = max(trace)
         with torch.no_grad():
             assert torch.allclose(out, net(trace[t][0], torch.full((2,), t), y), atol=1e-5)
-
 
 def test_guidance_one_is_conditional_and_zero_unconditional():
     net, calls = randomised(model.JiTConfig(**TINY)), []
@@ -221,13 +198,11 @@ def test_guidance_one_is_conditional_and_zero_unconditional():
     assert torch.allclose(v3, unconditional + 3 * (conditional - unconditional), atol=1e-5)
     assert calls[:3] == [(2, [0, 1]), (2, [3, 3]), (4, [0, 1, 3, 3])]                   # one pass each, both halves in one batch
 
-
 def test_heun_50_costs_99_evaluations():
     net, calls = Gaussian("x", "linear"), []
     counted = lambda z, t, y: calls.append(1) or net(z, t, y)
     sample.generate(counted, torch.randn(1, 3, 4, 4), torch.zeros(1).long(), steps=50)
     assert len(calls) == 99
-
 
 def test_wrong_requests_to_generate():
     for options in ({"solver": "rk4"}, {"steps": 0}):

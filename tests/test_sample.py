@@ -10,7 +10,6 @@ from PIL import Image
 from conftest import TINY, TINY_FLAGS, call, data, evaluate, model, randomised, sample, shell, train
 from test_model import official
 
-
 @pytest.fixture
 def run(there):
     """A folder holding runs/r/checkpoint.pt: a random network, which shows differences better than a trained one."""
@@ -20,15 +19,12 @@ def run(there):
     torch.save({"config": {**TINY}, "info": info, "ema": [net.state_dict()]}, "runs/r/checkpoint.pt")
     return net
 
-
 def pictures(folder):
     return np.stack([np.array(Image.open(p)) for p in sorted(Path(folder).glob("0*.png"))]).astype(int)
-
 
 def draw(out, *flags, num=64):
     assert call(sample, "--run", "r", "--num", num, "--amp", "off", "--out", out, *flags) == 0
     return pictures(out)
-
 
 def test_same_images_for_any_batch_size(run):
     base = draw("a", "--batch-size", 64)
@@ -37,14 +33,12 @@ def test_same_images_for_any_batch_size(run):
         assert np.abs(base - other).max() <= 1 and (base != other).mean() <= 1e-3
     assert np.array_equal(base, draw("c", "--batch-size", 64))
 
-
 def test_noise_and_labels_are_a_function_of_seed_and_index():
     a = sample.noise_for(range(10), (3, 4, 4), 7, 2.0)
     assert torch.equal(a[4:6], sample.noise_for([4, 5], (3, 4, 4), 7, 2.0)) and torch.equal(a[[9, 2]], sample.noise_for([9, 2], (3, 4, 4), 7, 2.0))
     assert not torch.equal(a, sample.noise_for(range(10), (3, 4, 4), 8, 2.0)) and len({row.sum().item() for row in a}) == 10
     assert abs(sample.noise_for(range(50), (3, 16, 16), 0, 2.0).std() - 2) < 0.02
     assert not torch.equal(a, sample.noise_for(range(10), (3, 4, 4), 7, 2.0, step=0))
-
 
 def test_a_killed_run_goes_on(run, monkeypatch):
     whole = draw("whole", "--batch-size", 10)
@@ -62,11 +56,9 @@ def test_a_killed_run_goes_on(run, monkeypatch):
     monkeypatch.setattr(sample, "generate", real)
     assert np.array_equal(draw("half", "--batch-size", 10), whole)
 
-
 @pytest.mark.parametrize("solver", ["ddpm", "ddim", "euler"])
 def test_every_solver_is_reproducible(run, solver):
     assert np.abs(draw("a", "--solver", solver, "--batch-size", 64) - draw("b", "--solver", solver, "--batch-size", 10)).max() <= 1
-
 
 def test_two_ranks_make_the_images_of_one(run, monkeypatch):
     """Each rank takes its share of the batches; what they leave is the same folder."""
@@ -79,7 +71,6 @@ def test_two_ranks_make_the_images_of_one(run, monkeypatch):
         assert sample.sample_all(sampler, Path("parts"), 7, rank, 2) == share
     assert np.array_equal(pictures("parts"), whole)
 
-
 def test_output_forms(run):
     assert call(sample, "--run", "r", "--num", 9, "--amp", "off", "--npz") == 0
     batch = np.load("runs/r/samples/samples.npz", allow_pickle=False)
@@ -87,7 +78,6 @@ def test_output_forms(run):
     assert np.array_equal(batch["arr_0"], pictures("runs/r/samples"))
     record = json.loads(Path("runs/r/samples/samples.json").read_text())
     assert record["cfg"] == 2.0 and record["steps"] == 4 and record["step"] == 10 and Image.open("runs/r/grid.png").width == 3 * 64
-
 
 def test_samples_are_neither_overwritten_nor_ignored(run, capsys):
     draw("out", num=4)
@@ -100,7 +90,6 @@ def test_samples_are_neither_overwritten_nor_ignored(run, capsys):
     assert call(sample, "--run", "r", "--num", 4, "--out", "mine", "--overwrite") == 1 and "did not write" in capsys.readouterr().err
     assert call(sample, "--run", "r", "--num", 4, "--out", "mine/holiday.png") == 1 and "did not write" in capsys.readouterr().err
 
-
 def test_official_checkpoint_is_sampled(there, monkeypatch):
     monkeypatch.setitem(model.MODELS, "JiT-tiny", TINY)
     net = randomised(model.JiTConfig(**TINY))
@@ -111,7 +100,6 @@ def test_official_checkpoint_is_sampled(there, monkeypatch):
     assert np.array_equal(pictures("samples"), model.to_uint8(expected).permute(0, 2, 3, 1).numpy())
     assert call(sample, "--checkpoint", "official.pth", "--num", 5, "--steps", 3, "--ema", 1, "--out", "other", "--amp", "off") == 0
 
-
 def test_labels_grammar():
     names = ["ring", "star", "4x4"]
     assert sample.parse_labels("all", 5, names, 3) == [0, 1, 2, 0, 1]
@@ -120,7 +108,6 @@ def test_labels_grammar():
     for wrong in ("moon", "3", "-1", "", "1x99999999999", "²"):
         with pytest.raises(data.UsageError, match="is not a class"):
             sample.parse_labels(wrong, 3, names, 3)
-
 
 def test_pictures_of_the_process(work, monkeypatch, capsys):
     """Columns are spread over all steps, the last among them; rows have names; --out is honoured."""
@@ -134,35 +121,29 @@ def test_pictures_of_the_process(work, monkeypatch, capsys):
     assert call(sample, "--run", "p", "--steps", 2, "--trajectory", "--out", "here") == 0 and Path("here-trajectory.png").exists()
     for name in ("trajectory", "evolution"):
         assert Image.open(f"runs/p/{name}.png").width > 100
-    assert call(sample, "--run", "p", "--evolution", "--ema", -1) == 1 and "no raw ones" in capsys.readouterr().err
-
+    assert call(sample, "--run", "p", "--evolution", "--ema", -1) == 1 and "-1 is for raw ones" in capsys.readouterr().err
 
 def test_the_network_shift_of_training_is_recommended(work):
     assert call(train, *TINY_FLAGS, "--steps", 2, "--shift", 2.5, "--preset", "cifar10", "--data", "shapes", "--run", "s") == 0
     assert model.load_network("runs/s/checkpoint.pt")[1]["sampling"]["shift"] == 2.5
-
 
 def test_two_at_once_are_refused(run, capsys):
     with data.locked(Path("out")):
         done = shell("04_sample.py", "--run", "r", "--num", 4, "--out", "out", cwd=Path("."))
     assert done.returncode == 1 and "another process is writing to out" in done.stderr
 
-
 def test_no_compiler_is_said_in_one_line(run):
     done = shell("04_sample.py", "--run", "r", "--num", 1, "--compile", cwd=Path("."), env={"CXX": "/nonexistent", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"})
     assert done.returncode == 1 and "pass --no-compile" in done.stderr and "Traceback" not in done.stderr
-
 
 def broken(change):
     state = torch.load("runs/r/checkpoint.pt", weights_only=True)
     change(state)
     torch.save(state, "broken.pt")
 
-
 BROKEN = {"image size": (lambda s: s["config"].update(image_size="16"), "broken.pt cannot be used"), "list config": (lambda s: s.update(config=[1]), "broken.pt cannot be used"),
           "dict ema": (lambda s: s.update(ema={"a": 1}), "broken.pt cannot be used"), "scalar weight": (lambda s: s["ema"][0].update({"pos_embed": 3.0}), "broken.pt cannot be used"),
-          "NaN": (lambda s: s["ema"][0]["final_layer.linear.bias"].fill_(float("nan")), "holds NaN"), "no raw": (lambda s: None, "no raw ones")}
-
+          "NaN": (lambda s: s["ema"][0]["final_layer.linear.bias"].fill_(float("nan")), "holds NaN"), "no raw": (lambda s: None, "-1 is for raw ones")}
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_checkpoints_are_refused_in_one_line(run, capsys, name):
@@ -171,13 +152,11 @@ def test_broken_checkpoints_are_refused_in_one_line(run, capsys, name):
     error = capsys.readouterr().err
     assert BROKEN[name][1] in error and error.count("\n") == 1 and not Path("samples").exists()
 
-
 def test_another_ema_than_there_is_is_refused(work, capsys):
     """One set of averages: --ema 1 would be the raw weights."""
     assert call(train, *TINY_FLAGS, "--steps", 2, "--ema", "0.9") == 0
     assert call(sample, "--ema", 1) == 1 and "--ema goes from 0 to 0" in capsys.readouterr().err
     assert call(sample, "--ema", -1, "--num", 2, "--steps", 2) == 0
-
 
 @pytest.mark.parametrize("flags,words,code", [
     (["--steps", -1], "[1, 100000]", 2), (["--interval", "0.5"], "two times", 2), (["--interval", "0.9,0.1"], "two times", 2), (["--interval", "0,2"], "in [0, 1]", 2), (["--solver", "rk4"], "is unknown", 2),
@@ -190,14 +169,12 @@ def test_wrong_requests(run, capsys, flags, words, code):
     error = capsys.readouterr().err
     assert words in error and len(error.strip().splitlines()) == 1 and not Path("runs/r/samples").exists()
 
-
 def test_guidance_without_classes_is_refused(there, capsys):
     config = {**TINY, "num_classes": 0}
     torch.save({"config": config, "info": {}, "ema": [randomised(model.JiTConfig(**config)).state_dict()]}, "u.pt")
     assert call(sample, "--checkpoint", "u.pt", "--num", 2, "--steps", 2, "--cfg", 2) == 2 and "nothing to guide" in capsys.readouterr().err
     assert call(sample, "--checkpoint", "u.pt", "--num", 2, "--steps", 2, "--labels", "1") == 2 and "without classes" in capsys.readouterr().err
     assert call(sample, "--checkpoint", "u.pt", "--num", 2, "--steps", 2) == 0
-
 
 def test_an_unconditional_run_has_no_class_accuracy(work):
     """The data set has classes, the network has not: its images are of none of them."""

@@ -13,7 +13,6 @@ from conftest import ROOT, TINY_FLAGS, call, data, evaluate, model, sample, shel
 
 SCRIPTS = ["01_data.py", "02_model.py", "03_train.py", "04_sample.py", "05_eval.py"]
 
-
 def test_the_five_scripts_in_sequence(there):
     """By subprocess, tiny; the second time each says that its work is done."""
     for again in (False, True):
@@ -33,13 +32,11 @@ def test_the_five_scripts_in_sequence(there):
     assert not list(there.rglob("*.part"))
     assert json.loads((there / "runs/shapes/metrics.json").read_text())["n_generated"] == 20
 
-
 @pytest.mark.parametrize("script,words", [("03_train.py", "python 01_data.py"), ("04_sample.py", "python 03_train.py"), ("05_eval.py", "python 04_sample.py")])
 def test_called_before_its_input_exists(there, script, words):
     done = shell(script, cwd=there)
     assert done.returncode == 1 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not list(there.iterdir())
-
 
 @pytest.mark.parametrize("module", [data, model, train, sample, evaluate], ids=SCRIPTS)
 def test_help_has_a_line_for_every_option(module, capsys):
@@ -50,16 +47,13 @@ def test_help_has_a_line_for_every_option(module, capsys):
     for entry in [*fields(module.Options), *(fields(model.JiTConfig) if module is train else [])]:
         assert not entry.metadata["flag"] or f"--{entry.name.replace('_', '-')}" in text and entry.metadata["text"][:20] in text
 
-
 def test_help_on_a_terminal_without_unicode(there):
     assert shell("05_eval.py", "--help", cwd=there, env={"PYTHONIOENCODING": "ascii"}).returncode == 0
-
 
 @pytest.mark.parametrize("flags", [["--steps", "nan"], ["--cfg", "nan"], ["--shift", "inf"], ["--t-eps", "inf"], ["--interval", "0.9,0.1"], ["--num", "9999999999"]])
 def test_numbers_that_are_none_are_refused_also_without_asserts(work, flags):
     done = subprocess.run([sys.executable, "-O", ROOT / "04_sample.py", *flags], capture_output=True, text=True, cwd=work)
     assert done.returncode in (1, 2) and done.stderr.count("\n") == 1 and ("--" in done.stderr or "no checkpoint" in done.stderr)
-
 
 def test_importing_a_stage_has_no_effect(there):
     code = "import sys, random; sys.path.insert(0, %r); sys.argv = ['x', '--nonsense']\n" % str(ROOT) + \
@@ -68,7 +62,6 @@ def test_importing_a_stage_has_no_effect(there):
            "assert torch.equal(a[0], torch.get_rng_state()) and (a[1] == numpy.random.get_state()[1]).all() and a[2] == torch.get_num_threads()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=there)
     assert done.returncode == 0 and done.stdout == done.stderr == "" and not list(there.iterdir()), done.stderr
-
 
 def test_stages_import_only_earlier_ones_and_four_packages():
     allowed = {"torch", "numpy", "PIL", "tqdm"} | set(sys.stdlib_module_names)
@@ -80,14 +73,12 @@ def test_stages_import_only_earlier_ones_and_four_packages():
         assert names <= allowed, (stage, names - allowed)
         assert re.findall(r'import_module\("(\w+)"\)', text) == earlier
 
-
 def test_layout():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()     # what is tracked: a user's own folders do not count
     if not listed:
         pytest.skip("no git checkout")
     shown = {name.split("/")[0] for name in listed if not name.startswith(".")}
     assert shown == {"README.md", "requirements.txt", "tests", *SCRIPTS}
-
 
 def readme_commands():
     """Every python or torchrun line of the README's code blocks, as argument lists."""
@@ -99,7 +90,6 @@ def readme_commands():
                 if words and words[0] in ("python", "torchrun") and (script := next((w for w in words if w in SCRIPTS), None)):
                     yield script, words[words.index(script) + 1:]
 
-
 @pytest.mark.parametrize("script,args", [pytest.param(*c, id=" ".join([c[0], *c[1]])) for c in readme_commands()])
 def test_every_command_of_the_readme_parses(script, args):
     module = {"01_data.py": data, "02_model.py": model, "03_train.py": train, "04_sample.py": sample, "05_eval.py": evaluate}[script]
@@ -109,7 +99,6 @@ def test_every_command_of_the_readme_parses(script, args):
         train.resolve(data.parse(args, "", train.Options, model.JiTConfig))
     else:
         module.Options(**data.parse(args, "", module.Options))
-
 
 def test_the_readme_has_commands_and_repeats_no_error_of_the_reading():
     assert len(list(readme_commands())) > 10
