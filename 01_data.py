@@ -408,7 +408,8 @@ class Progress(tqdm):
     def __init__(self, total, title, unit, **more):
         self.lines = not sys.stderr.isatty()
         if self.lines:
-            more |= dict(mininterval=30, delay=29, bar_format="{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left")
+            shown = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left"
+            more |= dict(mininterval=30, delay=29, bar_format=shown)
         super().__init__(total=total, desc=title, unit=unit, disable=os.environ.get("RANK", "0") != "0", **more)
 
     def display(self, *args, **more):

@@ -451,8 +451,8 @@ class JiTConfig:
         if self.image_size % self.patch_size:
             raise ValueError(f"image size {self.image_size} is not a multiple of patch size {self.patch_size}")
         if self.hidden_size % (4 * self.num_heads):
-            raise ValueError(f"hidden size {self.hidden_size} is not a multiple of 4 x {self.num_heads} heads: channels "
-                             "turn in pairs, half of a head's with the row and half with the column")
+            raise ValueError(f"hidden size {self.hidden_size} is not a multiple of 4 x {self.num_heads} heads: "
+                             "channels turn in pairs, half of a head's with the row and half with the column")
         if self.patch_embed == "nonlinear" and not self.bottleneck_dim:
             raise ValueError("a nonlinear patch embedding needs a bottleneck (bottleneck_dim > 0) to put the SiLU in")
         if self.in_context_start >= self.depth:
@@ -517,8 +517,8 @@ def load_network(path, ema=0):
             config = {k: v for k, v in state["config"].items() if k in names}
             averages, info = list(state["ema"]), dict(state.get("info", {}))
         if not (0 <= ema < len(averages) or ema == -1 and "model" in state):
-            raise ValueError(f"it holds {len(averages)} sets of averaged weights and {'model' in state:d} of raw ones: --ema "
-                             f"goes from 0 to {len(averages) - 1}, -1 is for raw ones")
+            raise ValueError(f"it holds {len(averages)} sets of averaged weights and {'model' in state:d} of raw ones: "
+                             f"--ema goes from 0 to {len(averages) - 1}, -1 is for raw ones")
         net, weights = JiT(JiTConfig(**{**config, "aux": "none"})), state["model"] if ema == -1 else averages[ema]
         load_weights(net, {k.removeprefix("net."): v for k, v in weights.items()})
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

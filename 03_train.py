@@ -143,7 +143,7 @@ class Trainer:
 
     @torch.no_grad()
     def update_ema(self):
-        """ema += (1 - decay) (weights - ema), all tensors in one call; every weight is averaged, also biases and norms."""
+        """ema += (1 - decay) (weights - ema), all tensors in one call; biases and norms are averaged too."""
         weights = list(self.net.state_dict().values())
         for decay, average in zip(self.options.ema, self.ema):
             torch._foreach_lerp_(list(average.values()), weights, 1 - decay)
@@ -284,7 +284,7 @@ class Recorder:
     def __init__(self, trainer, folder, arrays):
         self.trainer, self.folder, self.signals, options = trainer, folder, [], trainer.options
         images, labels = arrays["val"] if len(arrays["val"][1]) else arrays["train"]               # nothing held out
-        chosen = np.random.default_rng(0).permutation(len(labels))[:256]                   # subtle: they lie sorted by class
+        chosen = np.random.default_rng(0).permutation(len(labels))[:256]           # subtle: they lie sorted by class
         self.shown = np.array(images[chosen]), labels[chosen]
         self.seconds, self.lap, self.saved_at = 0.0, trainer.step, time.perf_counter()
         self.wait = min(1, options.save_minutes)          # minutes until the next checkpoint
@@ -336,8 +336,8 @@ class Recorder:
         loss = sum(total for total, _ in sums[:BINS]) / max(1, sum(count for _, count in sums[:BINS]))
         held_out = held_out_loss(trainer, *self.shown) if done or step // options.log_every % 10 == 0 else ""
         memory = torch.cuda.max_memory_allocated() / 2**20 if trainer.device.type == "cuda" else 0
-        row = [step, step * options.batch_size, loss, *means[:BINS], means[BINS] or 0.0, means[-1], trainer.lr(step - 1),
-               held_out, trainer.skipped, speed, memory]
+        row = [step, step * options.batch_size, loss, *means[:BINS], means[BINS] or 0.0, means[-1],
+               trainer.lr(step - 1), held_out, trainer.skipped, speed, memory]
         row = (f"{value:.6g}" if isinstance(value, float) else value for value in row)
         self.rows.append(dict(zip(self.COLUMNS, row)))
         with data.whole(self.folder / "log.csv") as part, open(part, "w", newline="") as file:
@@ -347,7 +347,8 @@ class Recorder:
         self.bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.0f}")
         if self.bar.disable:
             left = (options.steps - step) * options.batch_size / speed / 60
-            print(f"step {step} of {options.steps}, loss {loss:.4f}, {speed:.0f} images/s, {left:.1f} min left", flush=True)
+            print(f"step {step} of {options.steps}, loss {loss:.4f}, {speed:.0f} images/s, {left:.1f} min left",
+                  flush=True)
 
     def advice(self):
         """What to say when no step is finite any more."""
@@ -370,8 +371,8 @@ def save(state, path):
         with data.whole(path) as part:
             torch.save(state, part)
     except (OSError, RuntimeError) as error:              # subtle: torch reports a full disk as a RuntimeError
-        raise ValueError(f"cannot write {path} ({str(error).splitlines()[0][:100]}); what was there is intact: make room, and "
-                         "give the same command again") from None
+        raise ValueError(f"cannot write {path} ({str(error).splitlines()[0][:100]}); what was there is intact: make "
+                         "room, and give the same command again") from None
 
 def largest(numbers, world):
     """The largest of the processes' integers, place by place; all of them get it."""
@@ -480,8 +481,8 @@ def fill_defaults(options, network, meta, device, world):
     micro = options.micro_batch or max(sizes, default=0)
     if not micro or batch % (micro * world) or not options.micro_batch and micro < min(share, 128) / 4:
         unit = (options.micro_batch or min(max(share, 1), 128)) * world
-        raise data.UsageError(f"--batch-size {batch} cannot be cut into micro-batches of {unit // world} for {world} process(es); "
-                              f"nearest: {max(1, round(batch / unit)) * unit}, or pass another --micro-batch")
+        raise data.UsageError(f"--batch-size {batch} cannot be cut into micro-batches of {unit // world} for {world} "
+                              f"process(es); nearest: {max(1, round(batch / unit)) * unit}, or pass --micro-batch")
     options.micro_batch, epoch = micro, count / batch
     options.steps = options.steps or max(1, round(options.epochs * epoch))
     options.warmup = min(round(5 * epoch), options.steps // 20) if options.warmup is None else options.warmup
@@ -493,7 +494,7 @@ def fill_defaults(options, network, meta, device, world):
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
 def resolve(given, saved=None):
-    """Flags given -> (Options, {field of JiTConfig: value}).  saved: the checkpoint whose run goes on, with --resume."""
+    """Flags given -> (Options, {field of JiTConfig: value}).  saved: the checkpoint of the run to --resume."""
     layers = [saved["options"], saved["config"]] if saved else [
         {"sampling": {}}, PRESETS[given.get("preset", "shapes")], EXPERIMENTS.get(given.get("experiment"), {})]
     layers = layers + [{"steps": None}] * ("epochs" in given) + [given]
@@ -520,16 +521,16 @@ def refuse_other_settings(state, options, config, folder):
     """Raise ValueError if the run in the folder was made with other settings, naming the first that differs."""
     old, new, step = state["options"] | state["config"], asdict(options) | asdict(config), state["info"]["step"]
     if old.get("data_id") != new["data_id"]:
-        raise ValueError(f"data set {options.data} is another, or was packed anew, since {folder} was begun: pass --run "
-                         "NAME, or --overwrite")
+        raise ValueError(f"data set {options.data} is another, or was packed anew, since {folder} was begun: pass "
+                         "--run NAME, or --overwrite")
     free = {entry.name for entry in fields(Options) if entry.metadata["free"]}
     amendable = {"steps", "epochs", "lr", "amp"}
     free |= amendable | {"warmup"} if options.resume else set()
     odd = next((k for k in new if k not in free and old.get(k) != new[k]), None)
     if odd:
         way = f"--resume --{odd} {new[odd]} to go on with it, " if odd in amendable else ""
-        raise ValueError(f"{folder} holds a run with other settings (--{odd.replace('_', '-')} {old.get(odd)}, now {new[odd]}): "
-                         f"pass {way}--run NAME for a new run, or --overwrite")
+        raise ValueError(f"{folder} holds a run with other settings (--{odd.replace('_', '-')} {old.get(odd)}, now "
+                         f"{new[odd]}): pass {way}--run NAME for a new run, or --overwrite")
     if step > options.steps:
         raise data.UsageError(f"--steps {options.steps}: the run in {folder} is at step {step} already")
 
@@ -559,8 +560,8 @@ def main(argv=None):
             train(trainer, read_ahead(*arrays["train"], trainer), Recorder(trainer, folder, arrays))
         if rank == 0:
             name = "" if folder == Path("runs/shapes") else f" --run {options.run}"
-            print(f"{folder / 'checkpoint.pt'} after step {trainer.step}; look at {folder / 'preview'} and loss.png, then run "
-                  f"04_sample.py{name}")
+            print(f"{folder / 'checkpoint.pt'} after step {trainer.step}; look at {folder / 'preview'} and loss.png, "
+                  f"then run 04_sample.py{name}")
 
 def announce(trainer, folder, count):
     """Move an old run aside, with --overwrite, and say what begins."""
@@ -569,9 +570,9 @@ def announce(trainer, folder, count):
         aside = Path(f"{aside}.old")
     if options.overwrite and folder.exists():
         os.replace(folder, aside)
-    print(f"{folder}: {options.model} with {model.count_parameters(config):,} parameters, patch {config.patch_size}, on "
-          f"{count} images; step {trainer.step} to {options.steps}, batch {options.batch_size}, lr {options.lr:.2g}, "
-          f"{options.amp}, {trainer.device}; all settings in config.json", flush=True)
+    print(f"{folder}: {options.model} with {model.count_parameters(config):,} parameters, patch {config.patch_size}, "
+          f"on {count} images; step {trainer.step} to {options.steps}, batch {options.batch_size}, "
+          f"lr {options.lr:.2g}, {options.amp}, {trainer.device}; all settings in config.json", flush=True)
 
 if __name__ == "__main__":
     sys.exit(data.run(main))

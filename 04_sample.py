@@ -1,19 +1,19 @@
 """04_sample.py -- sampling: follow the velocity from noise to an image, guided towards a class
 
-What this stage teaches: Euler and Heun on dz/dt = v, DDIM and DDPM for comparison, and classifier-free guidance inside an
-interval of time.  Reads runs/<name>/checkpoint.pt (ours or the official release's).
+What this stage teaches: Euler and Heun on dz/dt = v, DDIM and DDPM for comparison, and classifier-free guidance inside
+an interval of time.  Reads runs/<name>/checkpoint.pt (ours or the official release's).
 Writes runs/<name>/samples/ (PNG files and samples.json; samples.npz with --npz) and runs/<name>/grid.png.
-Run it:   python 04_sample.py                                   1,000 images from the shapes run, SAMPLETIME on two CPU cores
+Run it:   python 04_sample.py                               1,000 images of the shapes run, SAMPLETIME on two CPU cores
           python 04_sample.py --labels star,3 --num 16 --cfg 4 --out stars
-          torchrun --nproc_per_node 8 -- 04_sample.py --checkpoint jit-b-16.pth --num 50000 --cfg 2.9 --interval 0.1,1 --npz
+          torchrun --nproc_per_node 8 -- 04_sample.py --checkpoint jit-b-16.pth --num 50000 --cfg 2.9 --interval 0.1,1
 
-t = 0 is noise, t = 1 is data.  Guidance: v = v_uncond + w (v_class - v_uncond); w = 1 is off, and the pass without class is
-then skipped.  Every image has its own random numbers, a function of (seed, index): the same picture whatever the batch
-size, the number of processes, the order, or where a run was interrupted.  A killed run goes on where it was.
+t = 0 is noise, t = 1 is data.  Guidance: v = v_uncond + w (v_class - v_uncond); w = 1 is off, and the pass without
+class is then skipped.  Every image has its own random numbers, a function of (seed, index): the same picture whatever
+the batch size, the number of processes, the order, or where a run was interrupted.  A killed run goes on where it was.
 
 The clamp: v = (x_pred - z) / max(1-t, t_eps).  At t_eps = 0.05 the last steps of 50 are shortened, and even a perfect
-network leaves noise: with k = 1 and an even grid of std 0.017 (Heun; Euler 0.014), about 2 grey levels.  --t-eps 0.02 (any
-value up to 1/steps) ends exactly on x_pred.  The paper's FID is measured with the clamp, and is better with it.
+network leaves noise: std 0.017 (Heun, even grid, k = 1; Euler 0.014), two grey levels.  --t-eps 0.02 (any value up to
+1/steps) ends exactly on x_pred.  The paper's FID is measured with the clamp, and is better with it.
 """
 import json
 import sys
@@ -42,11 +42,11 @@ def velocity(net, z, t, labels, t_eps):
 def guided_velocity(net, z, t, labels, cfg=1.0, interval=(0.0, 1.0), t_eps=0.05):
     """v_uncond + w (v_class - v_uncond), with w = cfg inside the interval of time and 1 outside.     (JiT appendix A)
 
-    z: (B,C,H,W) state.  t: float.  labels: (B,) class ids.  Both halves go through the network as one batch; where w is 1
-    the unconditional half is skipped, where w is 0 the other.
+    z: (B,C,H,W) state.  t: float.  labels: (B,) class ids.  Both halves go through the network as one batch; where w is
+    1 the unconditional half is skipped, where w is 0 the other.
     """
     low, high = interval
-    # subtle: grid points such as 6/20 land a rounding error beside the ends 0.3 and 0.7; the margin decides for "outside"
+    # subtle: grid points such as 6/20 land a rounding error beside the ends 0.3 and 0.7; the margin says "outside"
     w = cfg if t < high - 1e-6 and (low == 0 or t > low + 1e-6) else 1.0
     if w == 1:
         return velocity(net, z, t, labels, t_eps)
@@ -58,23 +58,23 @@ def guided_velocity(net, z, t, labels, cfg=1.0, interval=(0.0, 1.0), t_eps=0.05)
 
 # ---- Solvers: one step from t to t_next, where v(z, t) is the guided velocity ----------------------------------------
 def euler_step(z, t, t_next, v):
-    """z + (t_next - t) v(z, t): first order.                                                        (JiT Algorithm 2)"""
+    """z + (t_next - t) v(z, t): first order.                                                      (JiT Algorithm 2)"""
     return z + (t_next - t) * v(z, t)
 
 def heun_step(z, t, t_next, v):
-    """The mean of the velocities at both ends: second order.  The last step, to t = 1, is Euler's.    (JiT section 3.1)"""
+    """The mean of the velocities at both ends: second order.  The last step, to t = 1, is Euler's.  (JiT sec. 3.1)"""
     first = v(z, t)
     ahead = z + (t_next - t) * first
     return ahead if t_next == 1 else z + (t_next - t) * (first + v(ahead, t_next)) / 2
 
 def ddim_step(z, t, t_next, v, path="linear"):
-    """Take the current estimates of x and e and mix them anew for t_next: exact when they are right.    (DDIM eq. 12)"""
+    """Take the current estimates of x and e and mix them anew for t_next: exact when they are right.  (DDIM eq. 12)"""
     x, e = estimates(z, t, v, path)
     (alpha, sigma), = mixing_weights(path, t_next)
     return alpha * x + sigma * e
 
 def ddpm_step(z, t, t_next, v, path="linear", noise=0.0):
-    """Draw from q(z_next | z_t, x) with x the current estimate: ancestral sampling.            (DDPM eq. 7, for any path)
+    """Draw from q(z_next | z_t, x) with x the current estimate: ancestral sampling.          (DDPM eq. 7, for any path)
 
     noise: (B,C,H,W) with the std of the path's noise, k.
     """
@@ -100,8 +100,8 @@ def generate(net, noise, labels, *, solver="heun", steps=50, cfg=1.0, interval=(
              step_noise=None, trace=None):
     """Images (N,C,H,W), float in about [-1,1], from noise (N,C,H,W) with std k and labels (N,) int64.
 
-    steps: of the time grid from 0 to 1; Heun-50 costs 99 network evaluations.  step_noise(i) -> like noise, fresh for step i
-    (ddpm only; torch.randn_like otherwise).  trace: a dict that receives t -> (z, x_pred) of every step.  Raises ValueError.
+    steps: of the time grid from 0 to 1; Heun-50 costs 99 network evaluations.  step_noise(i) -> like noise, fresh for
+    step i (ddpm; else torch.randn_like).  trace: a dict that receives t -> (z, x_pred).  Raises ValueError.
     """
     if solver not in SOLVERS or steps < 1:
         raise ValueError(f"solver {solver!r}, {steps} steps: give one of {', '.join(SOLVERS)}, and at least 1 step")
@@ -129,7 +129,7 @@ def generate(net, noise, labels, *, solver="heun", steps=50, cfg=1.0, interval=(
 
 # ---- One seed per image ----------------------------------------------------------------------------------------------
 def noise_for(indices, shape, seed, scale, step=None):
-    """Noise (len(indices), *shape), std scale: image i's numbers depend on (seed, i) alone, and on the step for ddpm."""
+    """Noise (len(indices), *shape), std scale: image i's depends on (seed, i) alone, and for ddpm on the step."""
     # subtle: torch's CPU generator keeps 32 bits of a seed, numpy's mixes any tuple, so (seed, i) pairs never collide
     key = (seed,) if step is None else (seed, step + 1)
     rows = [np.random.default_rng((*key, int(i))).standard_normal(shape, dtype=np.float32) for i in indices]
@@ -176,24 +176,27 @@ def parse_labels(text, num, classes, num_classes):
 def file_of(out, i):
     return out / f"{i:07d}.png"
 
+def load_image(out, i):
+    with Image.open(file_of(out, i)) as image:
+        return np.array(image)
+
 def check_folder(out, record, overwrite):
     """Raise ValueError if the folder holds anything but samples made with these settings."""
-    path = out / "samples.json"
-    if not path.exists():
-        if out.is_file() or out.is_dir() and any(not file.name.startswith(".") for file in out.iterdir()):
-            raise ValueError(f"{out} holds files that this script did not write: choose another --out")
-        return
-    try:
-        old = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError):
-        old = {"record": "damaged"}
+    path, old = out / "samples.json", record
+    if path.exists():
+        try:
+            old = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            old = {}                                      # damaged: like other settings
+    elif out.is_file() or out.is_dir() and any(file.name[0] != "." for file in out.iterdir()):
+        raise ValueError(f"{out} holds files that this script did not write: choose another --out")
     odd = next((k for k in record if old.get(k) != record[k]), None)
     if odd and not overwrite:
         raise ValueError(f"{out} holds samples made with other settings ({odd}: {str(old.get(odd))[:40]}, now "
                          f"{str(record[odd])[:40]}): pass --overwrite to replace them, or --out")
 
 def sample_all(sampler, out, batch_size, rank, world):
-    """Generate what is missing in the folder; batches are the same whoever computes them.  Returns how many were made."""
+    """Generate what is missing; batches are the same whoever computes them.  Returns how many images were made."""
     num = len(sampler.labels)
     batches = [range(i, min(i + batch_size, num)) for i in range(0, num, batch_size)][rank::world]
     todo = [batch for batch in batches if not all(file_of(out, i).exists() for i in batch)]
@@ -201,15 +204,10 @@ def sample_all(sampler, out, batch_size, rank, world):
     with data.Progress(share, "sampling", " images", initial=share - made) as bar:
         for batch in todo:
             for i, image in zip(batch, model.to_pictures(sampler.draw(batch))):
-                if not file_of(out, i).exists():
-                    with data.whole(file_of(out, i)) as part:
-                        Image.fromarray(image).save(part, "png", compress_level=1)
+                with data.whole(file_of(out, i)) as part:
+                    Image.fromarray(image).save(part, "png", compress_level=1)
             bar.update(len(batch))
     return made
-
-def load_image(out, i):
-    with Image.open(file_of(out, i)) as image:
-        return np.array(image)
 
 def save_grid(out, path, labels, classes, rows=8, columns=10):
     """A picture with a column per class and its name above; a single class fills the sheet."""
@@ -218,12 +216,12 @@ def save_grid(out, path, labels, classes, rows=8, columns=10):
     if len(shown) == 1:
         places = [list(range(min(len(labels), rows * columns)))[i::columns] for i in range(min(columns, len(labels)))]
     titles = [classes[c] if c < len(classes) else c for c in shown] if len(shown) > 1 else []
-    cells = [[load_image(out, column[y]) for column in places if y < len(column)] for y in range(min(map(len, places)))]
+    cells = [[load_image(out, place[y]) for place in places] for y in range(min(map(len, places)))]
     with data.whole(path) as part:
         data.picture(cells, titles).save(part, "png")
 
 def save_npz(out, labels, size):
-    """samples.npz as ADM's evaluator reads it, image by image: arr_0 uint8 (N,H,W,3), arr_1 labels."""
+    """samples.npz as ADM's evaluator reads it, written image by image: arr_0 uint8 (N,H,W,3), arr_1 labels."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), size, size, 3)}
     with data.whole(out / "samples.npz") as part, zipfile.ZipFile(part, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
@@ -233,32 +231,48 @@ def save_npz(out, labels, size):
         with archive.open("arr_1.npy", "w") as file:
             np.lib.format.write_array(file, np.array(labels))
 
+def write_samples(options, sampler, record, folder, rank, world):
+    """Fill the folder of samples, then draw the grid."""
+    out, wait = options.out or folder / "samples", dist.barrier if world > 1 else lambda: None
+    with data.locked(out) if rank == 0 else nullcontext():
+        check_folder(out, record, options.overwrite)
+        wait()                                            # all have looked before the first writes
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            for file in [*out.glob("[0-9]*.png"), *out.glob("samples.npz")] if options.overwrite else ():
+                file.unlink()
+            data.save_json(out / "samples.json", record)
+        wait()
+        made = sample_all(sampler, out, options.batch_size, rank, world)
+        wait()
+        if rank == 0:
+            grid = out.with_name(f"{out.name}-grid.png") if options.out else folder / "grid.png"
+            save_grid(out, grid, sampler.labels, record["classes"])
+            if options.npz:
+                save_npz(out, sampler.labels, record["size"])
+            print(f"{out}: {record['num']} images ({made if world == 1 else 'all'} new), {record['solver']} "
+                  f"{record['steps']} steps, shift {record['shift']:g}, w {record['cfg']}, seed {options.seed}: {grid}")
+
 # ---- Pictures of the process: over time within one sample, and over training -----------------------------------------
-def save_trajectory(sampler, path):
-    """Draw, for four images, the state z_t in one row and the network's clean image in the next, from noise to result."""
+def draw_trajectory(sampler):
+    """For four images the state z_t in one row, the network's clean image in the next: nine steps and the result."""
     trace = {}
     final = model.to_pictures(sampler.draw(range(4), trace))
     shown = [list(trace.items())[i] for i in np.linspace(0, len(trace) - 1, min(9, len(trace))).round().astype(int)]
     states = [model.to_pictures(z / max(1, sampler.config.noise_scale)) for _, (z, _) in shown] + [final]
     clean = [model.to_pictures(x) for _, (_, x) in shown] + [final]
     rows = [[step[i] for step in kind] for i in range(4) for kind in (states, clean)]
-    with data.whole(path) as part:
-        data.picture(rows, [*(f"t = {t:.2f}" for t, _ in shown), "result"], ["z", "x_pred"] * 4).save(part, "png")
-    return f"{path}: z_t above, the prediction below, {len(shown)} of {len(trace)} steps"
+    return data.picture(rows, [*(f"t = {t:.2f}" for t, _ in shown), "result"], ["z", "x_pred"] * 4)
 
-def save_evolution(files, options, labels, how, amp, device, path):
-    """Draw the same seeds from every snapshot of a run: a row per snapshot."""
-    rows = []
-    with data.Progress(len(files), "snapshots", " files") as bar:
-        for file in files:
-            net, info = model.load_network(file, options.ema)
-            rows.append(list(model.to_pictures(Sampler(net, labels, options.seed, how, amp, device).draw(range(10)))))
-            bar.update()
-    classes = info.get("classes") if net.config.num_classes else []
-    with data.whole(path) as part:
-        data.picture(rows, [classes[labels[i % len(labels)]] for i in range(10)] if classes else [],
-                     [f"step {int(file.stem)}" for file in files]).save(part, "png")
-    return f"{path}: a row per snapshot, {len(files)} of them"
+def draw_evolution(sampler, files, ema):
+    """The same seeds from every snapshot of a run: a row per snapshot."""
+    rows, classes = [], []
+    for file in files:
+        net, info = model.load_network(file, ema)
+        sampler.net, classes = net.to(sampler.device), info.get("classes") if net.config.num_classes else []
+        rows.append(list(model.to_pictures(sampler.draw(range(10)))))
+    names = [classes[sampler.labels[i % len(sampler.labels)]] for i in range(10)] if classes else []
+    return data.picture(rows, names, [f"step {int(file.stem)}" for file in files])
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
 HOW = {"solver": "heun", "steps": 50, "cfg": 1.0, "interval": (0.0, 1.0), "t_eps": 0.05, "shift": 1.0}
@@ -289,15 +303,13 @@ class Options:
     compile: bool = option(False, "torch.compile the network")
 
 def settings_of(options, info, config):
-    """The settings of generate(): flags first, then what the checkpoint recommends, then the paper's.  Raises UsageError."""
+    """Settings of generate(): flags, then what the checkpoint recommends, then the paper's.  Raises UsageError."""
     how = HOW | info.get("sampling", {}) | {k: getattr(options, k) for k in HOW if getattr(options, k) is not None}
     if len(how["interval"]) != 2 or not how["interval"][0] < how["interval"][1]:
         raise data.UsageError("--interval: give two times from 0 to 1, the lower first, as in 0.1,1")
-    if not config.num_classes and how["cfg"] != 1:
-        if options.cfg is not None:
-            raise data.UsageError(f"--cfg {options.cfg}: this network was trained without classes, nothing to guide towards")
-        how["cfg"] = 1.0
-    return how
+    if options.cfg not in (None, 1) and not config.num_classes:
+        raise data.UsageError(f"--cfg {options.cfg}: trained without classes, it has nothing to guide towards")
+    return how if config.num_classes else how | {"cfg": 1.0}
 
 def fingerprint(net):
     """Eight hex digits of a network's weights: samples of other weights are other samples."""
@@ -311,54 +323,29 @@ def main(argv=None):
     with model.machine(options.device) as (device, rank, world):
         path = options.checkpoint or data.folder_of(options.run, "runs") / "checkpoint.pt"
         net, info = model.load_network(path, options.ema)
-        classes = info.get("classes", []) if net.config.num_classes else []            # an unconditional network has none
+        classes = info.get("classes", []) if net.config.num_classes else []            # an unconditional one has none
         labels = parse_labels(options.labels, options.num, classes, net.config.num_classes)
         how, amp = settings_of(options, info, net.config), model.choose_precision(options.amp, device)
         sampler = Sampler(net, labels, options.seed, how, amp, device, options.compile)
         if options.trajectory or options.evolution:
-            return rank or print(draw_process(options, sampler, path.parent, amp))
-        record = json.loads(json.dumps({
-            **how, "seed": options.seed, "amp": amp, "num": len(labels), "checkpoint": str(path), "step": info.get("step"),
-            "ema": options.ema, "decays": info.get("decays"), "weights": fingerprint(net), "data": info.get("data"),
-            "size": net.config.image_size, "classes": classes, "labels": labels}))
+            return rank or draw_process(options, sampler, path.parent)
+        record = {**how, "seed": options.seed, "amp": amp, "num": len(labels), "checkpoint": str(path),
+                  "step": info.get("step"), "ema": options.ema, "weights": fingerprint(net),
+                  "data": info.get("data"), "size": net.config.image_size, "classes": classes, "labels": labels}
+        record["interval"] = list(how["interval"])        # as JSON gives it back
         write_samples(options, sampler, record, path.parent, rank, world)
 
-def draw_process(options, sampler, folder, amp):
-    """--trajectory and --evolution; returns what to print."""
-    name = "trajectory" if options.trajectory else "evolution"
+def draw_process(options, sampler, folder):
+    """--trajectory and --evolution."""
+    name, files = "trajectory" if options.trajectory else "evolution", sorted((folder / "snapshots").glob("*.pt"))
     path = options.out.with_name(f"{options.out.name}-{name}.png") if options.out else folder / f"{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if options.trajectory:
-        return save_trajectory(sampler, path)
-    files = sorted((folder / "snapshots").glob("*.pt"))
-    if not files:
+    if not options.trajectory and not files:
         raise ValueError(f"no snapshots in {folder / 'snapshots'}: train with 03_train.py --snapshots 8")
-    return save_evolution(files, options, sampler.labels, sampler.how, amp, sampler.device, path)
-
-def write_samples(options, sampler, record, folder, rank, world):
-    """Fill the folder of samples, then draw the grid."""
-    out, labels = options.out or folder / "samples", sampler.labels
-    with data.locked(out) if rank == 0 else nullcontext():
-        check_folder(out, record, options.overwrite)
-        if world > 1:
-            dist.barrier()                                # all have looked before the first writes
-        if rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            for file in [*out.glob("[0-9]*.png"), out / "samples.npz"] if options.overwrite else ():
-                file.unlink(missing_ok=True)
-            data.save_json(out / "samples.json", record)
-        if world > 1:
-            dist.barrier()
-        made = sample_all(sampler, out, options.batch_size, rank, world)
-        if world > 1:
-            dist.barrier()
-        if rank == 0:
-            grid = out.with_name(f"{out.name}-grid.png") if options.out else folder / "grid.png"
-            save_grid(out, grid, labels, record["classes"])
-            if options.npz:
-                save_npz(out, labels, record["size"])
-            print(f"{out}: {len(labels)} images ({made if world == 1 else 'all'} new), {record['solver']} {record['steps']} "
-                  f"steps, shift {record['shift']:g}, w {record['cfg']}, seed {options.seed}; look at {grid}")
+    picture = draw_trajectory(sampler) if options.trajectory else draw_evolution(sampler, files, options.ema)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with data.whole(path) as part:
+        picture.save(part, "png")
+    print(f"look at {path}")
 
 if __name__ == "__main__":
     sys.exit(data.run(main))

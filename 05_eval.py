@@ -1,18 +1,19 @@
-"""05_eval.py -- scores: how far generated images are from real ones, in numbers that can be compared with published ones
+"""05_eval.py -- scores: how far generated images are from real ones, in numbers to compare with published ones
 
-What this stage teaches: FID, sFID, Inception score, KID, precision and recall are a page of arithmetic each, on features of
-a classifier.  Two sets of features, one arithmetic:
-  --features classifier   a small network trained here, on the data set's own training images (default; works offline).  The
-                          score is then called "FD (classifier features)", never FID, and beside it stands how often that
-                          classifier sees the requested class in a generated image, and how often it is right on real ones.
+What this stage teaches: FID, sFID, Inception score, KID, precision and recall are a page of arithmetic each, on
+features of a classifier.  Two sets of features, one arithmetic:
+  --features classifier   a small network trained here, on the data set's own training images (default; works offline).
+                          The score is then called "FD (classifier features)", never FID; beside it stands how often
+                          that classifier sees the requested class, and how often it is right on real images.
   --features inception    Inception-v3 of the original FID, its weights downloaded with their hash checked, or given.
-Reads runs/<name>/samples/ and data/<name>/.   Writes runs/<name>/metrics.json; statistics are cached beside the data.
-Run it:   python 05_eval.py                                  EVALTIME on two CPU cores, the classifier's training included
+Reads runs/<name>/samples/, data/<name>/.   Writes runs/<name>/metrics.json; statistics are cached beside the data.
+Run it:   python 05_eval.py                                EVALTIME on two CPU cores, the classifier's training included
           python 05_eval.py --samples my_pngs --reference VIRTUAL_imagenet256_labeled.npz --features inception
           python 05_eval.py --table runs/shapes/cfg-*-metrics.json       a table and a curve of scores made before
 
-An image set is a folder of PNG files, a .npz with arr_0 (N,H,W,3) uint8, or a packed data set; the reference may also be a
-.npz of statistics (mu, sigma).  FID is biased upwards at small N, and only comparable at equal N: every number carries its N.
+An image set is a folder of PNG files, a .npz with arr_0 (N,H,W,3) uint8, or a packed data set; the reference may also
+be a .npz of statistics (mu, sigma).  FID is biased upwards at small N, and only comparable at equal N: every number
+carries its N.
 """
 import csv
 import hashlib
@@ -34,9 +35,9 @@ option = data.option
 
 # ---- The scores: arithmetic on features (N,D) or logits (N,classes) --------------------------------------------------
 def moments(sums):
-    """Mean (D,) and covariance (D,D), with N-1, from the sum over images of F^T F with F = (1, f): N, sum f and sum f f^T.
+    """Mean (D,) and covariance (D,D), with N-1, of features f from sums (D+1,D+1) over F^T F with F = (1, f).
 
-    sums: (D+1,D+1) fp64.  Raises ValueError for fewer than two images.
+    So sums holds N, sum f and sum f^T f, in fp64.  Raises ValueError for fewer than two images.
     """
     n, total = sums[0, 0], sums[0, 1:]
     if n < 2:
@@ -45,10 +46,10 @@ def moments(sums):
     return mean, (sums[1:, 1:] - n * np.outer(mean, mean)) / (n - 1)
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 root), root the matrix square root of sigma1 sigma2.   (Heusel 2017, eq. 6)
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 root), root the matrix root of sigma1 sigma2.   (Heusel 2017, eq. 6)
 
-    FID, on pool3 features.  The root's trace is the sum of the roots of the eigenvalues of R sigma2 R with R R = sigma1,
-    symmetric: two eigenvalue problems instead of a general matrix root, and singular covariances do no harm.
+    FID, on pool3 features.  The root's trace is the sum of the roots of the eigenvalues of R sigma2 R, R R = sigma1:
+    symmetric, so two eigenvalue problems replace a general matrix root, and singular covariances do no harm.
     """
     values, vectors = torch.linalg.eigh(torch.from_numpy(sigma1))
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
@@ -56,10 +57,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(0.0, float(((mu1 - mu2)**2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross))
 
 def inception_score(logits, splits=10):
-    """exp(E KL(p(y|x) || p(y))), mean and std over ten parts of a shuffle.                (Salimans et al. 2016, section 4)
+    """exp(E KL(p(y|x) || p(y))), mean and std over ten parts of a shuffle.            (Salimans et al. 2016, section 4)
 
-    The shuffle is np.random.RandomState(2020).permutation(N).  logits: (N,classes), without the bias of the last layer;
-    both as torch-fidelity has it.
+    The shuffle is np.random.RandomState(2020).permutation(N).  logits: (N,classes), without the bias of the last
+    layer; both as torch-fidelity has it.
     """
     if len(logits) < splits:
         raise ValueError(f"the Inception score needs {splits} images")
@@ -72,7 +73,7 @@ def inception_score(logits, splits=10):
     return float(np.mean(scores)), float(np.std(scores))
 
 def kernel_distance(a, b, subsets=100, size=1000):
-    """KID: unbiased MMD^2 with the kernel (<x,y>/D + 1)^3, mean and std over subsets.     (Binkowski et al. 2018, section 3)
+    """KID: unbiased MMD^2 with the kernel (<x,y>/D + 1)^3, mean and std over subsets.   (Binkowski et al. 2018, sec. 3)
 
     a, b: (N,D) features.  Raises ValueError when a side holds fewer than `size`.
     """
@@ -111,15 +112,15 @@ def precision_recall(generated, real, k=3, block=1000):
 def random_subset(n, count):
     """At most n of the places 0 ... count-1 by chance, always the same ones, in order.
 
-    subtle: packed images may lie sorted by class, or go round the classes in turn: neither the first n nor every k-th will do.
+    subtle: packed images may lie sorted by class, or go round the classes: neither the first n nor every k-th will do.
     """
     return np.sort(np.random.default_rng(0).permutation(count)[:n])
 
 @torch.no_grad()
 def describe(images, net, device, batch_size, title, chosen=None):
-    """{"n", "mu", "sigma", "features", "logits", "seen": class seen in each image; from Inception "mu_s", "sigma_s" too}.
+    """{"n", "mu", "sigma", "features", "logits", "seen": the class seen in each; from Inception "mu_s", "sigma_s" too}.
 
-    images: anything with len() and fancy indexing to uint8 (N,H,W,3); all, or those chosen.  Every process takes its share.
+    images: anything with len() and indexing by arrays to uint8 (N,H,W,3); all, or those chosen, in equal parts.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     chosen = np.arange(len(images)) if chosen is None else chosen
@@ -132,7 +133,8 @@ def describe(images, net, device, batch_size, title, chosen=None):
             for name in {"features", "spatial"} & out.keys():
                 f = F.pad(out[name].double(), (1, 0), value=1.0)                                   # B 1+D: (1, f)
                 sums[name] = sums.get(name, 0) + f.T @ f
-            parts.append([v.cpu().numpy() for v in (*(out[k][kept[rows]] for k in ("features", "logits")), out["logits"].argmax(1))])
+            part = out["features"][kept[rows]], out["logits"][kept[rows]], out["logits"].argmax(1)
+            parts.append([v.cpu().numpy() for v in part])
             bar.update(len(f))
     if world > 1:
         for total in sums.values():
@@ -140,7 +142,7 @@ def describe(images, net, device, batch_size, title, chosen=None):
         everyone = [None] * world
         dist.all_gather_object(everyone, parts)
         parts = [part for share in everyone for part in share]
-    result = dict(zip(("features", "logits", "seen"), (np.concatenate(column) for column in zip(*parts))), n=len(chosen))
+    result = dict(zip(("features", "logits", "seen"), map(np.concatenate, zip(*parts))), n=len(chosen))
     for name, suffix in (("features", ""), ("spatial", "_s")):
         if name in sums:
             result["mu" + suffix], result["sigma" + suffix] = moments(sums[name].cpu().numpy())
@@ -160,12 +162,13 @@ class Inception(nn.Module):
             self.register_buffer(self.names[name], weight)
 
     def chain(self, x, block, *names, stride=1, same=True):
-        """Convolution, batch norm and ReLU for each name; the last has the stride.  At stride 1 the size stays the same."""
+        """Convolution, batch norm and ReLU for each name; the last has the stride.  At stride 1 the size stays."""
         for name in names:
             kernel, *norm = (getattr(self, self.names[f"{block}{name}.{part}"]) for part in
                              ("conv.weight", "bn.running_mean", "bn.running_var", "bn.weight", "bn.bias"))
             step = stride if name == names[-1] else 1
-            x = F.conv2d(x, kernel, stride=step, padding=[k // 2 for k in kernel.shape[2:]] if same and step == 1 else 0)
+            padding = [k // 2 for k in kernel.shape[2:]] if same and step == 1 else 0
+            x = F.conv2d(x, kernel, stride=step, padding=padding)
             x = F.relu(F.batch_norm(x, *norm, eps=1e-3))
         return x
 
@@ -199,13 +202,14 @@ class Inception(nn.Module):
                 spatial = self.chain(x, block, "branch1x1")[:, :7].permute(0, 2, 3, 1).flatten(1)  # B 2023
             x = self.mixed(x, block, "branch1x1", "branch7x7 3", "branch7x7dbl 5")
         x = self.mixed(x, "Mixed_7a.", "branch3x3 2", "branch7x7x3 4", stride=2)                   # B 1280 8 8
-        for block, pool in (("Mixed_7b.", "avg"), ("Mixed_7c.", "max")):                           # second difference: max
+        for block, pool in (("Mixed_7b.", "avg"), ("Mixed_7c.", "max")):      # second difference: the maximum, once
             x = self.mixed(x, block, "branch1x1", "branch3x3 2ab", "branch3x3dbl 3ab", pool=pool)
         x = x.mean(dim=(2, 3))                                                                     # B 2048
-        return {"features": x, "spatial": spatial, "logits": x @ getattr(self, self.names["fc.weight"]).T}     # third: 1008
+        logits = x @ getattr(self, self.names["fc.weight"]).T                  # third difference: 1008 outputs
+        return {"features": x, "spatial": spatial, "logits": logits}
 
 def resize_tf1(x, size):
-    """Bilinear, the TF-1 way: the source of pixel i is i * in/size, no half-pixel offset, no antialiasing.  x: (B,C,H,W)."""
+    """Bilinear, the TF-1 way: pixel i comes from i * in/size, no half-pixel offset, no antialiasing.  x: (B,C,H,W)."""
     for axis in (2, 3):
         n = x.shape[axis]
         place = torch.arange(size, device=x.device, dtype=torch.float32) * (n / size)
@@ -214,15 +218,16 @@ def resize_tf1(x, size):
         x = x.index_select(axis, low) * (1 - part) + x.index_select(axis, (low + 1).clamp_max(n - 1)) * part
     return x
 
-WEIGHTS_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_HASH = "6726825d"                                 # the first digits of the published file's sha256
+WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+               f"pt_inception-2015-12-05-{WEIGHTS_HASH}.pth")
 
 def load_inception(path):
-    """(network, name of its score, hash of the weights).  Another file than the published one names the score after itself."""
+    """(network, name of its score, hash of the weights).  Another file than the published one names its score."""
     try:
         if path is None:
-            state = torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True)
-            digest = WEIGHTS_HASH
+            digest, state = WEIGHTS_HASH, torch.hub.load_state_dict_from_url(
+                WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True)
         else:
             digest, state = data.file_hash(path, "sha256")[:8], torch.load(path, map_location="cpu", weights_only=True)
         net = Inception(state)
@@ -238,7 +243,7 @@ def load_inception(path):
 
 # ---- The classifier whose features stand in where Inception cannot be had --------------------------------------------
 class Classifier(nn.Module):
-    """uint8 images (B,H,W,3) -> {"features" (B,128), "logits" (B,classes)}.  Images above 64 pixels are averaged down."""
+    """uint8 images (B,H,W,3) -> {"features" (B,128), "logits" (B,classes)}.  Larger ones are averaged to 64 pixels."""
 
     def __init__(self, classes):
         super().__init__()
@@ -281,7 +286,7 @@ def load_classifier(folder, device, rank=0, world=1):
     if classes < 2:
         raise ValueError(f"{folder} has no classes for a classifier: use --features inception, or pack class folders")
     if rank:
-        dist.barrier()                                    # until the first process has it: on a GPU no two trainings are alike
+        dist.barrier()                                    # until the first has it: on a GPU no two trainings are alike
     net, state = Classifier(classes).to(device), {"data": None}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else state
@@ -313,20 +318,21 @@ class ImageFiles:
         self.size = self.size or batch[0].shape
         for file, image in zip(self.files[rows], batch):
             if image.shape != self.size:
-                raise ValueError(f"{file} is {image.shape[1]} x {image.shape[0]}, others are {self.size[1]} x {self.size[0]}: "
-                                 "all images of a set must have one size")
+                raise ValueError(f"{file} is {image.shape[1]} x {image.shape[0]}, others are {self.size[1]} x "
+                                 f"{self.size[0]}: all images of a set must have one size")
         return np.stack(batch)
 
 class ImageSet:
-    """images and labels of a path, or statistics alone; record: how 04_sample.py made them; key: changes with the content."""
+    """images and labels of a path, or statistics alone; record: how they were made; key: changes with the content."""
 
     def __init__(self, place, split="train"):
-        path, self.place, self.images, self.labels, self.record, self.statistics = Path(place), str(place), None, None, {}, {}
-        files = [str(path)] if path.suffix == ".npz" and path.exists() else data.list_images(path)
+        path, self.place, self.images, self.labels = Path(place), str(place), None, None
+        self.record, self.statistics = {}, {}
         if (path / "meta.json").exists():
-            meta, arrays = data.open_data(path)
-            (self.images, self.labels), self.key, self.record = arrays[split], meta["id"], {k: meta[k] for k in ("size", "classes")}
+            self.record, arrays = data.open_data(path)
+            (self.images, self.labels), self.key = arrays[split], self.record["id"]
             return
+        files = [str(path)] if path.suffix == ".npz" and path.exists() else data.list_images(path)
         if not files:
             raise ValueError(f"no images at {path}: make samples first (python 04_sample.py)")
         stamps = [(Path(file).name, Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files]
@@ -341,17 +347,18 @@ class ImageSet:
             except (ValueError, TypeError, LookupError, AttributeError):
                 raise ValueError(f"{path / 'samples.json'} is damaged: run 04_sample.py again") from None
             if len(self.labels) != len(files):
-                raise ValueError(f"{path} holds {len(files)} of {len(self.labels)} images: run its 04_sample.py command again")
+                raise ValueError(f"{path} holds {len(files)} of {len(self.labels)} images: sample it again")
 
     def read_npz(self, path):
         """Sample batches (arr_0, arr_1) and statistics (mu, sigma, mu_s, sigma_s)."""
+        names = ("arr_0", "arr_1", "mu", "sigma", "mu_s", "sigma_s", "n")
         try:
             with np.load(path, allow_pickle=False) as file:
-                content = {k: file[k] for k in ("arr_0", "arr_1", "mu", "sigma", "mu_s", "sigma_s", "n") if k in file.files}
+                content = {k: file[k] for k in names if k in file.files}
         except Exception as error:                        # zip, zlib and numpy each have their own
             raise ValueError(f"{path} is not a readable npz file ({error})") from None
         images, labels = self.images, self.labels = content.pop("arr_0", None), content.pop("arr_1", None)
-        if {"mu", "sigma"} <= content.keys():             # ADM's are of the whole data set, and do not say of how many images
+        if {"mu", "sigma"} <= content.keys():             # ADM's do not say of how many images
             self.statistics = {"n": 0, **{k: v.astype(np.float64) for k, v in content.items()}}
         elif images is None:
             raise ValueError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")
@@ -362,7 +369,7 @@ class ImageSet:
             raise ValueError(f"{path}: arr_1 is {labels.dtype} {labels.shape}; it must hold one class id per image")
 
 def describe_reference(real, net, features, digest, device, batch_size):
-    """describe() of the real images, cached beside a packed data set; mu and sigma of a file come before those computed."""
+    """describe() of the real images, cached beside a packed data set; a file's own mu and sigma come first."""
     cache = Path(real.place) / f"statistics-{features}-{digest}-{real.key[:8]}.npz"
     if real.images is None:
         return real.statistics
@@ -386,18 +393,21 @@ def precision_and_recall(fake, real):
         raise ValueError("the generated images are all the same")
     return precision_recall(fake["features"], real["features"][random_subset(NEIGHBOURS, len(real["features"]))])
 
+def distance(mu, sigma):
+    return lambda fake, real: [frechet_distance(fake[mu], fake[sigma], real[mu], real[sigma])]
+
 METRICS = {  # name: (keys of the result, function of two descriptions)
-    "fd": (["fd"], lambda fake, real: [frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"])]),
+    "fd": (["fd"], distance("mu", "sigma")),
     "kid": (["kid", "kid_std"], lambda fake, real: kernel_distance(fake["features"], real["features"])),
     "pr": (["precision", "recall"], precision_and_recall),
     "is": (["is", "is_std"], lambda fake, real: inception_score(fake["logits"])),
-    "sfd": (["sfd"], lambda fake, real: [frechet_distance(fake["mu_s"], fake["sigma_s"], real["mu_s"], real["sigma_s"])]),
+    "sfd": (["sfd"], distance("mu_s", "sigma_s")),
 }
 
 def compare(fake, real, metrics, inception):
     """The scores of two descriptions: ({name: number}, {score left out: why})."""
     if fake["mu"].shape != real["mu"].shape:
-        raise ValueError(f"the reference has features of {real['mu'].shape[0]} numbers, the samples of {fake['mu'].shape[0]}: "
+        raise ValueError(f"the reference has features of {len(real['mu'])} numbers, the samples of {len(fake['mu'])}: "
                          "they were made with other networks")
     scores, left_out = {}, {}
     for metric in metrics:
@@ -422,8 +432,8 @@ def score(samples, real, net, options, digest, device):
         rows = random_subset(len(samples.images), len(held_out.images))                # as many: FD grows as N falls
         if len(rows) > 1:
             floor = describe(held_out.images, net, device, options.batch_size, "held-out images", rows)
-            result = {"fd_floor": frechet_distance(floor["mu"], floor["sigma"], reference["mu"], reference["sigma"]),
-                      "n_floor": len(rows), "class_accuracy_real": float((floor["seen"] == held_out.labels[rows]).mean())}
+            result = {"fd_floor": distance("mu", "sigma")(floor, reference)[0], "n_floor": len(rows),
+                      "class_accuracy_real": float((floor["seen"] == held_out.labels[rows]).mean())}
         if samples.labels is not None:
             result["class_accuracy"] = float((fake["seen"] == samples.labels).mean())
     if dist.is_initialized() and dist.get_rank():         # the first process computes and reports
@@ -439,12 +449,14 @@ def report(result):
     offline, held_out = offline == "classifier", f"{result.get('n_floor')} held-out real images"
     real = f"{result['n_real'] or 'the statistics of the'} real images"
     for key, title, about in (
-            ("fd", name, f"{n} generated against {real}; 0 is best"), ("fd_floor", f"{name} floor", f"{held_out} against {real}"),
+            ("fd", name, f"{n} generated against {real}; 0 is best"),
+            ("fd_floor", f"{name} floor", f"{held_out} against {real}"),
             ("sfd", f"s{name}", f"{n} generated against {real}"), ("is", "Inception score", f"{n} images, ten splits"),
             ("kid", "KID (classifier features)" if offline else "KID", f"100 subsets of 1000 of {n} and "
-             f"{result['n_real_features']} images; usually given x 1000"), ("precision", "precision", f"share of {n} generated"),
+             f"{result['n_real_features']} images; usually given x 1000"),
+            ("precision", "precision", f"share of {n} generated images"),
             ("recall", "recall", f"share of {min(NEIGHBOURS, result['n_real_features'])} real images"),
-            ("class_accuracy", "class accuracy", f"share of {n} generated images in which the classifier sees the class asked for"),
+            ("class_accuracy", "class accuracy", f"share of {n} generated images in which it sees the class asked for"),
             ("class_accuracy_real", "class accuracy, real", f"share of {held_out} it gets right")):
         if key in result:
             spread = f" +- {result[key + '_std']:.4f}" if key + "_std" in result else ""
@@ -452,14 +464,14 @@ def report(result):
     for metric, reason in result["left_out"].items():
         print(f"{metric:32s}   left out   ({reason})")
     for wary, message in ((n < 2048, f"{n} images are few: {name} is biased upwards and only comparable at the same N"),
-                          (offline and judge is None, "nothing is held out: how well the classifier judges is not known"),
-                          (judge is not None and judge < 0.5, f"the classifier is right on {judge} of held-out real images only: "
-                           "neither its features nor its class accuracy are to be trusted")):
+                          (offline and judge is None, "nothing is held out: how good the classifier is nobody knows"),
+                          (judge is not None and judge < 0.5, f"the classifier is right on {judge} of held-out real "
+                           "images only: neither its features nor its class accuracy are to be trusted")):
         if wary:
             print(f"warning: {message}", file=sys.stderr)
 
 def print_table(files, out):
-    """--table: a line per result, with the settings in which they differ; a CSV file, and a curve over the first of these."""
+    """--table: a line per result, with the settings in which they differ; a CSV file; a curve over the first."""
     try:
         rows = [json.loads(Path(file).read_text()) for file in files]
         if len({(row["score"], row["n_real"], row["reference_key"]) for row in rows}) > 1:
@@ -468,7 +480,8 @@ def print_table(files, out):
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{', '.join(files)} are not results of this script that can be compared ({error})") from None
     varied = [k for k in made[0] if len({str(how.get(k)) for how in made}) > 1]
-    scores = [k for k in ("fd", "sfd", "kid", "is", "precision", "recall", "class_accuracy") if any(k in row for row in rows)]
+    scores = ("fd", "sfd", "kid", "is", "precision", "recall", "class_accuracy")
+    scores = [k for k in scores if any(k in row for row in rows)]
     table = [["file", *varied, "N", *scores]] + [
         [Path(file).name, *(how.get(k) for k in varied), row["n_generated"], *(row.get(k, "") for k in scores)]
         for file, how, row in zip(files, made, rows)]
@@ -490,7 +503,7 @@ class Options:
     run: str = option("shapes", "runs/NAME, or a folder", group="what")
     samples: str = option(None, "generated images (default: the run's samples)")
     reference: str = option(None, "real images or their statistics (default: the samples' data set, training images)")
-    metrics: str = option(",".join(METRICS), "Frechet and kernel distance, precision and recall, Inception score, spatial FD")
+    metrics: str = option(",".join(METRICS), "distances, precision and recall, Inception score, spatial distance")
     features: str = option("classifier", "see the head of this file:", choices=("classifier", "inception"))
     inception_weights: Path = option(None, "the weights file, where it cannot be downloaded")
     table: list = option(None, "only compare results made before: a table, a CSV file and a curve")
@@ -509,15 +522,16 @@ def open_sets(options):
     """The generated images and the real ones.  Raises ValueError if they cannot be compared."""
     samples = ImageSet(options.samples or data.folder_of(options.run, "runs") / "samples")
     name, made = options.reference or samples.record.get("data"), samples.record
-    if samples.images is None or not name:
-        raise ValueError(f"{samples.place} holds statistics only: they serve as --reference" if samples.images is None else
-                         f"{samples.place} does not say which data set it imitates: pass --reference")
+    if samples.images is None:
+        raise ValueError(f"{samples.place} holds statistics only: they serve as --reference")
+    if not name:
+        raise ValueError(f"{samples.place} does not say which data set it imitates: pass --reference")
     real = ImageSet(Path(name) if options.reference else data.folder_of(name, "data"))
     if options.features == "classifier" and "classes" not in real.record:
-        raise ValueError(f"{name} is not a packed data set, and the classifier is trained on one: --features inception takes any")
-    if made.get("size") != real.record.get("size", made.get("size")) and made:
-        raise ValueError(f"{samples.place} has images of {made.get('size')} pixels, {real.place} of {real.record['size']}: is it "
-                         "the right --reference?")
+        raise ValueError(f"{name} is not a packed data set, the classifier is trained on one: use --features inception")
+    if made.get("size", 0) != real.record.get("size", 0) and made and real.record:
+        raise ValueError(f"{samples.place} has images of {made.get('size')} pixels, {real.place} of "
+                         f"{real.record['size']}: is it the right --reference?")
     if made.get("classes", []) != real.record.get("classes") and made:
         samples.labels = None                             # labels of other classes say nothing to this classifier
     return samples, real
@@ -529,23 +543,24 @@ def main(argv=None):
     with model.machine(options.device) as (device, rank, world):
         samples, real = open_sets(options)
         folder, path = data.folder_of(options.run, "runs"), Path(samples.place)
-        out = options.out or (path.with_name(f"{path.name}-metrics.json") if options.samples else folder / "metrics.json")
+        out = path.with_name(f"{path.name}-metrics.json") if options.samples else folder / "metrics.json"
+        out = options.out or out
         if options.features == "inception":
             net, name, digest = load_inception(options.inception_weights)
         else:
             net, name, digest = load_classifier(real.place, device, rank, world)
         made = {"score": name, "features": options.features, "weights": digest, "metrics": options.metrics,
-                "samples": samples.place, "samples_key": samples.key, "reference": real.place, "reference_key": real.key,
-                "sampling": samples.record}
+                "samples": samples.place, "samples_key": samples.key, "reference": real.place,
+                "reference_key": real.key, "sampling": samples.record}
         stamps = [file.stat().st_mtime for file in (folder / "checkpoint.pt", path / "samples.json") if file.exists()]
         if rank == 0 and not options.samples and stamps == sorted(stamps, reverse=True) and len(stamps) == 2:
-            print(f"warning: {folder / 'checkpoint.pt'} is newer than the samples: run 04_sample.py again", file=sys.stderr)
+            print(f"warning: {folder / 'checkpoint.pt'} is newer than the samples: sample again", file=sys.stderr)
         if out.exists() and not options.overwrite:
             old = json.loads(out.read_text())
             odd = next((k for k in made if old.get(k) != made[k]), None)
             if odd:
-                raise ValueError(f"{out} holds the score of other samples, weights or data, or with other options ({odd} differs): "
-                                 "pass --overwrite to replace it, or --out")
+                raise ValueError(f"{out} holds the score of other samples, weights or data, or with other options "
+                                 f"({odd} differs): pass --overwrite to replace it, or --out")
             return rank or print(f"{out} is already there, for these samples:") or report(old)
         result = made | score(samples, real, net.to(device), options, digest, device)
         if rank == 0:
