@@ -29,8 +29,8 @@ import urllib.request
 import uuid
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -42,7 +42,7 @@ from tqdm import tqdm
 def center_crop(image, size):
     """ADM's crop: halve with BOX while possible, scale the short side to `size` with BICUBIC, cut out the centre.
 
-    image: PIL, any mode.  Returns (size,size,3) uint8.  The published ImageNet scores all use this one.
+    image: PIL, any mode that convert("RGB") knows.  Returns (size,size,3) uint8.  Published ImageNet scores use this one.
     """
     image = image.convert("RGB")
     while min(image.size) >= 2 * size:
@@ -52,7 +52,7 @@ def center_crop(image, size):
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image)[top:top + size, left:left + size]
 
-# ---- Source "shapes": outlines in about the unit circle, y pointing down, all of them mirror images of themselves ---
+# ---- Source "shapes": outlines in about the unit circle, y pointing down, all symmetric left to right ---
 def arc(radius, start=0.0, stop=2.0, y=0.0):
     """64 points on a circle around (0, y); angles in units of pi, 0 = right, 0.5 = down."""
     angles = np.pi * np.linspace(start, stop, 64)
@@ -299,7 +299,7 @@ class UsageError(ValueError):
 def option(default, text, within=None, choices=None, group=None, flag=True, free=False):
     """A dataclass field that is also a command-line flag.  None as default: worked out later, as the text says.
 
-    within: an interval such as "(0, 1]" for its numbers.  group: title of the flags from here on.  free: see 03.
+    within: an interval for its numbers, as "(0, 1]".  group: title of the flags from here on.  free: may change in a run.
     """
     return field(default=default, metadata={k: v for k, v in locals().items() if k != "default"})
 
@@ -352,7 +352,8 @@ def run(main):
     try:
         return main() or 0
     except KeyboardInterrupt:
-        code, message = 130, "stopped; the same command goes on where it was"
+        again = " without --overwrite" if "--overwrite" in sys.argv else ""
+        code, message = 130, f"stopped; the same command{again} goes on where it was"
     except (ValueError, OSError) as error:
         code, message = 2 if isinstance(error, UsageError) else 1, error
     except RuntimeError as error:                         # torch's own are known by name: this file does without torch
@@ -378,6 +379,10 @@ def whole(path):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+def save_picture(path, image):
+    with whole(path) as part:
+        image.save(part, "png")
 
 def save_json(path, value):
     with whole(path) as part:
@@ -510,7 +515,7 @@ def plan(options):
     return {"recipe": options.recipe(), "classes": names, "found": found}, make, splits
 
 def keep_fraction(jobs, labels, fraction, seed):
-    """A seeded random part of the training images, in order: 1 % of ImageNet is 12,811.         (document 000, 4.1)"""
+    """A seeded random part of the training images, in order: 1 % of ImageNet is 12,811.         (Improved JiT, 4.1)"""
     kept = np.sort(np.random.default_rng((seed, 2)).permutation(len(jobs))[:max(1, int(len(jobs) * fraction))])
     return (jobs, labels) if fraction == 1 else ([jobs[i] for i in kept], [labels[i] for i in kept])
 

@@ -16,16 +16,16 @@ velocity fill all of it, and a network narrower than the patch can only hold the
 
 Letters of the shape column:  B images, C channels, H W pixels, p patch size, N = (H/p)(W/p) tokens, L = N + context
 tokens, D hidden size, h heads, d = D/h.     Paper: Li & He 2025, "Back to Basics: Let Denoising Generative Models
-Denoise", arXiv 2511.13720.  Lines marked "departure:" differ from it on purpose, "subtle:" marks a trap.
+Denoise", arXiv 2511.13720.  "Improved JiT" is the course paper whose variants are offered too (Siu 2025).
+Lines marked "departure:" differ from their source on purpose, "subtle:" marks a trap.
 """
 import argparse
 import ctypes
 import math
 import os
 import sys
-import zipfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -92,16 +92,16 @@ def convert(value, kind, to, z, t, path="linear", t_eps=T_EPS):
     return expand(u, z) * value.float() + expand(w, z) * z.float()
 
 def shift_time(t, shift):
-    """Spend more of [0,1] near the noise: t / (t + A (1-t)).  For big images and wide tokens (SD3 eq. 23, RAE)."""
+    """More of [0,1] near the noise for shift A > 1: t / (t + A (1-t)).  For big images and latents (SD3 eq. 23, RAE)."""
     return t / (t + shift * (1 - t))
 
 def to_float(images, device="cpu"):
     """uint8 (B,H,W,C) -> float (B,C,H,W) in [-1,1] on the device."""
     x = torch.as_tensor(images).to(device).permute(0, 3, 1, 2)
-    return x.contiguous().float().div_(127.5).sub_(1)     # subtle: noise like x with NHWC's strides is slow
+    return x.contiguous().float().div_(127.5).sub_(1)     # subtle: randn_like would keep NHWC's slow strides
 
 def to_uint8(x):
-    """Pixels in [-1,1], float -> uint8 0..255, rounded and not cut off; the inverse of u / 127.5 - 1."""
+    """Pixels in [-1,1], float -> uint8 0..255, rounded, not truncated; the inverse of u / 127.5 - 1."""
     return (((x.float() + 1) / 2).clamp(0, 1) * 255).round().to(torch.uint8)
 
 def to_pictures(x):
@@ -166,10 +166,7 @@ def rotate(x, cos, sin):
 
 # ---- Conditions: time and class -------------------------------------------------------------------------------------
 class TimeEmbed(nn.Module):
-    """Time (B,) in [0,1] -> (B,D): 256 cosine and sine features, then a small MLP.
-
-    departure: DiT scales t to 0..1000 first; JiT does not, and neither do we.
-    """
+    """Time (B,) in [0,1], not scaled to 0..1000 as in DiT -> (B,D): 256 cosine and sine features, then a small MLP."""
 
     def __init__(self, hidden):
         super().__init__()
@@ -248,8 +245,8 @@ def modulate(x, shift, scale):
 class Block(nn.Module):
     """One Transformer block with adaLN-Zero: x + gate * f(norm(x) * (1 + scale) + shift), for attention, then FFN.
 
-    The "Zero" is about the gate: its layer starts at zero, so every block starts as the identity.  The condition c may
-    be (B,1,D), the same for all tokens, or (B,L,D), one per token.
+    The "Zero" that matters is the gate's: all six start at zero, so every block starts as the identity.  The condition
+    c may be (B,1,D), the same for all tokens, or (B,L,D), one per token.
     """
 
     def __init__(self, config, dropout):
@@ -302,13 +299,12 @@ class JiT(nn.Module):
         self.final_layer = FinalLayer(config)
         self.aux_head = AUX_HEADS[config.aux](D)
         self.checkpointing = False                        # recompute blocks in the backward pass: memory for time
-        for context in {0, config.in_context_len} if config.rope else ():
-            for name, table in zip(("cos", "sin"), rotary_table(D // config.num_heads, side, context)):
-                self.register_buffer(f"rope_{name}_{context}", table, persistent=False)
+        for name, table in zip(("cos", "sin"), rotary_table(D // config.num_heads, side, config.in_context_len)):
+            self.register_buffer(f"rope_{name}", table, persistent=False)
         self.initialize()
 
     def initialize(self):
-        """Xavier for linear maps, N(0, 0.02) for tables and the time MLP, zero for every gate and for the output."""
+        """Xavier for linear maps, N(0, 0.02) for tables and the time MLP, zero for every adaLN map and the output."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1))   # subtle: a view; patches, not pixels, fan in
@@ -324,9 +320,9 @@ class JiT(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def rope(self, context):
-        """(cos, sin) for `context` class tokens followed by the image tokens, or None."""
-        if self.config.rope:
-            return getattr(self, f"rope_cos_{context}"), getattr(self, f"rope_sin_{context}")
+        """(cos, sin) for the image tokens, with the context tokens in front or without, or None."""
+        first = 0 if context else self.config.in_context_len
+        return (self.rope_cos[first:], self.rope_sin[first:]) if self.config.rope else None
 
     def forward(self, z, t, y, with_aux=False):
         """See the class.  with_aux=True returns (prediction, the auxiliary head's answer)."""
@@ -342,7 +338,7 @@ class JiT(nn.Module):
                 x = torch.utils.checkpoint.checkpoint(block, x, c, self.rope(context), use_reentrant=False)
             else:
                 x = block(x, c, self.rope(context))                                                # B L D
-            if with_aux and i == self.aux_head.after % config.depth:
+            if with_aux and i == self.aux_head.after % config.depth:           # -1 is the last block
                 answer = self.aux_head(x[:, context:])
         out = unpatchify(self.final_layer(x[:, context:], c), config.patch_size)                   # B C H W
         return (out, answer) if with_aux else out
@@ -375,7 +371,7 @@ def gelu_ffn(hidden, inner, dropout):
     return nn.Sequential(nn.Linear(hidden, inner), act, nn.Dropout(dropout), nn.Linear(inner, hidden))
 
 def bottleneck_ffn(hidden, inner, dropout):
-    """Document 000's (listing 1): squeezed to D/2 before it widens.  It has no dropout."""
+    """Improved JiT's (listing 1): squeezed to D/2 before it widens.  It has no dropout."""
     return nn.Sequential(nn.Linear(hidden, hidden // 2), nn.GELU(), nn.Linear(hidden // 2, inner), nn.SiLU(),
                          nn.Linear(inner, hidden))
 
@@ -387,7 +383,7 @@ PATHS = {"linear": linear_path, "cosine": cosine_path, "ddpm-linear": ddpm_linea
 NORMS = {"rmsnorm": RMSNorm, "layernorm": plain_layernorm}
 FFNS = {"swiglu": SwiGLU, "gelu": gelu_ffn, "bottleneck": bottleneck_ffn}
 
-# ---- Auxiliary heads: a second question put to the tokens, in training only          (document 000, section 3.3) ----
+# ---- Auxiliary heads: a second question put to the tokens, in training only          (Improved JiT, section 3.3) ----
 class AuxHead(nn.Module):
     """Mean of the image tokens after block `after` (-1: the last) -> Linear, SiLU, Linear.
 
@@ -434,7 +430,7 @@ class JiTConfig:
     bottleneck_dim: int = option(128, "width between the two maps of the patch embedding; 0: one map", "[0, inf)")
     in_context_len: int = option(32, "class tokens put in front of the image tokens; 0: none", "[0, inf)")
     in_context_start: int = option(4, "the block before which they are put there", "[0, inf)")
-    dropout: float = option(0.0, "on attention output and FFN of the middle half of the blocks", "[0, 1)")
+    dropout: float = option(0.0, "on attention output and FFN of the blocks depth//4 to depth//4*3", "[0, 1)")
     patch_embed: str = option("linear", "nonlinear: SiLU in the bottleneck", choices=("linear", "nonlinear"))
     ffn: str = option("swiglu", "feed-forward network:", choices=tuple(FFNS))
     norm: str = option("rmsnorm", "layernorm: without learned weights", choices=tuple(NORMS))
@@ -487,13 +483,12 @@ def read_checkpoint(path):
     """Open a checkpoint file without running anything in it.  Raises ValueError with one line that names the file."""
     if not Path(path).is_file():
         raise ValueError(f"no checkpoint at {path}: train one first (python 03_train.py), or is the name another?")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is not a checkpoint: not a file that torch.save wrote, or only the beginning of one")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):        # the official files' only foreign class
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:                                     # torch raises many kinds
-        raise ValueError(f"{path} is damaged, or holds more than tensors and plain values: it is not opened") from None
+        raise ValueError(f"{path} is not a checkpoint: damaged, not written by torch.save, or holding more than tensors "
+                         "and plain values") from None
     if not isinstance(state, dict) or not ({"config", "ema"} <= state.keys() or {"model_ema1", "args"} <= state.keys()):
         raise ValueError(f"{path} is not a JiT checkpoint: it holds neither config and ema nor model_ema1 and args")
     return state
@@ -523,23 +518,16 @@ def load_network(path, ema=0):
         load_weights(net, {k.removeprefix("net."): v for k, v in weights.items()})
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
-        raise ValueError(f"{path} cannot be used: {kind}{str(error).splitlines()[0][:200]}") from None
+        raise ValueError(f"{path} cannot be used: {kind}{str(error).strip().splitlines()[-1].strip()[:200]}") from None
     return net.eval(), {**info, "official": "args" in state}
 
 def load_weights(net, weights):
-    """Copy weights into net, all of them and no others (auxiliary heads aside).  Raises ValueError naming a misfit."""
-    own = net.state_dict()
-    for name, value in own.items():
-        if name not in weights and name != "pos_embed":   # the fixed table may be left out of a file
-            raise ValueError(f"it lacks the weight {name}")
-        if name in weights and weights[name].shape != value.shape:
-            raise ValueError(f"weight {name} is {tuple(weights[name].shape)}, the network wants {tuple(value.shape)}")
-        if name in weights and not torch.isfinite(weights[name]).all():
-            raise ValueError(f"weight {name} holds NaN or infinity")
-    extra = [name for name in weights if name not in own and not name.startswith("aux_head.") and "rope" not in name]
-    if extra:                                             # official files store the rotary tables
-        raise ValueError(f"it holds a weight {extra[0]} that the network does not have")
-    net.load_state_dict({k: v for k, v in weights.items() if k in own}, strict=False)
+    """Copy weights into net, all of them and no others.  Raises RuntimeError or ValueError that name a misfit."""
+    weights = {k: v for k, v in weights.items() if not k.startswith("aux_head.") and "rope" not in k}
+    net.load_state_dict({"pos_embed": net.pos_embed} | weights)
+    bad = next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
+    if bad:
+        raise ValueError(f"weight {bad} holds NaN or infinity")
 
 # ---- Plumbing of the later scripts: device and processes ------------------------------------------------------------
 @contextmanager

@@ -12,9 +12,9 @@ One step, in the letters of 02_model.py (t = 0 noise, t = 1 data; JiT Algorithm 
     x_pred = net(z, t, y)                                                      one in ten labels replaced by "no class"
     v_pred = (x_pred - z) / max(1-t, 0.05),  v = (x - z) / max(1-t, 0.05)      the same clamp for prediction and target
     loss = mean over pixels of (v_pred - v)^2
-Chance is a function of (seed, step, micro-batch), whoever computes it.  So a resumed run repeats what an undisturbed
-one does (bit for bit on a CPU; a GPU's sums vary in the last digits) and, at the same --micro-batch, two processes
-train the same model as one.
+All randomness is a function of (seed, step, micro-batch), whoever computes it.  So a resumed run repeats what an
+undisturbed one does (bit for bit on a CPU; a GPU's sums vary in the last digits) and, at the same --micro-batch, two
+processes train the same model as one.
 """
 import csv
 import math
@@ -57,8 +57,8 @@ def draw(images, labels, options, config):
     """Pixels (B,H,W,C) uint8 and labels (B,) -> the batch a network sees: x, e, t, y and, for rotation, turns.
 
     x: (B,C,H,W) in [-1,1], mirrored by chance.  e: noise, std k.  t: (B,) times.  y: labels, some replaced by the
-    null class.  departure: the code of document 000 ("Improved JiT") rotates only the input of a second pass; we follow
-    its text, in which the diffusion loss is taken on the rotated images too.
+    null class.  departure: Improved JiT's code rotates only the input of a second pass; we follow its text, in which
+    the diffusion loss is taken on the rotated images too.
     """
     B, device = len(images), images.device
     if options.flip:
@@ -115,7 +115,8 @@ class Trainer:
         if world > 1:
             self.forward = torch.nn.parallel.DistributedDataParallel(self.forward)
         self.step, self.skipped, self.bad = 0, 0, 0       # steps done; non-finite ones so far; and in a row
-        self.sums = torch.zeros(BINS + 2, 2, dtype=torch.float64, device=device)     # of the log: (sum, count) a row
+        # of the log, (sum, count) a row: v-loss in BINS ranges of t, auxiliary loss, gradient norm
+        self.sums = torch.zeros(BINS + 2, 2, dtype=torch.float64, device=device)
 
     def train_step(self, feed):
         """One optimizer step: every micro-batch forward and backward, then AdamW, then the averages."""
@@ -149,7 +150,7 @@ class Trainer:
             torch._foreach_lerp_(list(average.values()), weights, 1 - decay)
 
     def lr(self, step):
-        """Warm-up, then constant or half a cosine down to zero."""
+        """Warm-up times the schedule: constant, or half a cosine from 1 at the first step down to 0."""
         rate = self.options.lr * min(1.0, (step + 1) / max(1, self.options.warmup))
         done = step / self.options.steps
         return rate * 0.5 * (1 + math.cos(math.pi * done)) if self.options.schedule == "cosine" else rate
@@ -297,9 +298,9 @@ class Recorder:
             for name in ("snapshots", "preview"):
                 (folder / name).mkdir(parents=True, exist_ok=True)
             data.save_json(folder / "config.json", {"options": asdict(options), "config": asdict(trainer.config)})
-            old = csv.DictReader((folder / "log.csv").open()) if trainer.step and (folder / "log.csv").exists() else []
-            self.rows = [{k: row.get(k, "") for k in self.COLUMNS} for row in old if (row.get("step") or "x").isdigit()]
-            self.rows = [row for row in self.rows if int(row["step"]) <= trainer.step]     # later ones will come again
+            old = (folder / "log.csv").read_text().splitlines() if (folder / "log.csv").exists() else []
+            self.rows = [{k: row.get(k, "") for k in self.COLUMNS} for row in csv.DictReader(old)]
+            self.rows = [row for row in self.rows if row["step"].isdigit() and int(row["step"]) <= trainer.step]
 
     def after_step(self):
         """Write whatever is due after this step.  Raises KeyboardInterrupt, with all saved, after a signal to stop."""
@@ -309,8 +310,7 @@ class Recorder:
         if trainer.step % options.log_every == 0 or done:
             self.write_line(trainer.summed().tolist(), done)
         if first and (done or options.preview_every and trainer.step % options.preview_every == 0):
-            with data.whole(self.folder / "preview" / f"{name}.png") as part:
-                preview(trainer, *self.shown).save(part, "png")
+            data.save_picture(self.folder / "preview" / f"{name}.png", preview(trainer, *self.shown))
             if self.rows:
                 self.draw_loss()
         if first and trainer.step in self.marks:
@@ -362,8 +362,8 @@ class Recorder:
         """loss.png: training and held-out loss over the steps."""
         lines = {name: [(int(row["step"]), float(row[name])) for row in self.rows if row[name] != ""]
                  for name in ("loss", "held_out")}
-        with data.whole(self.folder / "loss.png") as part:
-            data.chart("loss in v-space", "step", {k: v for k, v in lines.items() if v}).save(part, "png")
+        lines = {name: points for name, points in lines.items() if points}
+        data.save_picture(self.folder / "loss.png", data.chart("loss in v-space", "step", lines))
 
 def save(state, path):
     """torch.save, whole.  Raises ValueError when the disk is full."""
@@ -385,6 +385,8 @@ def largest(numbers, world):
 IMAGENET = {"data": "imagenet", "model": "JiT-B/16", "preview_every": 5000,
             "sampling": {"cfg": 2.9, "interval": (0.1, 1.0)}}
 PRESETS = {
+    # shapes: found by trials, for minutes on two cores.  k = 2 hides the large flat shapes for longer; ancestral sampling
+    # and more steps near the noise forgive the early mistakes, which are about colour
     "shapes": {"data": "shapes", "model": "JiT-T/16", "batch_size": 32, "steps": 4600, "lr": 7e-3, "schedule": "cosine",
                "ema": (0.998,), "noise_scale": 2.0, "p_mean": -0.9, "p_std": 1.0,
                "sampling": {"solver": "ddpm", "cfg": 1.5, "steps": 25, "shift": 3.0}},
@@ -398,11 +400,11 @@ PRESETS = {
     "imagenet-B": IMAGENET, "imagenet-L": IMAGENET | {"model": "JiT-L/16"},
     "imagenet-H": IMAGENET | {"model": "JiT-H/16", "sampling": {"cfg": 2.3, "interval": (0.1, 1.0)}},
     "1percent": IMAGENET | {"data": "imagenet-1percent", "epochs": 1000.0, "ema": (0.999,), "batch_size": 1200,
-                            "sampling": {"solver": "euler", "steps": 25, "cfg": 2.9}},       # document 000, section 4.1
+                            "sampling": {"solver": "euler", "steps": 25, "cfg": 2.9}},       # Improved JiT, section 4.1
 }
 DIT = {"norm": "layernorm", "ffn": "gelu", "rope": False, "qk_norm": False, "in_context_len": 0, "bottleneck_dim": 0}
 EXPERIMENTS = {  # combine with any preset
-    # document 000, Table 1            patch embedding            FFN                  auxiliary loss
+    # Improved JiT, Table 1            patch embedding            FFN                  auxiliary loss
     "baseline": {"patch_embed": "linear",    "ffn": "swiglu",     "aux": "none"},
     "exp1":     {"patch_embed": "nonlinear", "ffn": "bottleneck", "aux": "none"},
     "exp2":     {"patch_embed": "nonlinear", "ffn": "bottleneck", "aux": "time"},
@@ -547,8 +549,10 @@ def main(argv=None):
         if state:
             refuse_other_settings(state, options, config, folder)
             if state["info"]["step"] == options.steps:
-                return rank or print(f"{folder} is finished (step {options.steps}); nothing to do. Train longer with "
-                                     "--resume --steps N, anew with --overwrite")
+                if rank == 0:
+                    print(f"{folder} is finished (step {options.steps}); nothing to do. Train longer with --resume "
+                          "--steps N, anew with --overwrite")
+                return
         if not config.num_classes:
             arrays = {split: (images, labels * 0) for split, (images, labels) in arrays.items()}
         with data.locked(folder) if rank == 0 else nullcontext():
@@ -556,6 +560,8 @@ def main(argv=None):
             if state:
                 trainer.load(state)
             if rank == 0:
+                if options.overwrite and folder.exists():
+                    move_aside(folder)
                 announce(trainer, folder, len(arrays["train"][1]))
             train(trainer, read_ahead(*arrays["train"], trainer), Recorder(trainer, folder, arrays))
         if rank == 0:
@@ -564,15 +570,18 @@ def main(argv=None):
                   f"then run 04_sample.py{name}")
 
 def announce(trainer, folder, count):
-    """Move an old run aside, with --overwrite, and say what begins."""
-    options, config, aside = trainer.options, trainer.config, Path(f"{folder}.old")
-    while aside.exists():
-        aside = Path(f"{aside}.old")
-    if options.overwrite and folder.exists():
-        os.replace(folder, aside)
+    """Say what begins."""
+    options, config = trainer.options, trainer.config
     print(f"{folder}: {options.model} with {model.count_parameters(config):,} parameters, patch {config.patch_size}, "
           f"on {count} images; step {trainer.step} to {options.steps}, batch {options.batch_size}, "
           f"lr {options.lr:.2g}, {options.amp}, {trainer.device}; all settings in config.json", flush=True)
+
+def move_aside(folder):
+    """NAME -> NAME.old, or NAME.old.old where that exists: nothing is ever deleted."""
+    aside = Path(f"{folder}.old")
+    if aside.exists():
+        move_aside(aside)
+    os.replace(folder, aside)
 
 if __name__ == "__main__":
     sys.exit(data.run(main))

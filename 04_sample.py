@@ -68,10 +68,11 @@ def heun_step(z, t, t_next, v):
     return ahead if t_next == 1 else z + (t_next - t) * (first + v(ahead, t_next)) / 2
 
 def ddim_step(z, t, t_next, v, path="linear"):
-    """Take the current estimates of x and e and mix them anew for t_next: exact when they are right.  (DDIM eq. 12)"""
-    x, e = estimates(z, t, v, path)
-    (alpha, sigma), = mixing_weights(path, t_next)
-    return alpha * x + sigma * e
+    """Take the current estimates of x and e and mix them anew for t_next: exact when they are right.  (DDIM eq. 12)
+
+    On the linear path this is Euler's step.
+    """
+    return model.mix(path, *estimates(z, t, v, path), torch.full((len(z),), t_next, device=z.device))
 
 def ddpm_step(z, t, t_next, v, path="linear", noise=0.0):
     """Draw from q(z_next | z_t, x) with x the current estimate: ancestral sampling.          (DDPM eq. 7, for any path)
@@ -79,7 +80,8 @@ def ddpm_step(z, t, t_next, v, path="linear", noise=0.0):
     noise: (B,C,H,W) with the std of the path's noise, k.
     """
     x, _ = estimates(z, t, v, path)
-    (alpha, sigma), (alpha_next, sigma_next) = mixing_weights(path, t, t_next)
+    (alpha, sigma), (alpha_next, sigma_next) = (
+        [c.item() for c in model.path_coefficients(path, torch.tensor(time))[:2]] for time in (t, t_next))
     ratio = alpha / alpha_next
     var = sigma**2 - ratio**2 * sigma_next**2             # of z_t given z_next
     mean = (ratio * sigma_next**2 * z + var * alpha_next * x) / sigma**2
@@ -90,10 +92,7 @@ def estimates(z, t, v, path):
     value, times = v(z, t), torch.full((len(z),), t, device=z.device)
     return tuple(model.convert(value, "v", to, z, times, path) for to in ("x", "e"))
 
-def mixing_weights(path, *times):
-    return [[c.item() for c in model.path_coefficients(path, torch.tensor(t))[:2]] for t in times]
-
-SOLVERS = ("heun", "euler", "ddim", "ddpm")
+SOLVERS = {"heun": heun_step, "euler": euler_step, "ddim": ddim_step, "ddpm": ddpm_step}
 
 @torch.no_grad()
 def generate(net, noise, labels, *, solver="heun", steps=50, cfg=1.0, interval=(0.0, 1.0), t_eps=0.05, shift=1.0,
@@ -101,7 +100,7 @@ def generate(net, noise, labels, *, solver="heun", steps=50, cfg=1.0, interval=(
     """Images (N,C,H,W), float in about [-1,1], from noise (N,C,H,W) with std k and labels (N,) int64.
 
     steps: of the time grid from 0 to 1; Heun-50 costs 99 network evaluations.  step_noise(i) -> like noise, fresh for
-    step i (ddpm; else torch.randn_like).  trace: a dict that receives t -> (z, x_pred).  Raises ValueError.
+    step i (ddpm; else torch.randn_like).  trace: a dict that gets t -> (z, guided x).  Raises ValueError.
     """
     if solver not in SOLVERS or steps < 1:
         raise ValueError(f"solver {solver!r}, {steps} steps: give one of {', '.join(SOLVERS)}, and at least 1 step")
@@ -117,22 +116,21 @@ def generate(net, noise, labels, *, solver="heun", steps=50, cfg=1.0, interval=(
     z = noise.float()
     grid = model.shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
     for i, (t, t_next) in enumerate(zip(grid, grid[1:])):
-        if solver == "heun":
-            z = heun_step(z, t, t_next, v)
-        elif solver == "euler":
-            z = euler_step(z, t, t_next, v)
-        elif solver == "ddim":
-            z = ddim_step(z, t, t_next, v, path)
-        elif solver == "ddpm":
-            z = ddpm_step(z, t, t_next, v, path, step_noise(i) if step_noise else torch.randn_like(z) * k)
+        more = {"path": path} if solver in ("ddim", "ddpm") else {}
+        if solver == "ddpm":
+            more["noise"] = step_noise(i) if step_noise else torch.randn_like(z) * k
+        z = SOLVERS[solver](z, t, t_next, v, **more)
     return z
 
 # ---- One seed per image ----------------------------------------------------------------------------------------------
 def noise_for(indices, shape, seed, scale, step=None):
-    """Noise (len(indices), *shape), std scale: image i's depends on (seed, i) alone, and for ddpm on the step."""
-    # subtle: torch's CPU generator keeps 32 bits of a seed, numpy's mixes any tuple, so (seed, i) pairs never collide
-    key = (seed,) if step is None else (seed, step + 1)
-    rows = [np.random.default_rng((*key, int(i))).standard_normal(shape, dtype=np.float32) for i in indices]
+    """Noise (len(indices), *shape), std scale: image i's depends on (seed, i) alone, and for ddpm on the step.
+
+    subtle: numpy mixes a whole tuple into its seed (torch's CPU generator keeps 32 bits) but ignores zeros at its end:
+    so the step comes last, or one image's noise would be another's.
+    """
+    last = 0 if step is None else step + 1
+    rows = [np.random.default_rng((seed, int(i), last)).standard_normal(shape, dtype=np.float32) for i in indices]
     return torch.from_numpy(np.stack(rows)) * scale
 
 class Sampler:
@@ -217,8 +215,7 @@ def save_grid(out, path, labels, classes, rows=8, columns=10):
         places = [list(range(min(len(labels), rows * columns)))[i::columns] for i in range(min(columns, len(labels)))]
     titles = [classes[c] if c < len(classes) else c for c in shown] if len(shown) > 1 else []
     cells = [[load_image(out, place[y]) for place in places] for y in range(min(map(len, places)))]
-    with data.whole(path) as part:
-        data.picture(cells, titles).save(part, "png")
+    data.save_picture(path, data.picture(cells, titles))
 
 def save_npz(out, labels, size):
     """samples.npz as ADM's evaluator reads it, written image by image: arr_0 uint8 (N,H,W,3), arr_1 labels."""
@@ -285,7 +282,7 @@ class Options:
     num: int = option(1000, "number of images", "[1, 10000000]")
     labels: str = option("all", "ids or names, which take turns: all | 3,7 | star")
     seed: int = option(0, "image i is a function of (seed, i)", "[0, inf)")
-    solver: str = option(None, "heun: two velocities a step, one in the last (default: heun)", choices=SOLVERS,
+    solver: str = option(None, "heun: two velocities a step, one in the last (default: heun)", choices=tuple(SOLVERS),
                          group="how (what the checkpoint's preset recommends comes before these defaults)")
     steps: int = option(None, "of the time grid (default: 50)", "[1, 100000]")
     cfg: float = option(None, "guidance, 1 = off (default: 1)")
@@ -328,7 +325,7 @@ def main(argv=None):
         how, amp = settings_of(options, info, net.config), model.choose_precision(options.amp, device)
         sampler = Sampler(net, labels, options.seed, how, amp, device, options.compile)
         if options.trajectory or options.evolution:
-            return rank or draw_process(options, sampler, path.parent)
+            return draw_process(options, sampler, path.parent) if rank == 0 else None
         record = {**how, "seed": options.seed, "amp": amp, "num": len(labels), "checkpoint": str(path),
                   "step": info.get("step"), "ema": options.ema, "weights": fingerprint(net),
                   "data": info.get("data"), "size": net.config.image_size, "classes": classes, "labels": labels}
@@ -343,8 +340,7 @@ def draw_process(options, sampler, folder):
         raise ValueError(f"no snapshots in {folder / 'snapshots'}: train with 03_train.py --snapshots 8")
     picture = draw_trajectory(sampler) if options.trajectory else draw_evolution(sampler, files, options.ema)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with data.whole(path) as part:
-        picture.save(part, "png")
+    data.save_picture(path, picture)
     print(f"look at {path}")
 
 if __name__ == "__main__":

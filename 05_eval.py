@@ -11,7 +11,7 @@ Run it:   python 05_eval.py                                EVALTIME on two CPU c
           python 05_eval.py --samples my_pngs --reference VIRTUAL_imagenet256_labeled.npz --features inception
           python 05_eval.py --table runs/shapes/cfg-*-metrics.json       a table and a curve of scores made before
 
-An image set is a folder of PNG files, a .npz with arr_0 (N,H,W,3) uint8, or a packed data set; the reference may also
+An image set is a folder of image files, a .npz with arr_0 (N,H,W,3) uint8, or a packed data set; the reference may also
 be a .npz of statistics (mu, sigma).  FID is biased upwards at small N, and only comparable at equal N: every number
 carries its N.
 """
@@ -37,7 +37,7 @@ option = data.option
 def moments(sums):
     """Mean (D,) and covariance (D,D), with N-1, of features f from sums (D+1,D+1) over F^T F with F = (1, f).
 
-    So sums holds N, sum f and sum f^T f, in fp64.  Raises ValueError for fewer than two images.
+    sums: N, sum f and sum f^T f in one matrix, fp64.  Raises ValueError for fewer than two images.
     """
     n, total = sums[0, 0], sums[0, 1:]
     if n < 2:
@@ -124,13 +124,15 @@ def describe(images, net, device, batch_size, title, chosen=None):
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     chosen = np.arange(len(images)) if chosen is None else chosen
+    if len(chosen) < world:
+        raise ValueError(f"{len(chosen)} images are too few for {world} processes")
     start, stop = len(chosen) * rank // world, len(chosen) * (rank + 1) // world
     kept, sums, parts = np.isin(np.arange(len(chosen)), random_subset(KEPT, len(chosen))), {}, []
     with data.Progress(stop - start, title, " images") as bar:
         for i in range(start, stop, batch_size):
             rows = slice(i, min(i + batch_size, stop))
             out = {k: v.float() for k, v in net(torch.from_numpy(np.array(images[chosen[rows]])).to(device)).items()}
-            for name in {"features", "spatial"} & out.keys():
+            for name in [name for name in ("features", "spatial") if name in out]:     # subtle: alike on all processes
                 f = F.pad(out[name].double(), (1, 0), value=1.0)                                   # B 1+D: (1, f)
                 sums[name] = sums.get(name, 0) + f.T @ f
             part = out["features"][kept[rows]], out["logits"][kept[rows]], out["logits"].argmax(1)
@@ -157,14 +159,16 @@ class Inception(nn.Module):
 
     def __init__(self, weights):
         super().__init__()
-        self.names = {name: f"w{i}" for i, name in enumerate(weights)}         # a buffer's name has no dots
         for name, weight in weights.items():
-            self.register_buffer(self.names[name], weight)
+            self.register_buffer(name.replace(".", " "), weight)               # a buffer's name may not have dots
+
+    def weight(self, name):
+        return self.get_buffer(name.replace(".", " "))
 
     def chain(self, x, block, *names, stride=1, same=True):
         """Convolution, batch norm and ReLU for each name; the last has the stride.  At stride 1 the size stays."""
         for name in names:
-            kernel, *norm = (getattr(self, self.names[f"{block}{name}.{part}"]) for part in
+            kernel, *norm = (self.weight(f"{block}{name}.{part}") for part in
                              ("conv.weight", "bn.running_mean", "bn.running_var", "bn.weight", "bn.bias"))
             step = stride if name == names[-1] else 1
             padding = [k // 2 for k in kernel.shape[2:]] if same and step == 1 else 0
@@ -205,7 +209,7 @@ class Inception(nn.Module):
         for block, pool in (("Mixed_7b.", "avg"), ("Mixed_7c.", "max")):      # second difference: the maximum, once
             x = self.mixed(x, block, "branch1x1", "branch3x3 2ab", "branch3x3dbl 3ab", pool=pool)
         x = x.mean(dim=(2, 3))                                                                     # B 2048
-        logits = x @ getattr(self, self.names["fc.weight"]).T                  # third difference: 1008 outputs
+        logits = x @ self.weight("fc.weight").T                                # third difference: 1008 outputs
         return {"features": x, "spatial": spatial, "logits": logits}
 
 def resize_tf1(x, size):
@@ -234,8 +238,8 @@ def load_inception(path):
         net(torch.zeros(1, 8, 8, 3, dtype=torch.uint8))   # all names, all shapes
     except Exception as error:
         hint = "fetch it elsewhere and pass --inception-weights FILE" if path is None else "is it the right file?"
-        what = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0][:80]
-        raise ValueError(f"cannot load the Inception weights from {path or WEIGHTS_URL} ({what}): {hint}") from None
+        raise ValueError(f"cannot load the Inception weights from {path or WEIGHTS_URL} "
+                         f"({str(error).splitlines()[0][:100]}): {hint}") from None
     if digest == WEIGHTS_HASH:
         return net, "FID", digest
     print(f"warning: {path} is not the published weights file; the scores are named after it, not FID", file=sys.stderr)
@@ -258,9 +262,9 @@ class Classifier(nn.Module):
         return {"features": features, "logits": self.head(features)}
 
 def train_classifier(images, labels, classes, device):
-    """A Classifier trained on the training split, mirrored by chance; the same weights for the same data.
+    """A Classifier trained on the training split, mirrored by chance; on a CPU the same weights for the same data.
 
-    It sees 40,000 images of 64 pixels, four times as many of half the size, and none more than 30 times.
+    It sees 40,000 images of 64 pixels, four times as many of half the size, at most 30 times the data set.
     """
     torch.manual_seed(0)
     net, batch, random = Classifier(classes).to(device), 128, np.random.default_rng(0)
@@ -287,14 +291,13 @@ def load_classifier(folder, device, rank=0, world=1):
         raise ValueError(f"{folder} has no classes for a classifier: use --features inception, or pack class folders")
     if rank:
         dist.barrier()                                    # until the first has it: on a GPU no two trainings are alike
-    net, state = Classifier(classes).to(device), {"data": None}
+    net, known = Classifier(classes).to(device), False
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else state
-        if state["data"] == meta["id"]:
-            net.load_state_dict(state["weights"])
+        state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {"data": None}
+        known = state["data"] == meta["id"] and bool(net.load_state_dict(state["weights"]))
     except Exception:
-        state = {"data": print(f"warning: {path} is damaged; training the classifier again", file=sys.stderr)}
-    if state["data"] != meta["id"]:                       # none yet, or the data set was packed anew
+        print(f"warning: {path} is damaged; training the classifier again", file=sys.stderr)
+    if not known:                                         # none yet, or the data set was packed anew
         net = train_classifier(*arrays["train"], classes, device)
         with data.locked(path), data.whole(path) as part:
             torch.save({"weights": net.state_dict(), "data": meta["id"]}, part)
@@ -323,7 +326,10 @@ class ImageFiles:
         return np.stack(batch)
 
 class ImageSet:
-    """images and labels of a path, or statistics alone; record: how they were made; key: changes with the content."""
+    """images and labels of a path, or statistics alone; record: how they were made.
+
+    key: the data set's id, or a hash of the files' names, sizes and dates.
+    """
 
     def __init__(self, place, split="train"):
         path, self.place, self.images, self.labels = Path(place), str(place), None, None
@@ -380,7 +386,7 @@ def describe_reference(real, net, features, digest, device, batch_size):
         except Exception:
             print(f"warning: {cache} is damaged; making it again", file=sys.stderr)
     result = describe(real.images, net, device, batch_size, "real images") | real.statistics
-    if Path(real.place).is_dir() and not (dist.is_initialized() and dist.get_rank()):
+    if "id" in real.record and not (dist.is_initialized() and dist.get_rank()):
         with data.whole(cache) as part, open(part, "wb") as file:          # mu and sigma are what other tools read
             np.savez(file, **result)
     return result
@@ -465,8 +471,8 @@ def report(result):
         print(f"{metric:32s}   left out   ({reason})")
     for wary, message in ((n < 2048, f"{n} images are few: {name} is biased upwards and only comparable at the same N"),
                           (offline and judge is None, "nothing is held out: how good the classifier is nobody knows"),
-                          (judge is not None and judge < 0.5, f"the classifier is right on {judge} of held-out real "
-                           "images only: neither its features nor its class accuracy are to be trusted")):
+                          (judge is not None and judge < 0.5, f"the classifier is right on {judge or 0:.2f} of held-out "
+                           "real images only: neither its features nor its class accuracy are to be trusted")):
         if wary:
             print(f"warning: {message}", file=sys.stderr)
 
@@ -491,11 +497,10 @@ def print_table(files, out):
     with data.whole(out.with_suffix(".csv")) as part, open(part, "w", newline="") as file:
         csv.writer(file).writerows(table)
     axis = next((k for k in varied if all(isinstance(how.get(k), (int, float)) for how in made)), None)
-    if axis and "fd" in scores:
-        curve = sorted((how[axis], row["fd"]) for how, row in zip(made, rows))
-        with data.whole(out.with_suffix(".png")) as part:
-            data.chart(rows[0]["score"], axis, {f"N = {rows[0]['n_generated']}": curve}).save(part, "png")
-    print(f"{len(rows)} results, also in {out.with_suffix('.csv')}{f' and {out.stem}.png' if axis else ''}")
+    curve = sorted((how[axis], row["fd"]) for how, row in zip(made, rows) if "fd" in row) if axis else []
+    if curve:
+        data.save_picture(out.with_suffix(".png"), data.chart(rows[0]["score"], axis, {"score": curve}))
+    print(f"{len(rows)} results, also in {out.with_suffix('.csv')}{f' and {out.stem}.png' if curve else ''}")
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
 @dataclass
@@ -561,7 +566,10 @@ def main(argv=None):
             if odd:
                 raise ValueError(f"{out} holds the score of other samples, weights or data, or with other options "
                                  f"({odd} differs): pass --overwrite to replace it, or --out")
-            return rank or print(f"{out} is already there, for these samples:") or report(old)
+            if rank == 0:
+                print(f"{out} is already there, for these samples:")
+                report(old)
+            return
         result = made | score(samples, real, net.to(device), options, digest, device)
         if rank == 0:
             data.save_json(out, result)

@@ -1,13 +1,14 @@
 """Speed of every stage, one row of the README's table per command; ratios are measured in one run on the same machine.
 
 python tests/benchmark.py train [--model JiT-T/16] [--batch-size 128] [--amp bf16|fp16|off] [--compile] [--checkpointing] [--plain]
-python tests/benchmark.py sample [--cfg 2.9] [--steps 50] [--batch-size 100] ...      Heun, against two separate passes in every evaluation
+python tests/benchmark.py sample [--cfg 2.9] [--steps 50] [--batch-size 128] ...      Heun, against two separate passes in every evaluation
 python tests/benchmark.py data --root PHOTOS [--size 256]                             packed rows against decoding
 python tests/benchmark.py scores                                                      50,000 x 2,048 features
 Utilisation is model FLOPs (forward, and twice that backward) over the rate of a big matrix product in the same process.
 --plain: attention written out in fp32, as the official code has it.
 """
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-import conftest
 from conftest import data, evaluate, model, sample, train
 
 def now(device):
@@ -39,9 +39,10 @@ def plain_attention(q, k, v):
     with torch.autocast(q.device.type, enabled=False):
         return ((q.float() * q.shape[-1]**-0.5 @ k.float().transpose(-1, -2)).softmax(-1) @ v.float()).to(v.dtype)
 
-def describe(config, args, device):
+def about(args, config, device):
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.model} {config.image_size} px, {args.amp}, {'compiled' if args.compile else 'eager'}{', plain attention' if args.plain else ''}, batch {args.batch_size} on {name}, torch {torch.__version__}")
+    how = f"{'compiled' if args.compile else 'eager'}{', plain attention' if args.plain else ''}{', checkpointing' if args.checkpointing else ''}"
+    return f"{args.model} {config.image_size} px, {args.amp}, {how}, batch {args.batch_size} on {name}, torch {torch.__version__}: "
 
 def benchmark_train(args, device, seconds=10.0):
     config = model.JiTConfig(**model.MODELS[args.model])
@@ -55,9 +56,8 @@ def benchmark_train(args, device, seconds=10.0):
         trainer.train_step(feed)
         times += [now(device) - start] if trainer.step > 3 else []
     step = sorted(times)[len(times) // 2]
-    describe(config, args, device)
     memory = f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
-    print(f"{args.batch_size / step:.1f} images/s, {step * 1e3:.1f} ms a step (median of {len(times)}){memory}, matrix product {rate / 1e12:.3f} TFLOP/s, "
+    print(about(args, config, device) + f"{args.batch_size / step:.1f} images/s, {step * 1e3:.1f} ms a step (median of {len(times)}){memory}, matrix product {rate / 1e12:.3f} TFLOP/s, "
           f"utilisation {6 * model.count_macs(config) * args.batch_size / step / rate * 100:.1f} %")
 
 def two_passes(net, z, t, labels, cfg, interval, t_eps):
@@ -81,8 +81,7 @@ def benchmark_sample(args, device):
         if hook:
             hook.remove()
     sample.guided_velocity = one_batch
-    describe(config, args, device)
-    print(f"Heun {args.steps}, w {args.cfg:g} in {how['interval']}: {args.batch_size / seconds['one batch']:.2f} images/s, {sum(calls) / args.batch_size:.0f} evaluations an image, "
+    print(about(args, config, device) + f"Heun {args.steps}, w {args.cfg:g} in {how['interval']}: {args.batch_size / seconds['one batch']:.2f} images/s, {sum(calls) / args.batch_size:.0f} evaluations an image, "
           f"utilisation {sum(calls) * 2 * model.count_macs(config) / seconds['one batch'] / rate * 100:.1f} %, {seconds['two passes'] / seconds['one batch']:.2f} times as fast as two passes")
 
 def benchmark_data(args):
@@ -101,16 +100,14 @@ def benchmark_data(args):
     print(f"{args.size} px, one core: decoding {decoding:.0f} images/s, packed rows {packed:.0f} images/s, {packed / decoding:.0f} times as fast")
 
 def benchmark_scores(n=50_000, d=2048):
-    x, start = np.random.default_rng(0).standard_normal((n, d)).astype(np.float32), time.perf_counter()
-    real = evaluate.describe(np.arange(n), lambda rows: {"features": torch.from_numpy(x[rows]), "logits": torch.zeros(len(rows), 2)}, "cpu", 100, "")
-    took = time.perf_counter() - start
-    print(f"moments of {n} x {d} features: {took:.1f} s")
-    start = time.perf_counter()
-    evaluate.frechet_distance(real["mu"], real["sigma"], real["mu"] + 1, real["sigma"])
-    print(f"Frechet distance: {time.perf_counter() - start:.1f} s")
-    start = time.perf_counter()
-    evaluate.precision_recall(x[:10_000], x[10_000:20_000])
-    print(f"precision and recall, 10000 x 10000: {time.perf_counter() - start:.1f} s")
+    x, real = np.random.default_rng(0).standard_normal((n, d)).astype(np.float32), {}
+    net = lambda rows: {"features": torch.from_numpy(x[rows]), "logits": torch.zeros(len(rows), 2)}
+    for name, work in ((f"moments of {n} x {d} features", lambda: real.update(evaluate.describe(np.arange(n), net, "cpu", 100, ""))),
+                       ("Frechet distance", lambda: evaluate.frechet_distance(real["mu"], real["sigma"], real["mu"] + 1, real["sigma"])),
+                       ("precision and recall, 10000 x 10000", lambda: evaluate.precision_recall(x[:10_000], x[10_000:20_000]))):
+        start = time.perf_counter()
+        work()
+        print(f"{name}: {time.perf_counter() - start:.1f} s")
 
 def main(argv=None):
     parser = argparse.ArgumentParser(usage=__doc__)
@@ -121,16 +118,11 @@ def main(argv=None):
     for name in ("compile", "checkpointing", "plain"):
         parser.add_argument(f"--{name}", action="store_true")
     args = parser.parse_args(argv)
-    torch.set_num_threads(torch.get_num_threads() if argv else len(__import__("os").sched_getaffinity(0)))
+    torch.set_num_threads(len(os.sched_getaffinity(0)))   # conftest has set one
     with model.machine(args.device) as (device, _, _):
         args.amp, kept = model.choose_precision(args.amp, device), model.attend
-        model.attend = plain_attention if args.plain else model.attend
-        if args.what in ("train", "sample"):
-            {"train": benchmark_train, "sample": benchmark_sample}[args.what](args, device)
-        elif args.what == "data":
-            benchmark_data(args)
-        else:
-            benchmark_scores()
+        model.attend = plain_attention if args.plain else kept
+        {"train": lambda: benchmark_train(args, device), "sample": lambda: benchmark_sample(args, device), "data": lambda: benchmark_data(args), "scores": benchmark_scores}[args.what]()
         model.attend = kept
 
 if __name__ == "__main__":

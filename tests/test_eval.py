@@ -145,7 +145,7 @@ def layers():
 
 @pytest.fixture(scope="module")
 def inception():
-    generator, state = torch.Generator().manual_seed(0), {"fc.weight": torch.randn(1008, 2048) * 0.02, "fc.bias": torch.zeros(1008)}
+    generator, state = torch.Generator().manual_seed(0), {"fc.weight": torch.randn(1008, 2048) * 0.02, "fc.bias": torch.randn(1008)}     # the bias must not be used
     draw = lambda n, mean, spread: mean + spread * (torch.rand(n, generator=generator) - 0.5)
     for name, shape in layers():
         state[f"{name}.conv.weight"] = torch.randn(shape, generator=generator) * (2 / np.prod(shape[1:]))**0.5
@@ -168,7 +168,7 @@ def test_inception_weights_file(there, inception, capsys):
     state = dict(inception)
     del state["Mixed_6c.branch_pool.bn.running_var"]
     torch.save(state, "less.pth")
-    with pytest.raises(ValueError, match="Mixed_6c.branch_pool.bn.running_var' is missing"):
+    with pytest.raises(ValueError, match="Mixed_6c branch_pool bn running_var"):
         evaluate.load_inception(Path("less.pth"))
     Path("text.pth").write_text("hello")
     with pytest.raises(ValueError, match="text.pth"):
@@ -262,7 +262,7 @@ def test_scores_of_nothing_are_left_out(work, capsys):
     assert "precision" not in result and result["left_out"]["pr"] == "the generated images are all the same" and "all the same" in out.out
     result["class_accuracy_real"] = 0.2
     evaluate.report(result)
-    assert "right on 0.2 of held-out real images only" in capsys.readouterr().err
+    assert "right on 0.20 of held-out real images only" in capsys.readouterr().err
     shutil.copytree("data/shapes", "d")
     meta = json.loads(Path("d/meta.json").read_text())
     Path("d/meta.json").write_text(json.dumps({**meta, "counts": {**meta["counts"], "val": 0}}))

@@ -254,7 +254,7 @@ def test_foreign_code_in_a_checkpoint_is_never_run(tmp_path, monkeypatch, tiny_o
     path, net = tiny_official
     for content in ({"config": {}, "ema": [], "x": Evil()}, Evil()):
         torch.save(content, "evil.pt")
-        with pytest.raises(ValueError, match="evil.pt is damaged, or holds more than tensors"):
+        with pytest.raises(ValueError, match="evil.pt is not a checkpoint"):
             model.load_network("evil.pt")
     Path("evil.pt").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(ValueError, match="evil.pt"):
@@ -270,7 +270,7 @@ def test_damaged_checkpoints_are_named(tmp_path, tiny_official):
         with pytest.raises(ValueError, match="cut.pth"):
             model.load_network(cut)
     state = torch.load(path, weights_only=False)
-    for change, words in ((lambda s: s["model_ema1"].pop("net.blocks.2.attn.qkv.weight"), "lacks the weight blocks.2.attn.qkv.weight"),
+    for change, words in ((lambda s: s["model_ema1"].pop("net.blocks.2.attn.qkv.weight"), "Missing key.*blocks.2.attn.qkv.weight"),
                           (lambda s: s["model_ema1"].update({"net.extra": torch.ones(1)}), "extra"),
                           (lambda s: s["model_ema1"].update({"net.blocks.0.attn.proj.bias": torch.ones(3)}), "blocks.0.attn.proj.bias"),
                           (lambda s: setattr(s["args"], "model", "JiT-Z"), "JiT-Z"), (lambda s: s.pop("model_ema1"), "is not a JiT checkpoint"), (lambda s: delattr(s["args"], "img_size"), "cannot be used")):
