@@ -42,7 +42,7 @@ from tqdm import tqdm
 def center_crop(image, size):
     """ADM's crop: halve with BOX while possible, scale the short side to `size` with BICUBIC, cut out the centre.
 
-    image: PIL, any mode that convert("RGB") knows.  Returns (size,size,3) uint8.  Published ImageNet scores use this one.
+    image: PIL, any mode that convert("RGB") knows.  Returns (size,size,3) uint8.  Published ImageNet scores use it.
     """
     image = image.convert("RGB")
     while min(image.size) >= 2 * size:
@@ -299,7 +299,7 @@ class UsageError(ValueError):
 def option(default, text, within=None, choices=None, group=None, flag=True, free=False):
     """A dataclass field that is also a command-line flag.  None as default: worked out later, as the text says.
 
-    within: an interval for its numbers, as "(0, 1]".  group: title of the flags from here on.  free: may change in a run.
+    within: an interval for its numbers, as "(0, 1]".  group: title of the flags from here on.  free: may change later.
     """
     return field(default=default, metadata={k: v for k, v in locals().items() if k != "default"})
 

@@ -92,7 +92,7 @@ def convert(value, kind, to, z, t, path="linear", t_eps=T_EPS):
     return expand(u, z) * value.float() + expand(w, z) * z.float()
 
 def shift_time(t, shift):
-    """More of [0,1] near the noise for shift A > 1: t / (t + A (1-t)).  For big images and latents (SD3 eq. 23, RAE)."""
+    """More of [0,1] near the noise for shift A > 1: t / (t + A (1-t)).  For big images, latents (SD3 eq. 23, RAE)."""
     return t / (t + shift * (1 - t))
 
 def to_float(images, device="cpu"):
@@ -487,8 +487,8 @@ def read_checkpoint(path):
         with torch.serialization.safe_globals([argparse.Namespace]):        # the official files' only foreign class
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:                                     # torch raises many kinds
-        raise ValueError(f"{path} is not a checkpoint: damaged, not written by torch.save, or holding more than tensors "
-                         "and plain values") from None
+        raise ValueError(f"{path} is not a checkpoint: damaged, not written by torch.save, or holding more than "
+                         "tensors and plain values") from None
     if not isinstance(state, dict) or not ({"config", "ema"} <= state.keys() or {"model_ema1", "args"} <= state.keys()):
         raise ValueError(f"{path} is not a JiT checkpoint: it holds neither config and ema nor model_ema1 and args")
     return state

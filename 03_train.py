@@ -385,8 +385,8 @@ def largest(numbers, world):
 IMAGENET = {"data": "imagenet", "model": "JiT-B/16", "preview_every": 5000,
             "sampling": {"cfg": 2.9, "interval": (0.1, 1.0)}}
 PRESETS = {
-    # shapes: found by trials, for minutes on two cores.  k = 2 hides the large flat shapes for longer; ancestral sampling
-    # and more steps near the noise forgive the early mistakes, which are about colour
+    # shapes: found by trials, for minutes on two cores.  k = 2 hides the large flat shapes for longer; ancestral
+    # sampling and more steps near the noise forgive the early mistakes, which are about colour
     "shapes": {"data": "shapes", "model": "JiT-T/16", "batch_size": 32, "steps": 4600, "lr": 7e-3, "schedule": "cosine",
                "ema": (0.998,), "noise_scale": 2.0, "p_mean": -0.9, "p_std": 1.0,
                "sampling": {"solver": "ddpm", "cfg": 1.5, "steps": 25, "shift": 3.0}},

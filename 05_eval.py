@@ -471,8 +471,8 @@ def report(result):
         print(f"{metric:32s}   left out   ({reason})")
     for wary, message in ((n < 2048, f"{n} images are few: {name} is biased upwards and only comparable at the same N"),
                           (offline and judge is None, "nothing is held out: how good the classifier is nobody knows"),
-                          (judge is not None and judge < 0.5, f"the classifier is right on {judge or 0:.2f} of held-out "
-                           "real images only: neither its features nor its class accuracy are to be trusted")):
+                          (judge is not None and judge < 0.5, f"the classifier is right on {judge or 0:.2f} of "
+                           "held-out real images only: neither its features nor its class accuracy are to be trusted")):
         if wary:
             print(f"warning: {message}", file=sys.stderr)
 
