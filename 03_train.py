@@ -92,8 +92,18 @@ def training_loss(net, batch, options, config, autocast):
     aux = model.AUX_HEADS[config.aux].loss(answer, batch) if heads else torch.zeros((), device=loss.device)
     return loss.mean() + options.aux_weight * aux, v_loss.detach(), aux.detach()
 
-# ---- The trainer: one step, and all that changes in it ---------------------------------------------------------------
+# ---- The loop and the step: draw, predict, loss, gradient, step, average ---------------------------------------------
 BINS, MAX_BAD = 5, 10              # ranges of t that the log keeps apart; non-finite steps in a row that end a run
+
+def train(trainer, feed, recorder):
+    """The loop: step after step; recorder writes down what is due.  Raises ValueError when steps stop being finite."""
+    while trainer.step < trainer.options.steps:
+        start = time.perf_counter()
+        trainer.train_step(feed)
+        recorder.seconds += time.perf_counter() - start
+        if trainer.bad >= MAX_BAD:
+            raise ValueError(recorder.advice())
+        recorder.after_step()
 
 class Trainer:
     """Network, optimizer, averaged weights: train_step() changes them, state() lists them, load() puts them back."""
@@ -205,16 +215,6 @@ class Trainer:
             out = torch.func.functional_call(self.net, self.ema[0], (z, t, y))
         self.net.train()
         return model.convert(out, self.config.pred, "x", z, t, self.config.path)
-
-def train(trainer, feed, recorder):
-    """The loop: step after step; recorder writes down what is due.  Raises ValueError when steps stop being finite."""
-    while trainer.step < trainer.options.steps:
-        start = time.perf_counter()
-        trainer.train_step(feed)
-        recorder.seconds += time.perf_counter() - start
-        if trainer.bad >= MAX_BAD:
-            raise ValueError(recorder.advice())
-        recorder.after_step()
 
 # ---- Feeding: which images belong to which micro-batch, read ahead from the memory map -------------------------------
 @lru_cache(maxsize=4)
