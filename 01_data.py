@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import tarfile
+import threading
 import time
 import urllib.request
 import uuid
@@ -111,42 +112,51 @@ def draw_shape(job):
     return ((background * (1 - cover) + foreground * cover) * 255 + 0.5).clip(0, 255).astype(np.uint8)
 
 # ---- Packing: rows of one file; the labels file is the record of progress --------------------------------------------
-BLOCK = 1024                                              # images between two entries into the record
-TODO, BAD = -1, -2                                        # labels of images not packed yet, and of unreadable ones
+BLOCK, TODO = 1024, -1             # images between two entries into the record; the label of a row not packed yet
 
 def pack(split, make, jobs, labels, size, folder, workers):
-    """Turn jobs into rows of <split>_images.npy by make(job), and write <split>_labels.npy.  Goes on where it was.
+    """Turn jobs into rows of <split>_images.npy by make(job); returns a line for each that is unreadable.
 
-    make returns (size,size,3) uint8, or a string: why this one is unreadable (listed in skipped.txt and left out).
+    make returns (size,size,3) uint8, or a string: why not.  Called again, it goes on where it was; unreadable rows stay
+    TODO, and are tried again.
     """
-    images_path, labels_path = folder / f"{split}_images.npy", folder / f"{split}_labels.npy"
+    images_path, labels_path, skipped = folder / f"{split}_images.npy", folder / f"{split}_labels.npy", []
     if not labels_path.exists():
         np.lib.format.open_memmap(images_path, "w+", np.uint8, (len(jobs), size, size, 3))
         save_array(labels_path, np.full(len(jobs), TODO))
     images, record = (np.lib.format.open_memmap(path, "r+") for path in (images_path, labels_path))
     todo = np.flatnonzero(record == TODO)
-    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool, \
+    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=[os.getpid()]) as pool, \
             Progress(len(jobs), split, " images", initial=len(jobs) - len(todo)) as bar:
         make_all = partial(pool.map, make, chunksize=16) if workers > 1 else partial(map, make)
         for block in np.split(todo, range(BLOCK, len(todo), BLOCK)):
-            bad = {}
+            done = []
             for i, image in zip(block, make_all([jobs[i] for i in block])):
                 if isinstance(image, str):
-                    bad[i] = f"{jobs[i][0]}: {image}\n"
+                    skipped.append(f"{jobs[i][0]}: {image}\n")
                 else:
                     images[i] = image
-            with open(folder / "skipped.txt", "a") as file:
-                file.writelines(bad.values())
+                    done.append(i)
             images.flush()                                # subtle: images first, so no label vouches for an empty row
-            record[block] = [BAD if i in bad else labels[i] for i in block]
+            record[done] = [labels[i] for i in done]
             record.flush()
             bar.update(len(block))
-    save_array(labels_path, fill_holes(images, np.array(record)))
+    return skipped
+
+def start_worker(parent):
+    """A worker leaves signals to its parent, by a process group of its own, and ends when the parent is gone."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=watch, daemon=True).start()
 
 def fill_holes(images, labels):
     """Move the last good rows into the places of unreadable ones; returns the labels of the rows to keep."""
-    good = np.flatnonzero(labels != BAD)
-    for hole, row in zip(np.flatnonzero(labels[:len(good)] == BAD), good[good >= len(good)]):
+    good = np.flatnonzero(labels != TODO)
+    for hole, row in zip(np.flatnonzero(labels[:len(good)] == TODO), good[good >= len(good)]):
         images[hole], labels[hole] = images[row], labels[row]
     return labels[:len(good)]
 
@@ -160,8 +170,8 @@ def open_data(folder):
         raise ValueError(f"no data set at {folder}: make it first (python 01_data.py --name {folder.name} ...; "
                          "python 01_data.py alone draws data/shapes)")
     try:
-        meta, arrays = json.loads((folder / "meta.json").read_text()), {}
-        size, classes, _ = meta["size"], len(meta["classes"]), meta["id"]
+        meta, arrays = load_json(folder / "meta.json"), {}
+        size, classes, _ = meta["size"], len(meta["classes"]), (meta["id"], meta["recipe"], meta["found"])
         for split in ("train", "val"):
             labels = np.load(folder / f"{split}_labels.npy", allow_pickle=False)
             images = np.load(folder / f"{split}_images.npy", mmap_mode="r", allow_pickle=False)[:len(labels)]
@@ -171,7 +181,7 @@ def open_data(folder):
                 raise ValueError(f"a label in {split}_labels.npy is outside 0..{classes - 1}")
             arrays[split] = images, labels
     except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
-        raise ValueError(f"the data set at {folder} is damaged ({error}): remove it and pack it again") from None
+        raise ValueError(f"the data set at {folder} is damaged or outdated ({error}): pack it again") from None
     return meta, arrays
 
 # ---- Source "folder": find the files, and read them as the eye would see them ----------------------------------------
@@ -356,10 +366,12 @@ def run(main):
         code, message = 130, f"stopped; the same command{again} goes on where it was"
     except (ValueError, OSError) as error:
         code, message = 2 if isinstance(error, UsageError) else 1, error
-    except RuntimeError as error:                         # torch's own are known by name: this file does without torch
+    except (RuntimeError, MemoryError) as error:          # torch's own are known by name: this file does without torch
         code, message = 1, f"torch.compile failed ({str(error).strip().splitlines()[0][:100]}): pass --no-compile"
-        if type(error).__name__ == "OutOfMemoryError":
-            message = "out of GPU memory: pass a smaller --micro-batch or --batch-size"
+        if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "allocate memory" in str(error):
+            message = "out of memory: pass a smaller --micro-batch or --batch-size"
+        elif type(error).__name__ == "BrokenProcessPool":
+            message = "a worker process was killed (out of memory?): give the same command again, with fewer --workers"
         elif not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
     rank = int(os.environ.get("RANK", 0))
@@ -383,6 +395,13 @@ def whole(path):
 def save_picture(path, image):
     with whole(path) as part:
         image.save(part, "png")
+
+def load_json(path):
+    """The dict in a JSON file.  Raises ValueError."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and give the command again") from None
 
 def save_json(path, value):
     with whole(path) as part:
@@ -421,6 +440,14 @@ class Progress(tqdm):
         return print(self, file=sys.stderr, flush=True) if self.lines else super().display(*args, **more)
 
 # ---- Plumbing: pictures ----------------------------------------------------------------------------------------------
+def read_image(path):
+    """An image file as uint8 (H,W,3).  Raises ValueError."""
+    try:
+        with Image.open(path) as image:
+            return np.array(image.convert("RGB"))
+    except Exception as error:                            # Pillow raises many kinds
+        raise ValueError(f"{path} is not a readable image ({error})") from None
+
 def write(draw, place, text, width, anchor="la"):
     """Draw text; what does not fit into `width` pixels is cut, and two dots say so."""
     font, text = ImageFont.load_default(12), str(text)
@@ -537,7 +564,9 @@ def build(options, folder):
     """Pack all splits into <folder>.partial, check them, draw the preview, and move the folder to its place."""
     summary, make, splits = plan(options)
     part = folder.with_name(folder.name + ".partial")
-    meta = json.loads((part / "meta.json").read_text()) if (part / "meta.json").exists() else {}
+    if part.exists() and any(part.iterdir()) and not (part / "meta.json").exists():
+        raise ValueError(f"{part} holds files that this script did not write: move them elsewhere")
+    meta = load_json(part / "meta.json") if (part / "meta.json").exists() else {}
     if {key: meta.get(key) for key in summary} != summary:     # none there, or begun with other settings or other files
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -545,18 +574,26 @@ def build(options, folder):
                 "preprocessing": {"shapes": "drawn", "cifar10": "none"}.get(options.source, "ADM centre crop, RGB")}
         save_json(part / "meta.json", meta)
     check_space(sum(meta["found"].values()) * options.size**2 * 3, part)
+    skipped, names, workers = [], meta["classes"], options.workers if make is not np.asarray else 1
     for split, (jobs, labels) in splits.items():
-        pack(split, make, jobs, labels, options.size, part, options.workers if make is not np.asarray else 1)
-    labels, names = {split: np.load(part / f"{split}_labels.npy") for split in meta["found"]}, meta["classes"]
-    skipped = sorted(set((part / "skipped.txt").read_text().splitlines()))
-    empty = sorted(set(range(len(names) or 1)) - set(labels["train"].tolist()))
-    if empty:
-        raise ValueError(f"class {names[empty[0]]} has no readable image ({len(empty)} such classes)" if names else
-                         f"none of the {len(skipped)} files is a readable image: see {part / 'skipped.txt'}")
+        skipped += pack(split, make, jobs, labels, options.size, part, workers)
     if skipped:
+        (part / "skipped.txt").write_text("".join(skipped), errors="replace")
         print(f"{len(skipped)} unreadable images left out; they are listed in {folder / 'skipped.txt'}")
-    preview(np.load(part / "train_images.npy", mmap_mode="r"), labels["train"], names).save(part / "preview.png")
-    save_json(part / "meta.json", meta | {"skipped": len(skipped), "counts": {k: len(v) for k, v in labels.items()}})
+    empty = sorted(set(range(len(names) or 1)) - set(np.load(part / "train_labels.npy").tolist()))
+    if empty:
+        raise ValueError((f"class {names[empty[0]]} has no readable image ({len(empty)} such classes)" if names else
+                          f"none of the {len(skipped)} files is a readable image") + f": see {part / 'skipped.txt'}")
+    counts = {}
+    for split in splits:
+        images = np.lib.format.open_memmap(part / f"{split}_images.npy", "r+")
+        kept = fill_holes(images, np.load(part / f"{split}_labels.npy"))
+        save_array(part / f"{split}_labels.npy", kept)
+        counts[split] = len(kept)
+        if split == "train":
+            save_picture(part / "preview.png", preview(images, kept, names))
+    bad = sum(meta["found"].values()) - sum(counts.values())
+    save_json(part / "meta.json", meta | {"skipped": bad, "counts": counts})
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
 

@@ -292,15 +292,25 @@ class Recorder:
         self.marks = {round(options.steps * (k + 1) / options.snapshots) for k in range(options.snapshots)}
         self.bar = tqdm(total=options.steps, initial=trainer.step, desc=folder.name, unit=" steps",
                         disable=trainer.rank > 0 or not sys.stderr.isatty())
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: self.signals.append(1))
         if trainer.rank == 0:
             for name in ("snapshots", "preview"):
                 (folder / name).mkdir(parents=True, exist_ok=True)
             data.save_json(folder / "config.json", {"options": asdict(options), "config": asdict(trainer.config)})
-            old = (folder / "log.csv").read_text().splitlines() if (folder / "log.csv").exists() else []
-            self.rows = [{k: row.get(k, "") for k in self.COLUMNS} for row in csv.DictReader(old)]
-            self.rows = [row for row in self.rows if row["step"].isdigit() and int(row["step"]) <= trainer.step]
+            self.rows = self.read_log(folder / "log.csv")
+
+    def read_log(self, path):
+        """The lines of an earlier start, up to the step of its checkpoint; what is not a line of numbers is dropped."""
+        rows, text = [], path.read_text(errors="replace").replace("\0", "") if path.exists() else ""
+        for row in csv.DictReader(text.splitlines()):
+            row = {name: row.get(name) or "" for name in self.COLUMNS}
+            try:
+                if int(row["step"]) <= self.trainer.step and [float(value) for value in row.values() if value]:
+                    rows.append(row)
+            except ValueError:
+                continue
+        return rows
 
     def after_step(self):
         """Write whatever is due after this step.  Raises KeyboardInterrupt, with all saved, after a signal to stop."""
@@ -333,7 +343,7 @@ class Recorder:
         if trainer.rank:
             return
         means = [total / count if count else "" for total, count in sums]
-        loss = sum(total for total, _ in sums[:BINS]) / max(1, sum(count for _, count in sums[:BINS]))
+        loss = sum(total for total, _ in sums[:BINS]) / (sum(count for _, count in sums[:BINS]) or math.nan)
         held_out = held_out_loss(trainer, *self.shown) if done or step // options.log_every % 10 == 0 else ""
         memory = torch.cuda.max_memory_allocated() / 2**20 if trainer.device.type == "cuda" else 0
         row = [step, step * options.batch_size, loss, *means[:BINS], means[BINS] or 0.0, means[-1],
@@ -347,8 +357,11 @@ class Recorder:
         self.bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.0f}")
         if self.bar.disable:
             left = (options.steps - step) * options.batch_size / speed / 60
-            print(f"step {step} of {options.steps}, loss {loss:.4f}, {speed:.0f} images/s, {left:.1f} min left",
-                  flush=True)
+            try:
+                print(f"step {step} of {options.steps}, loss {loss:.4f}, {speed:.0f} images/s, {left:.1f} min left",
+                      flush=True)
+            except BrokenPipeError:                       # nobody reads any more: no reason to stop
+                sys.stdout = open(os.devnull, "w")
 
     def advice(self):
         """What to say when no step is finite any more."""
@@ -360,7 +373,7 @@ class Recorder:
 
     def draw_loss(self):
         """loss.png: training and held-out loss over the steps."""
-        lines = {name: [(int(row["step"]), float(row[name])) for row in self.rows if row[name] != ""]
+        lines = {name: [(int(row["step"]), float(row[name])) for row in self.rows if row[name] not in ("", "nan")]
                  for name in ("loss", "held_out")}
         lines = {name: points for name, points in lines.items() if points}
         data.save_picture(self.folder / "loss.png", data.chart("loss in v-space", "step", lines))
@@ -516,7 +529,8 @@ def checkpoint_of(folder, options):
         return None
     state = model.read_checkpoint(path)
     if not {"options", "model", "optimizer", "scaler", "sums", "skipped", "bad"} <= state.keys():
-        raise ValueError(f"{path} is not the state of a training run: pass --run NAME, or --overwrite to move it aside")
+        raise ValueError(f"{path} is not the state of a training run, or of an older version: pass --run NAME, or "
+                         "--overwrite to move it aside")
     return state
 
 def refuse_other_settings(state, options, config, folder):
@@ -525,6 +539,8 @@ def refuse_other_settings(state, options, config, folder):
     if old.get("data_id") != new["data_id"]:
         raise ValueError(f"data set {options.data} is another, or was packed anew, since {folder} was begun: pass "
                          "--run NAME, or --overwrite")
+    if step > options.steps:
+        raise data.UsageError(f"--steps {options.steps}: the run in {folder} is at step {step} already")
     free = {entry.name for entry in fields(Options) if entry.metadata["free"]}
     amendable = {"steps", "epochs", "lr", "amp"}
     free |= amendable | {"warmup"} if options.resume else set()
@@ -533,8 +549,6 @@ def refuse_other_settings(state, options, config, folder):
         way = f"--resume --{odd} {new[odd]} to go on with it, " if odd in amendable else ""
         raise ValueError(f"{folder} holds a run with other settings (--{odd.replace('_', '-')} {old.get(odd)}, now "
                          f"{new[odd]}): pass {way}--run NAME for a new run, or --overwrite")
-    if step > options.steps:
-        raise data.UsageError(f"--steps {options.steps}: the run in {folder} is at step {step} already")
 
 def main(argv=None):
     given = data.parse(argv, "Train a JiT.", Options, model.JiTConfig)

@@ -15,7 +15,6 @@ The clamp: v = (x_pred - z) / max(1-t, t_eps).  At t_eps = 0.05 the last steps o
 network leaves noise: std 0.017 (Heun, even grid, k = 1; Euler 0.014), two grey levels.  --t-eps 0.02 (any value up to
 1/steps) ends exactly on x_pred.  The paper's FID is measured with the clamp, and is better with it.
 """
-import json
 import sys
 import zipfile
 import zlib
@@ -174,22 +173,14 @@ def parse_labels(text, num, classes, num_classes):
 def file_of(out, i):
     return out / f"{i:07d}.png"
 
-def load_image(out, i):
-    with Image.open(file_of(out, i)) as image:
-        return np.array(image)
-
 def check_folder(out, record, overwrite):
     """Raise ValueError if the folder holds anything but samples made with these settings."""
-    path, old = out / "samples.json", record
-    if path.exists():
-        try:
-            old = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError):
-            old = {}                                      # damaged: like other settings
-    elif out.is_file() or out.is_dir() and any(file.name[0] != "." for file in out.iterdir()):
+    path = out / "samples.json"
+    old = data.load_json(path) if path.exists() and not overwrite else record
+    if not path.exists() and (out.is_file() or out.is_dir() and any(file.name[0] != "." for file in out.iterdir())):
         raise ValueError(f"{out} holds files that this script did not write: choose another --out")
     odd = next((k for k in record if old.get(k) != record[k]), None)
-    if odd and not overwrite:
+    if odd:
         raise ValueError(f"{out} holds samples made with other settings ({odd}: {str(old.get(odd))[:40]}, now "
                          f"{str(record[odd])[:40]}): pass --overwrite to replace them, or --out")
 
@@ -214,7 +205,7 @@ def save_grid(out, path, labels, classes, rows=8, columns=10):
     if len(shown) == 1:
         places = [list(range(min(len(labels), rows * columns)))[i::columns] for i in range(min(columns, len(labels)))]
     titles = [classes[c] if c < len(classes) else c for c in shown] if len(shown) > 1 else []
-    cells = [[load_image(out, place[y]) for place in places] for y in range(min(map(len, places)))]
+    cells = [[data.read_image(file_of(out, place[y])) for place in places] for y in range(min(map(len, places)))]
     data.save_picture(path, data.picture(cells, titles))
 
 def save_npz(out, labels, size):
@@ -223,8 +214,11 @@ def save_npz(out, labels, size):
     with data.whole(out / "samples.npz") as part, zipfile.ZipFile(part, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
-            for i in range(len(labels)):
-                file.write(load_image(out, i).tobytes())
+            for path in (file_of(out, i) for i in range(len(labels))):
+                image = data.read_image(path)
+                if image.shape != header["shape"][1:]:
+                    raise ValueError(f"{path} is not of {size} x {size} pixels: remove it, and give the command again")
+                file.write(image.tobytes())
         with archive.open("arr_1.npy", "w") as file:
             np.lib.format.write_array(file, np.array(labels))
 

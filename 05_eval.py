@@ -17,8 +17,8 @@ carries its N.
 """
 import csv
 import hashlib
-import json
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -28,7 +28,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 
 data, model = import_module("01_data"), import_module("02_model")
 option = data.option
@@ -54,7 +53,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     values, vectors = torch.linalg.eigh(torch.from_numpy(sigma1))
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ torch.from_numpy(sigma2) @ root).clamp_min(0).sqrt().sum().item()
-    return max(0.0, float(((mu1 - mu2)**2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross))
+    distance = float(((mu1 - mu2)**2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
+    return max(distance, 0.0)                             # subtle: max(0.0, nan) would be a perfect score
 
 def inception_score(logits, splits=10):
     """exp(E KL(p(y|x) || p(y))), mean and std over ten parts of a shuffle.            (Salimans et al. 2016, section 4)
@@ -283,6 +283,15 @@ def train_classifier(images, labels, classes, device):
             bar.update()
     return net.eval()
 
+@contextmanager
+def cached(path):
+    """data.whole() for a file that saves time and nothing else: where it cannot be written, a warning will do."""
+    try:
+        with data.whole(path) as part:
+            yield part
+    except OSError as error:
+        print(f"warning: {path} is not kept ({error})", file=sys.stderr)
+
 def load_classifier(folder, device, rank=0, world=1):
     """(network, name of its score, hash) of the data set's classifier, trained once and cached beside the data."""
     meta, arrays = data.open_data(folder)
@@ -299,7 +308,7 @@ def load_classifier(folder, device, rank=0, world=1):
         print(f"warning: {path} is damaged; training the classifier again", file=sys.stderr)
     if not known:                                         # none yet, or the data set was packed anew
         net = train_classifier(*arrays["train"], classes, device)
-        with data.locked(path), data.whole(path) as part:
+        with cached(path) as part:
             torch.save({"weights": net.state_dict(), "data": meta["id"]}, part)
     if world > 1 and not rank:
         dist.barrier()
@@ -317,7 +326,7 @@ class ImageFiles:
         return len(self.files)
 
     def __getitem__(self, rows):
-        batch = [np.array(Image.open(file).convert("RGB")) for file in self.files[rows]]
+        batch = [data.read_image(file) for file in self.files[rows]]
         self.size = self.size or batch[0].shape
         for file, image in zip(self.files[rows], batch):
             if image.shape != self.size:
@@ -347,13 +356,11 @@ class ImageSet:
             return self.read_npz(path)
         self.images = ImageFiles(files)
         if (path / "samples.json").exists():
-            try:
-                self.record = json.loads((path / "samples.json").read_text())
-                self.labels = np.array(self.record.pop("labels"), dtype=np.int64)
-            except (ValueError, TypeError, LookupError, AttributeError):
-                raise ValueError(f"{path / 'samples.json'} is damaged: run 04_sample.py again") from None
-            if len(self.labels) != len(files):
-                raise ValueError(f"{path} holds {len(files)} of {len(self.labels)} images: sample it again")
+            self.record = data.load_json(path / "samples.json")
+            self.labels = np.array(self.record.pop("labels", []))
+            if self.labels.shape != (len(files),) or self.labels.dtype.kind != "i":
+                raise ValueError(f"{path} holds {len(files)} images and labels for {self.labels.size}: finish it "
+                                 "by the same 04_sample.py command, and leave no other images there")
 
     def read_npz(self, path):
         """Sample batches (arr_0, arr_1) and statistics (mu, sigma, mu_s, sigma_s)."""
@@ -366,6 +373,10 @@ class ImageSet:
         images, labels = self.images, self.labels = content.pop("arr_0", None), content.pop("arr_1", None)
         if {"mu", "sigma"} <= content.keys():             # ADM's do not say of how many images
             self.statistics = {"n": 0, **{k: v.astype(np.float64) for k, v in content.items()}}
+            for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
+                mu, sigma = (self.statistics.get(k, np.zeros((0,) * d)) for k, d in ((mu, 1), (sigma, 2)))
+                if sigma.shape != mu.shape * 2 or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+                    raise ValueError(f"{path}: mu {mu.shape} and sigma {sigma.shape} must be finite, (D,) and (D,D)")
         elif images is None:
             raise ValueError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")
         shape = np.shape(images)
@@ -387,7 +398,7 @@ def describe_reference(real, net, features, digest, device, batch_size):
             print(f"warning: {cache} is damaged; making it again", file=sys.stderr)
     result = describe(real.images, net, device, batch_size, "real images") | real.statistics
     if "id" in real.record and not (dist.is_initialized() and dist.get_rank()):
-        with data.whole(cache) as part, open(part, "wb") as file:          # mu and sigma are what other tools read
+        with cached(cache) as part, open(part, "wb") as file:              # mu and sigma are what other tools read
             np.savez(file, **result)
     return result
 
@@ -479,8 +490,8 @@ def report(result):
 def print_table(files, out):
     """--table: a line per result, with the settings in which they differ; a CSV file; a curve over the first."""
     try:
-        rows = [json.loads(Path(file).read_text()) for file in files]
-        if len({(row["score"], row["n_real"], row["reference_key"]) for row in rows}) > 1:
+        rows = [data.load_json(Path(file)) for file in files]
+        if len({(row["score"], row["n_real"], row["reference_key"], row["n_generated"] < 0) for row in rows}) > 1:
             raise ValueError("they differ in features or reference")
         made = [{k: v for k, v in row["sampling"].items() if k not in ("weights", "step")} for row in rows]
     except (ValueError, LookupError, TypeError) as error:
@@ -531,14 +542,18 @@ def open_sets(options):
         raise ValueError(f"{samples.place} holds statistics only: they serve as --reference")
     if not name:
         raise ValueError(f"{samples.place} does not say which data set it imitates: pass --reference")
-    real = ImageSet(Path(name) if options.reference else data.folder_of(name, "data"))
+    real = ImageSet(name if Path(name).exists() else data.folder_of(name, "data"))
     if options.features == "classifier" and "classes" not in real.record:
         raise ValueError(f"{name} is not a packed data set, the classifier is trained on one: use --features inception")
-    if made.get("size", 0) != real.record.get("size", 0) and made and real.record:
-        raise ValueError(f"{samples.place} has images of {made.get('size')} pixels, {real.place} of "
-                         f"{real.record['size']}: is it the right --reference?")
-    if made.get("classes", []) != real.record.get("classes") and made:
+    size = samples.images[np.arange(1)].shape[1]
+    if size != real.record.get("size", size):
+        raise ValueError(f"{samples.place} has images of {size} pixels, {real.place} of {real.record['size']}: is it "
+                         "the right --reference?")
+    classes = real.record.get("classes")
+    if made and made.get("classes", []) != classes:
         samples.labels = None                             # labels of other classes say nothing to this classifier
+    if classes and samples.labels is not None and not 0 <= samples.labels.min() <= samples.labels.max() < len(classes):
+        raise ValueError(f"{samples.place} has labels outside 0..{len(classes) - 1}, the classes of {real.place}")
     return samples, real
 
 def main(argv=None):
@@ -548,8 +563,8 @@ def main(argv=None):
     with model.machine(options.device) as (device, rank, world):
         samples, real = open_sets(options)
         folder, path = data.folder_of(options.run, "runs"), Path(samples.place)
-        out = path.with_name(f"{path.name}-metrics.json") if options.samples else folder / "metrics.json"
-        out = options.out or out
+        beside = path.parent / f"{path.name or 'samples'}-metrics.json"
+        out = options.out or (beside if options.samples else folder / "metrics.json")
         if options.features == "inception":
             net, name, digest = load_inception(options.inception_weights)
         else:
@@ -561,7 +576,7 @@ def main(argv=None):
         if rank == 0 and not options.samples and stamps == sorted(stamps, reverse=True) and len(stamps) == 2:
             print(f"warning: {folder / 'checkpoint.pt'} is newer than the samples: sample again", file=sys.stderr)
         if out.exists() and not options.overwrite:
-            old = json.loads(out.read_text())
+            old = data.load_json(out)
             odd = next((k for k in made if old.get(k) != made[k]), None)
             if odd:
                 raise ValueError(f"{out} holds the score of other samples, weights or data, or with other options "
@@ -572,8 +587,9 @@ def main(argv=None):
             return
         result = made | score(samples, real, net.to(device), options, digest, device)
         if rank == 0:
-            data.save_json(out, result)
             report(result)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            data.save_json(out, result)
             print(f"{out}: all of this, and how the samples were made")
 
 if __name__ == "__main__":

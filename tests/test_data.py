@@ -1,6 +1,5 @@
 """Data: the crop against an independent one, packing that survives a kill, and bad inputs of every kind."""
 import io
-import json
 import os
 import signal
 import struct
@@ -99,6 +98,21 @@ def test_unlabelled_folder_and_fraction(there):
     from conftest import TINY_FLAGS
     assert call(train, *TINY_FLAGS, "--data", "set", "--steps", 2, "--run", "u") == 0   # becomes an unconditional network
 
+def test_what_is_held_out(there):
+    assert call(data, "--size", 16, "--count", 100, "--workers", 1) == 0
+    train_set, val = (set(map(bytes, data.open_data("data/shapes")[1][split][0])) for split in ("train", "val"))
+    assert len(train_set | val) == 200                    # held-out shapes are none of those trained on
+    folder(there / "in", splits=())
+    assert data.list_folder(there / "in", 0.3, 0)[1]["val"] != data.list_folder(there / "in", 0.3, 1)[1]["val"]
+
+def test_a_partial_set_of_other_settings_is_begun_anew(there, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "preview", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call(data, "--size", 16, "--count", 100, "--workers", 1)
+    assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--seed", 1) == 0
+    assert np.array_equal(data.open_data("data/shapes")[1]["train"][0][13], data.draw_shape((1, 13, 16)))
+
 def test_one_percent_of_imagenet_is_12811_images():
     jobs, labels = data.keep_fraction(range(1_281_167), range(1_281_167), 0.01, 0)
     assert len(jobs) == 12_811 and jobs == sorted(set(jobs)) and jobs != data.keep_fraction(range(1_281_167), range(1_281_167), 0.01, 1)[0]
@@ -177,22 +191,51 @@ def test_a_kill_between_packing_and_the_end_loses_nothing(there, monkeypatch):
     assert meta["counts"]["train"] == 12 and meta["skipped"] == 1 and sorted(arrays["train"][1]) == [0] * 6 + [1] * 6
     assert Path("data/set/skipped.txt").read_text().count("\n") == 1
 
-def test_rows_skipped_before_a_kill_stay_skipped(there, monkeypatch):
-    """Blocks of four, killed after the second: the images marked bad are neither packed nor forgotten."""
+def test_unreadable_rows_are_tried_again_after_a_kill(there, monkeypatch):
+    """Blocks of four, killed in the third: what was packed is not made again, what was unreadable is, and may be mended by then."""
     monkeypatch.setattr(data, "BLOCK", 4)
     count = []
-
     def make(job):
-        count.append(job)
+        count.append(job[0])
         if len(count) == 9:
             raise KeyboardInterrupt
-        return "bad" if job[0] % 3 == 0 else np.full((2, 2, 3), job[0], np.uint8)
+        return "bad" if job[0] % 3 == 0 and not (job[0] == 3 and len(count) > 9) else np.full((2, 2, 3), job[0], np.uint8)
     with pytest.raises(KeyboardInterrupt):
         data.pack("train", make, [(i,) for i in range(12)], list(range(12)), 2, there, 1)
-    data.pack("train", make, [(i,) for i in range(12)], list(range(12)), 2, there, 1)
-    labels, images = np.load("train_labels.npy"), np.load("train_images.npy")
-    assert len(count) == 9 + 4 and sorted(labels) == [1, 2, 4, 5, 7, 8, 10, 11] and (images[:8, 0, 0, 0] == labels).all()
-    assert sorted(Path("skipped.txt").read_text().split("\n")) == ["", "0: bad", "3: bad", "6: bad", "9: bad"]
+    assert data.pack("train", make, [(i,) for i in range(12)], list(range(12)), 2, there, 1) == ["0: bad\n", "6: bad\n", "9: bad\n"]
+    assert count[9:] == [0, 3, 6, 8, 9, 10, 11]
+    images, labels = np.load("train_images.npy"), np.load("train_labels.npy")
+    labels = data.fill_holes(images, labels)
+    assert sorted(labels) == [1, 2, 3, 4, 5, 7, 8, 10, 11] and (images[:9, 0, 0, 0] == labels).all()
+
+def test_a_mended_image_is_read_and_foreign_files_are_kept(there, capsys):
+    folder(there / "in", classes=("a", "b"), count=1)
+    good = (there / "in/train/b/0.png").read_bytes()
+    (there / "in/train/b/0.png").write_bytes(b"x")
+    assert pack() == 1 and "class b has no readable image" in capsys.readouterr().err
+    (there / "in/train/b/0.png").write_bytes(good)
+    assert pack() == 0
+    Path("data/mine.partial").mkdir(), Path("data/mine.partial/thesis.txt").write_text("x")
+    assert call(data, "--size", 16, "--count", 100, "--name", "mine") == 1 and "did not write" in capsys.readouterr().err and Path("data/mine.partial/thesis.txt").exists()
+
+@pytest.mark.parametrize("number,victim", [(signal.SIGTERM, "group"), (signal.SIGKILL, "parent"), (signal.SIGKILL, "worker")])
+def test_no_worker_survives_and_nothing_hangs(there, number, victim):
+    command = [sys.executable, ROOT / "01_data.py", "--size", "64", "--count", "60000", "--workers", "2"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while child.poll() is None and not packed_so_far("shapes"):
+        time.sleep(0.01)
+    workers = [int(pid) for pid in Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()]
+    os.killpg(child.pid, number) if victim == "group" else os.kill(child.pid if victim == "parent" else workers[0], number)
+    assert child.wait(20) == {"group": 130, "parent": -9, "worker": 1}[victim]
+    if victim != "parent":
+        error = child.stderr.read()
+        assert "Traceback" not in error and error.count("\n") == 1, error
+    for _ in range(100):
+        if not any(Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2] for pid in workers):
+            break
+        time.sleep(0.1)
+    with data.locked(Path("data/shapes")):                # free again
+        pass
 
 def test_two_at_once_are_refused(there, capsys):
     with data.locked(Path("data/shapes")):
@@ -228,6 +271,7 @@ def test_sixteen_bits_and_transparency(there):
     (there / "in").mkdir()
     Image.fromarray(ramp).save("in/a.png"), Image.fromarray(rgba).save("in/b.png"), Image.fromarray(rgba).save("in/c.png")
     assert abs(data.decode(("in/a.png", 16)).mean() - 127.5) < 1
+    assert (np.asarray(data.to_rgb(Image.fromarray(np.full((4, 4), 257 * 200, np.uint16)))) == 200).all()
     image = data.decode(("in/b.png", 16))
     assert (image[:, :7] == 255).all() and (image[:, 9:] == (255, 0, 0)).all()
 

@@ -219,7 +219,7 @@ def test_offline_score(scored, capsys):
     Path("runs/shapes/checkpoint.pt").touch()
     assert call(evaluate, "--overwrite") == 0 and "is newer than the samples" in capsys.readouterr().err
     assert call(data, "--size", 24, "--count", 100, "--workers", 1, "--out", "other", "--name", "d") == 0
-    assert call(evaluate, "--reference", "other/d", "--out", "x.json") == 1 and "is it the right --reference" in capsys.readouterr().err
+    assert call(evaluate, "--reference", "other/d", "--out", "x.json") == 1 and "the right --reference" in capsys.readouterr().err
     assert call(evaluate, "--metrics", "fd", "--overwrite") == 0 and call(evaluate) == 1 and "other options" in capsys.readouterr().err
     assert call(evaluate, "--overwrite") == 0
     state = torch.load("data/shapes/classifier.pt", weights_only=True)
@@ -302,8 +302,8 @@ def test_table_of_results(scored, capsys):
 
 def bad_sets():
     Path("mixed").mkdir()
-    Image.new("RGB", (8, 8)).save("mixed/a.png"), Image.new("RGB", (9, 8)).save("mixed/b.png")
-    for name, text in (("list", "[]"), ("nolabels", "{}")):
+    Image.new("RGB", (16, 16)).save("mixed/a.png"), Image.new("RGB", (17, 16)).save("mixed/b.png")
+    for name, text in (("list", "[]"), ("nolabels", "{}"), ("cutjson", "{")):
         Path(name).mkdir()
         Image.new("RGB", (8, 8)).save(f"{name}/a.png"), Path(f"{name}/samples.json").write_text(text)
     Path("void").mkdir()
@@ -314,6 +314,8 @@ def bad_sets():
     np.savez("pickled.npz", arr_0=np.array([{}], dtype=object))
     np.savez("few.npz", arr_0=images_of(9, 16))
     np.savez("onehot.npz", arr_0=images_of(9, 16), arr_1=np.eye(9))
+    np.savez("far.npz", arr_0=images_of(9, 16), arr_1=np.full(9, 77)), np.savez("big.npz", arr_0=images_of(9, 32))
+    np.savez("nan.npz", mu=np.full(8, np.nan), sigma=np.eye(8)), np.savez("odd.npz", mu=np.zeros(8), sigma=np.eye(3))
     np.savez("short.npz", arr_0=images_of(9, 16), arr_1=np.arange(8))
     Path("broken.npz").write_bytes(b"PK broken")
     Path("cut.npz").write_bytes(Path("few.npz").read_bytes()[:-500])
@@ -321,7 +323,8 @@ def bad_sets():
 @pytest.mark.parametrize("flags,words,code", [
     (["--samples", "mixed"], "must have one size", 1), (["--samples", "void"], "no images at void", 1), (["--samples", "float.npz"], "must be uint8", 1), (["--samples", "nothing.npz"], "neither images", 1),
     (["--samples", "none.npz"], "must be uint8", 1), (["--samples", "onehot.npz"], "one class id per image", 1), (["--samples", "short.npz"], "one class id per image", 1), (["--samples", "cut.npz"], "not a readable npz", 1),
-    (["--samples", "list"], "samples.json is damaged", 1), (["--samples", "nolabels"], "samples.json is damaged", 1),
+    (["--samples", "list"], "labels for 0", 1), (["--samples", "nolabels"], "labels for 0", 1), (["--samples", "cutjson"], "samples.json is damaged", 1), (["--samples", "far.npz"], "labels outside 0..9", 1), (["--samples", "big.npz"], "the right --reference", 1),
+    (["--samples", "few.npz", "--reference", "nan.npz", "--features", "inception", "--inception-weights", "gone.pth"], "must be finite", 1), (["--samples", "few.npz", "--reference", "odd.npz", "--features", "inception", "--inception-weights", "gone.pth"], "must be finite", 1),
     (["--samples", "few.npz", "--reference", "small.npz"], "is not a packed data set", 1), (["--samples", "small.npz"], "statistics only", 1), (["--device", "gpu"], "give cuda or cpu", 2),
     (["--samples", "pickled.npz"], "not a readable npz", 1), (["--samples", "broken.npz"], "not a readable npz", 1), (["--samples", "few.npz", "--reference", ""], "pass --reference", 1),
     (["--samples", "nowhere"], "no images at nowhere", 1), (["--metrics", "psnr"], "unknown", 2), (["--run", "nope"], "make samples first", 1), (["--table", "gone.json"], "gone.json", 1),
@@ -345,6 +348,29 @@ def test_statistics_of_another_feature_size(work, inception, capsys):
     torch.save(inception, "mine.pth")
     assert call(evaluate, "--samples", "few.npz", "--reference", "small.npz", "--features", "inception", "--inception-weights", "mine.pth", "--out", "x.json") == 1
     assert "features of 64 numbers, the samples of 2048" in capsys.readouterr().err
+
+def test_statistics_are_cached_by_weights_and_data(work):
+    real, nets = evaluate.ImageSet("data/shapes"), [lambda x, k=k: {"features": x.float().mean(dim=(1, 2)) * k, "logits": x[:, 0, 0].float()} for k in (1, 2)]
+    first, same, other = (evaluate.describe_reference(real, nets[k], "f", digest, "cpu", 50) for k, digest in ((0, "a"), (1, "a"), (1, "b")))
+    assert np.array_equal(first["mu"], same["mu"]) and np.allclose(other["mu"], 2 * first["mu"])
+    real.key = "packed anew"
+    assert np.allclose(evaluate.describe_reference(real, nets[1], "f", "a", "cpu", 50)["mu"], 2 * first["mu"])
+
+def test_which_side_is_precise():
+    """Samples in a corner of the real ones: all precise, little recalled; and the spatial score uses the spatial moments."""
+    real, fake = features(300, 2), features(300, 2) * 0.1
+    side = lambda x, k: {"features": x, "mu": x.mean(0), "sigma": np.cov(x.T), "mu_s": x.mean(0) + k, "sigma_s": np.cov(x.T)}
+    scores, _ = evaluate.compare(side(fake, 0), side(real, 3), ["pr", "fd", "sfd"], True)
+    assert scores["precision"] > 0.9 > 0.5 > scores["recall"] and scores["sfd"] > scores["fd"] + 10
+
+def test_the_classifier_is_mirrored_left_to_right_and_judges_in_eval_mode(work, monkeypatch):
+    seen, real = [], evaluate.Classifier.forward
+    monkeypatch.setattr(evaluate.Classifier, "forward", lambda self, x: seen.append(x.float().mean(dim=(0, 3))) or real(self, x))
+    images = np.zeros((64, 16, 16, 3), np.uint8)
+    images[:, :8, :4] = 255
+    evaluate.train_classifier(images, np.arange(64) % 2, 2, "cpu")
+    assert all(x[:8].mean() > 30 and x[8:].mean() == 0 for x in seen) and len({bool(x[0, 0] > 0) for x in seen}) == 2
+    assert [evaluate.load_classifier("data/shapes", "cpu")[0].training for _ in range(2)] == [False, False]
 
 def test_memory_of_precision_and_recall_is_not_quadratic():
     """10,000 x 10,000 distances in fp64 alone would be 800 MB."""

@@ -282,6 +282,22 @@ def test_damaged_checkpoints_are_named(tmp_path, tiny_official):
     with pytest.raises(ValueError, match="--ema"):
         model.load_network(path, ema=5)
 
+def test_small_things_that_no_shape_shows(tiny_official):
+    path, net = tiny_official
+    assert model.load_network(path, ema=-1)[0].pos_embed.abs().max() == 0 and not model.load_network(path)[0].training          # its raw weights are zero
+    args = argparse.Namespace(model="JiT-tiny", img_size=16, class_num=3, noise_scale=2.0)
+    assert model.load_network(official(path, net, args=args))[0].config.noise_scale == 2
+    z, t, y = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 3])
+    net.train()
+    plain = net(z, t, y)
+    net.checkpointing = True
+    assert torch.allclose(net(z, t, y), plain, atol=1e-6)
+    fresh, bound = model.JiT(model.JiTConfig(**TINY)), (6 / (3 * 16 + 8))**0.5
+    assert 0.9 * bound < fresh.x_embedder.proj1.weight.abs().max() <= bound             # a patch, not a pixel, is the fan-in
+    norm, x = model.RMSNorm(8), torch.randn(3, 8).bfloat16()
+    assert torch.equal(norm(x), norm(x.float()))
+    assert model.TimeHead.loss(t[:, None], {"t": t}) == 0
+
 def test_an_auxiliary_head_sees_image_tokens_only():
     net, seen = randomised(model.JiTConfig(**TINY, aux="time")), {}
     for name in ("aux_head", "final_layer"):

@@ -40,6 +40,34 @@ def test_noise_and_labels_are_a_function_of_seed_and_index():
     assert abs(sample.noise_for(range(50), (3, 16, 16), 0, 2.0).std() - 2) < 0.02
     assert not torch.equal(a, sample.noise_for(range(10), (3, 4, 4), 7, 2.0, step=0))
 
+def test_no_two_images_share_noise():
+    """numpy ignores zeros at the end of a seed: image 0's fresh noise of step s must not be where image s+1 starts."""
+    rows = [sample.noise_for(range(6), (4,), 0, 1.0, step) for step in (None, 0, 1, 2, 3, 4)]
+    assert len(torch.cat(rows).unique(dim=0)) == 36
+
+def test_the_sampler_passes_on_what_it_was_asked(run, monkeypatch):
+    """Fresh noise by step, noise of std k, the shift of the grid; ancestral noise has the posterior's std, and none at the end."""
+    net, steps, trace = randomised(model.JiTConfig(**{**TINY, "noise_scale": 2.0})), [], {}
+    noise, y, v = torch.randn(2, 3, 16, 16), torch.tensor([0, 1]), lambda z, t: z * 0.3
+    sample.generate(net, noise, y, solver="ddpm", steps=3, step_noise=lambda i: steps.append(i) or noise)
+    sample.generate(net, noise, y, solver="euler", steps=2, shift=3.0, trace=trace)
+    assert steps == [0, 1, 2] and list(trace) == pytest.approx([0, 0.25])
+    assert torch.equal(sample.ddpm_step(noise, 0.9, 1.0, v, noise=noise), sample.ddpm_step(noise, 0.9, 1.0, v))
+    t, u = 0.5, 0.75                                      # std^2 = (sigma_t^2 - (alpha_t/alpha_u)^2 sigma_u^2) sigma_u^2 / sigma_t^2
+    added = sample.ddpm_step(noise, t, u, v, noise=torch.ones_like(noise)) - sample.ddpm_step(noise, t, u, v)
+    assert torch.allclose(added, torch.full_like(added, ((0.5**2 - (0.5 / 0.75)**2 * 0.25**2) * 0.25**2 / 0.5**2)**0.5), atol=1e-6)
+    monkeypatch.setattr(sample, "generate", lambda net, noise, labels, **more: noise)
+    assert abs(sample.Sampler(net, [0], 0, sample.HOW, "off", torch.device("cpu")).draw(range(50)).std() - 2) < 0.05
+    before = sample.fingerprint(net)
+    next(net.parameters()).data += 1
+    assert sample.fingerprint(net) != before
+
+def test_an_image_of_another_size_is_not_packed(run, capsys):
+    assert call(sample, "--run", "r", "--num", 9, "--amp", "off") == 0
+    Image.new("RGB", (8, 8)).save("runs/r/samples/0000004.png")
+    assert call(sample, "--run", "r", "--num", 9, "--amp", "off", "--npz") == 1 and "0000004.png is not of 16 x 16" in capsys.readouterr().err
+    assert not Path("runs/r/samples/samples.npz").exists()
+
 def test_a_killed_run_goes_on(run, monkeypatch):
     whole = draw("whole", "--batch-size", 10)
     real, count = sample.generate, []
@@ -84,7 +112,7 @@ def test_samples_are_neither_overwritten_nor_ignored(run, capsys):
     assert call(sample, "--run", "r", "--num", 4, "--amp", "off", "--out", "out") == 0 and "0 new" in capsys.readouterr().out
     assert call(sample, "--run", "r", "--num", 4, "--amp", "off", "--out", "out", "--cfg", 3) == 1
     assert "cfg: 2.0, now 3.0" in capsys.readouterr().err
-    assert call(sample, "--run", "r", "--num", 4, "--amp", "off", "--out", "out", "--cfg", 3, "--overwrite") == 0
+    assert call(sample, "--run", "r", "--num", 4, "--amp", "off", "--out", "out", "--cfg", 3, "--overwrite") == 0 and np.array_equal(pictures("out"), draw("fresh", "--cfg", 3, num=4))
     Path("mine").mkdir()
     Image.new("RGB", (9, 9)).save("mine/holiday.png")
     assert call(sample, "--run", "r", "--num", 4, "--out", "mine", "--overwrite") == 1 and "did not write" in capsys.readouterr().err
