@@ -302,7 +302,7 @@ def read_cifar10(archive):
         return records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0].astype(np.int64)
     return {"train": read([f"data_batch_{i}" for i in range(1, 6)]), "val": read(["test_batch"])}
 
-# ---- Plumbing of all five scripts, as far as it needs no torch: flags and errors -------------------------------------
+# ---- Plumbing of all five scripts (skip it on a first reading; it needs no torch): flags and errors ------------------
 class UsageError(ValueError):
     """A wrong flag or value: exit code 2."""
 

@@ -109,6 +109,8 @@ def precision_recall(generated, real, k=3, block=1000):
     return covered(a, b, radii(b)), covered(b, a, radii(a))
 
 # ---- One pass over an image set: features, and the sums that the moments need ----------------------------------------
+KEPT, NEIGHBOURS = 50_000, 10_000      # images whose features are kept; real ones that precision and recall look at
+
 def random_subset(n, count):
     """At most n of the places 0 ... count-1 by chance, always the same ones, in order.
 
@@ -134,7 +136,7 @@ def describe(images, net, device, batch_size, title, chosen=None):
             out = {k: v.float() for k, v in net(torch.from_numpy(np.array(images[chosen[rows]])).to(device)).items()}
             for name in [name for name in ("features", "spatial") if name in out]:     # subtle: alike on all processes
                 f = F.pad(out[name].double(), (1, 0), value=1.0)                                   # B 1+D: (1, f)
-                sums[name] = sums.get(name, 0) + f.T @ f
+                sums[name] = sums[name].addmm_(f.T, f) if name in sums else f.T @ f
             part = out["features"][kept[rows]], out["logits"][kept[rows]], out["logits"].argmax(1)
             parts.append([v.cpu().numpy() for v in part])
             bar.update(len(f))
@@ -403,8 +405,6 @@ def describe_reference(real, net, features, digest, device, batch_size):
     return result
 
 # ---- From two image sets to a result ---------------------------------------------------------------------------------
-KEPT, NEIGHBOURS = 50_000, 10_000      # images whose features are kept; real ones that precision and recall look at
-
 def precision_and_recall(fake, real):
     if np.trace(fake["sigma"]) < 1e-6 * np.trace(real["sigma"]):
         raise ValueError("the generated images are all the same")
