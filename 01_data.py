@@ -483,8 +483,8 @@ def chart(title, label, lines, width=480, height=320):
         draw.rectangle((right - 112, y + 5, right - 104, y + 9), fill=colour)
         write(draw, (right - 100, y), name, 96)
     for text, place, anchor in ((title, (left, 8), "la"), (label, ((left + right) // 2, bottom + 5), "ma"),
-                                (f"{x0:.3g}", (left, bottom + 5), "la"), (f"{x1:.3g}", (right, bottom + 5), "ra"),
-                                (f"{y0:.3g}", (left - 4, bottom - 12), "ra"), (f"{y1:.3g}", (left - 4, top), "ra")):
+                                (f"{x0:.4g}", (left, bottom + 5), "la"), (f"{x1:.4g}", (right, bottom + 5), "ra"),
+                                (f"{y0:.4g}", (left - 4, bottom - 12), "ra"), (f"{y1:.4g}", (left - 4, top), "ra")):
         write(draw, place, text, right - left, anchor)
     return sheet
 

@@ -25,22 +25,21 @@ def torture(folder, kills, steps, seed=0):
     def loss_log(run):
         return [{k: v for k, v in row.items() if k not in ("images_per_s", "gpu_MiB")}
                 for row in csv.DictReader((Path(folder) / "runs" / run / "log.csv").open())]
-    start = time.time()
     command = [*script, *FLAGS, "--steps", str(steps)]
+    start = time.time()
+    subprocess.run([*script, "--help"], cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL)
+    startup, checkpoint, done = time.time() - start, Path(folder) / "runs" / "hunted" / "checkpoint.pt", 0
     subprocess.run([*command, "--run", "calm"], cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL)
-    whole, checkpoint, done = time.time() - start, Path(folder) / "runs" / "hunted" / "checkpoint.pt", 0
     while done < kills:
         child = subprocess.Popen([*command, "--run", "hunted"], cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            child.wait(chance.uniform(0.5, 1.0) * whole)
+            child.wait(startup + chance.uniform(0, 2))
+            shutil.rmtree(checkpoint.parent)              # it was faster: begin again, so that every kill hits a run
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-        done += 1
-        if checkpoint.exists():
-            step = model.read_checkpoint(checkpoint)["info"]["step"]       # raises if it does not load
-            if step == steps:                             # done: begin again, so that every kill hits a run
-                shutil.rmtree(checkpoint.parent)
+            done += 1
+            step = model.read_checkpoint(checkpoint)["info"]["step"] if checkpoint.exists() else 0         # raises if it does not load
             print(f"kill {done}: checkpoint at step {step}", flush=True)
     subprocess.run([*command, "--run", "hunted"], cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL)
     same = loss_log("calm") == loss_log("hunted")
@@ -48,4 +47,4 @@ def torture(folder, kills, steps, seed=0):
     return 0 if same else 1
 
 if __name__ == "__main__":
-    sys.exit(torture(".", int(sys.argv[1]) if len(sys.argv) > 1 else 50, steps=60))
+    sys.exit(torture(".", int(sys.argv[1]) if len(sys.argv) > 1 else 50, steps=1500))
