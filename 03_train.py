@@ -332,6 +332,8 @@ class Recorder:
             if first:
                 save(state, self.folder / "checkpoint.pt")
             self.saved_at, self.wait = time.perf_counter(), options.save_minutes
+        if done or stop:
+            self.bar.close()
         if stop and not done:
             raise KeyboardInterrupt
 
