@@ -1,7 +1,7 @@
-"""01_data.py -- images: from a source to two arrays that every later stage reads without decoding anything again
+"""01_data.py -- images: from a source to arrays that every later stage reads without decoding anything again
 
 What this stage teaches: training reads each image hundreds of times.  So it is decoded, cropped and scaled once and
-kept as raw bytes in one file that the operating system maps into memory.  An epoch then costs a memory copy.
+kept as raw bytes, one file a split, that the operating system maps into memory.  An epoch then costs a memory copy.
 Reads a source:   shapes       ten named shapes, drawn here; a function of (seed, index), nothing to download
                   folder       your own images: class folders under train/ and val/ (or test/), class folders alone
                                (a part is held out), or images without class folders
@@ -346,8 +346,9 @@ def parse(argv, description, *classes):
             kind, default = dict(type=numbers, metavar="X,Y"), default and ",".join(map(str, default))
         elif entry.type is list:
             kind = dict(nargs="+", metavar="FILE")
-        text = about["text"] + (" " + "|".join(about["choices"]) if about["choices"] else "")
-        text += "" if default in (None, "", False, True) else f" (default: {default})"
+        text = about["text"] + ("; " + "|".join(filter(None, about["choices"])) if about["choices"] else "")
+        if default not in (None, "") and default is not False:
+            text += f" (default: {'on' if default is True else default})"
         group.add_argument("--" + name.replace("_", "-"), help=text.replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
@@ -491,15 +492,15 @@ def chart(title, label, lines, width=480, height=320):
 # ---- Running it ------------------------------------------------------------------------------------------------------
 @dataclass
 class Options:
-    source: str = option("shapes", "where the images come from:", choices=("shapes", "folder", *ARCHIVES), group="what")
-    root: Path = option(None, "folder: your images; cifar10, imagenette: where the archive is kept")
+    source: str = option("shapes", "where the images come from", choices=("shapes", "folder", *ARCHIVES), group="what")
+    root: Path = option(None, "folder: your images; others: where the archive is kept (default: OUT/downloads)")
     size: int = option(None, "height and width in pixels (default: 64; cifar10 32; imagenette 160, 320)", "[8, 4096]")
     count: int = option(None, "shapes: number of training images (default: 20000)", "[100, 10000000]")
     fraction: float = option(1.0, "keep this part of the training images, drawn with --seed", "(0, 1]")
     val_fraction: float = option(None, "folder without val/ or test/: part held out (default: 0.1)", "(0, 1)")
-    seed: int = option(0, "of shapes, fraction and hold-out", "[0, inf)")
+    seed: int = option(0, "of drawing, --fraction and hold-out", "[0, inf)")
     name: str = option(None, "the data set's name (default: the source)", group="where and how")
-    out: Path = option(Path("data"), "folder of data sets")
+    out: Path = option(Path("data"), "folder of data sets; 03_train.py then needs --data OUT/NAME")
     workers: int = option(os.cpu_count(), "processes that draw or decode", "[1, inf)")
     overwrite: bool = option(False, "replace a data set of this name")
 

@@ -12,7 +12,7 @@ the other way round.)  With x the image in [-1, 1] and e ~ N(0, k^2 I) noise, k 
     z and t are known, so x, e and v say the same thing:  x = z + (1-t) v,  e = z - t v,  v = (x - z)/(1-t)
 
 JiT predicts x and is trained with the loss on v: patches of real images fill a small part of the patch space, noise and
-velocity fill all of it, and a network narrower than the patch can only hold the former (JiT sections 3.3 and 4.2).
+velocity fill all of it, and a network narrower than the patch can hold images only (JiT sections 3.3 and 4.2).
 
 Letters of the shape column:  B images, C channels, H W pixels, p patch size, N = (H/p)(W/p) tokens, L = N + context
 tokens, D hidden size, h heads, d = D/h.     Paper: Li & He 2025, "Back to Basics: Let Denoising Generative Models
@@ -432,13 +432,13 @@ class JiTConfig:
     in_context_start: int = option(4, "the block before which they are put there", "[0, inf)")
     dropout: float = option(0.0, "on attention output and FFN of the blocks depth//4 to depth//4*3", "[0, 1)")
     patch_embed: str = option("linear", "nonlinear: SiLU in the bottleneck", choices=("linear", "nonlinear"))
-    ffn: str = option("swiglu", "feed-forward network:", choices=tuple(FFNS))
+    ffn: str = option("swiglu", "feed-forward network", choices=tuple(FFNS))
     norm: str = option("rmsnorm", "layernorm: without learned weights", choices=tuple(NORMS))
     rope: bool = option(True, "rotary position embedding on q and k")
     qk_norm: bool = option(True, "RMSNorm on q and k")
-    aux: str = option("none", "auxiliary head, used in training only:", choices=tuple(AUX_HEADS))
-    pred: str = option("x", "what the output means:", choices=("x", "e", "v"))
-    path: str = option("linear", "how z is mixed:", choices=tuple(PATHS))
+    aux: str = option("none", "auxiliary head, used in training only", choices=tuple(AUX_HEADS))
+    pred: str = option("x", "what the output means", choices=("x", "e", "v"))
+    path: str = option("linear", "how z is mixed", choices=tuple(PATHS))
     noise_scale: float = option(1.0, "k, the noise's std; the paper: image_size / 256 from 256 pixels on", "(0, inf)")
 
     def __post_init__(self):
@@ -621,7 +621,7 @@ def walk(config, batch=2):
 
 @dataclass
 class Options:
-    model: str = option("JiT-S/16", "the network to walk through:", choices=tuple(MODELS))
+    model: str = option("JiT-S/16", "the network to walk through", choices=tuple(MODELS))
 
 def main(argv=None):
     options = Options(**data.parse(argv, "Print the table of sizes and walk one batch through a network.", Options))

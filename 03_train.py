@@ -5,7 +5,8 @@ gradient accumulation, averaged weights (EMA), checkpoints that survive a kill, 
 Reads data/<name>/.   Writes runs/<name>/: config.json, log.csv, loss.png, checkpoint.pt, snapshots/, preview/
 Run it:   python 03_train.py                     the shapes preset, five minutes on two CPU cores
           torchrun --nproc_per_node 8 -- 03_train.py --preset imagenet-B       the same model on 8 GPUs as on one
-Stopped or killed, the same command goes on where it was; --resume goes on with other steps, epochs, lr or amp.
+Stopped or killed, the same command goes on from the last checkpoint (written when stopped, after the first minute and
+then every five); --resume goes on with other steps, epochs, lr or amp.
 
 One step, in the letters of 02_model.py (t = 0 noise, t = 1 data; JiT Algorithm 1):
     t = sigmoid(N(p_mean, p_std^2)),  e ~ N(0, k^2),  z = t x + (1-t) e        draw a time, mix image and noise
@@ -438,17 +439,17 @@ EXPERIMENTS = {  # combine with any preset
 
 @dataclass
 class Options:
-    preset: str = option("shapes", "row of PRESETS:", choices=tuple(PRESETS), group="what to train on")
-    experiment: str = option("", "row of EXPERIMENTS:", choices=("", *EXPERIMENTS))
-    data: str = option("shapes", "data set: data/NAME, or a folder (default: the preset's)")
-    run: str = option(None, "runs/NAME, or a folder (default: the preset)", free=True)
-    steps: int = option(None, "optimizer steps; they come before --epochs", "[1, inf)")
+    preset: str = option("shapes", "row of PRESETS", choices=tuple(PRESETS), group="what to train on")
+    experiment: str = option("", "row of EXPERIMENTS (default: none)", choices=("", *EXPERIMENTS))
+    data: str = option("shapes", "data set: data/NAME, or a folder")
+    run: str = option(None, "runs/NAME, or a folder (default: PRESET, or PRESET-EXPERIMENT)", free=True)
+    steps: int = option(None, "optimizer steps; they take precedence over --epochs", "[1, inf)")
     epochs: float = option(600.0, "passes over the data", "(0, inf)")
     seed: int = option(0, "of weights, data order and noise", "[0, inf)")
-    model: str = option("JiT-B/16", "row of MODELS in 02_model.py; the group `network` overrides parts of it:",
+    model: str = option("JiT-B/16", "row of MODELS in 02_model.py; the flags under `network` override parts of it",
                              choices=tuple(model.MODELS))
-    loss: str = option("v", "space of the squared error:", choices=("x", "e", "v"), group="objective")
-    times: str = option("logit-normal", "distribution of t:", choices=("logit-normal", "uniform"))
+    loss: str = option("v", "space of the squared error", choices=("x", "e", "v"), group="objective")
+    times: str = option("logit-normal", "distribution of t", choices=("logit-normal", "uniform"))
     p_mean: float = option(-0.8, "mean of the normal")
     p_std: float = option(0.8, "its standard deviation", "(0, inf)")
     shift: float = option(1.0, "t -> t/(t + A(1-t)): above 1, more time near the noise", "(0, inf)")
@@ -456,13 +457,13 @@ class Options:
     flip: bool = option(True, "mirror half of the images")
     aux_weight: float = option(0.1, "lambda, the weight of the auxiliary head", "[0, inf)")
     batch_size: int = option(1024, "GLOBAL: images per optimizer step", "[1, inf)", group="optimizer")
-    micro_batch: int = option(None, "images per forward pass and process (default: at most 128)", "[1, inf)", free=True)
+    micro_batch: int = option(None, "images per pass and process (default: all, at most 128)", "[1, inf)", free=True)
     lr: float = option(None, "learning rate (default: 5e-5 x batch size / 256)", "(0, inf)")
-    schedule: str = option("constant", "after the warm-up:", choices=("constant", "cosine"))
+    schedule: str = option("constant", "after the warm-up", choices=("constant", "cosine"))
     warmup: int = option(None, "steps (default: 5 epochs, at most 1/20 of the run)", "[0, inf)")
     weight_decay: float = option(0.0, "of AdamW", "[0, inf)")
     ema: tuple = option((0.9999, 0.9996), "decays of the averaged weights", "[0, 1)")
-    amp: str = option(None, "mixed precision (default: bf16 where it is fast):", choices=("bf16", "fp16", "off"),
+    amp: str = option(None, "mixed precision (default: bf16 where it is fast)", choices=("bf16", "fp16", "off"),
                            group="hardware")
     compile: bool = option(None, "torch.compile (default: on CUDA)", free=True)
     checkpointing: bool = option(False, "recompute blocks in the backward pass: less memory", free=True)
@@ -472,7 +473,7 @@ class Options:
     overwrite: bool = option(False, "start the run anew; the old one is moved aside, to NAME.old", free=True)
     log_every: int = option(50, "steps between two lines of the log", "[1, inf)", free=True)
     preview_every: int = option(1000, "steps between two previews; 0: only at the end", "[0, inf)", free=True)
-    save_minutes: float = option(5.0, "between two checkpoints; the first comes after one", "[0, inf)", free=True)
+    save_minutes: float = option(5.0, "between checkpoints; the first after one minute at most", "[0, inf)", free=True)
     snapshots: int = option(8, "copies of the averaged weights kept over the run", "[0, inf)", free=True)
     sampling: dict = option(None, "what 04_sample.py takes by default", flag=False, free=True)
     classes: list = option(None, "names of the data set's classes", flag=False)
@@ -553,7 +554,8 @@ def refuse_other_settings(state, options, config, folder):
                          f"{new[odd]}): pass {way}--run NAME for a new run, or --overwrite")
 
 def main(argv=None):
-    given = data.parse(argv, "Train a JiT.", Options, model.JiTConfig)
+    given = data.parse(argv, "Train a JiT.  Defaults shown are the paper's: the model's row, the preset, the experiment "
+                       "and then your flags override them.", Options, model.JiTConfig)
     with model.machine(given.get("device")) as (device, rank, world):
         options, network = resolve(given)
         folder = data.folder_of(options.run, "runs")

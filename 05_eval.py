@@ -517,14 +517,15 @@ def print_table(files, out):
 @dataclass
 class Options:
     run: str = option("shapes", "runs/NAME, or a folder", group="what")
-    samples: str = option(None, "generated images (default: the run's samples)")
+    samples: str = option(None, "generated images, a folder or .npz (default: the run's samples)")
     reference: str = option(None, "real images or their statistics (default: the samples' data set, training images)")
-    metrics: str = option(",".join(METRICS), "distances, precision and recall, Inception score, spatial distance")
-    features: str = option("classifier", "see the head of this file:", choices=("classifier", "inception"))
+    metrics: str = option(",".join(METRICS), "distance, kernel distance, precision and recall, Inception score, spatial "
+                          "distance")
+    features: str = option("classifier", "see the head of this file", choices=("classifier", "inception"))
     inception_weights: Path = option(None, "the weights file, where it cannot be downloaded")
     table: list = option(None, "only compare results made before: a table, a CSV file and a curve")
-    out: Path = option(None, "result (default: metrics.json in the run's folder; SAMPLES-metrics.json with --samples)",
-                       group="output and hardware")
+    out: Path = option(None, "result (default: metrics.json in the run's folder; SAMPLES-metrics.json with --samples; "
+                       "table.csv and .png beside the first file with --table)", group="output and hardware")
     overwrite: bool = option(False, "replace a result made of other samples or with other options")
     batch_size: int = option(100, "images at a time and process", "[1, inf)")
     device: str = option(None, "cuda or cpu")

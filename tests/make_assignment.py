@@ -1,6 +1,6 @@
 """A week's assignment from this repository: the same code with the bodies of twelve functions taken out.
 
-python tests/make_assignment.py OUT          copies everything to OUT, empties the functions of EXERCISES, writes OUT/EXERCISES.md
+python tests/make_assignment.py OUT          copies everything to OUT, empties the functions of EXERCISES, writes OUT/tests/EXERCISES.md
 In OUT a student fills them in, in any order, and asks    python -m pytest -q --tb=line tests/test_exercises.py
 what is missing or wrong; when all are back, the whole suite passes again.  The working code carries no markers: an
 exercise is found by its name, its signature and docstring stay.
@@ -15,7 +15,7 @@ EXERCISES = [  # file, function, minutes, what to do
     ("01_data.py", "center_crop", 30, "halve with BOX while both sides stay at least `size`, BICUBIC to the short side, cut the centre, RGB first"),
     ("02_model.py", "patchify", 20, "cut an image into square patches, row by row; inside a patch the channels come last"),
     ("02_model.py", "rotate", 40, "turn each adjacent pair of channels by its angle: a 2-D rotation per pair"),
-    ("02_model.py", "Block.forward", 40, "six signals from the condition; norm, shift and scale, attention, gate, add; the same again with the FFN"),
+    ("02_model.py", "Block.forward", 40, "six signals from the condition; norm, shift and scale, attention (with rope; dropout on its output), gate, add; the same again with the FFN"),
     ("02_model.py", "conversion", 60, "solve z = a x + s e, v = a' x + s' e for what is asked; clamp denominators that vanish"),
     ("03_train.py", "diffusion_loss", 40, "squared error of the prediction, weighted by the conversion's u^2 for every space asked for"),
     ("03_train.py", "Trainer.update_ema", 20, "move every average towards the weights by 1 - decay, in place"),

@@ -49,6 +49,10 @@ def test_exercise_04_block():
     x, c, condition = torch.randn(2, 5, 32), torch.randn(2, 1, 32), block.adaLN_modulation[1]
     torch.nn.init.zeros_(condition.weight), torch.nn.init.zeros_(condition.bias)
     same(block(x, c), x, "Block.forward: at initialisation the gates are zero, so a block must return its input")
+    seen = []
+    block.attn.forward = lambda h, rope=None: seen.append(rope) or h * 0
+    block(x, c, "the table")
+    assert seen == ["the table"], "Block.forward: the rotary tables must reach the attention"
     block.attn, block.mlp = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
     block.attn.forward = lambda h, rope=None: h * 2
     torch.nn.init.normal_(condition.weight, std=0.1)
@@ -101,6 +105,9 @@ def test_exercise_08_guided_velocity(monkeypatch):
     assert sum(seen) == 2, f"guided_velocity with w = 1 must skip the pass without class: {sum(seen)} images went through for 2"
     same(sample.guided_velocity(net, z, 0.5, y, 0.0), [[10.0], [10.0]], "guided_velocity with w = 0 is the velocity without class (label num_classes)")
     same(sample.guided_velocity(net, z, 0.5, y, 3.0), [[-11.0], [-8.0]], "guided_velocity: v_uncond + w (v_class - v_uncond)")
+    for t, low in ((0.3, 0.3), (0.7, 0.3)):
+        same(sample.guided_velocity(net, z, t, y, 3.0, (low, 0.7)), [[3.0], [4.0]], "guided_velocity at an end of its interval is outside")
+    same(sample.guided_velocity(net, z, 0.0, y, 3.0, (0.0, 0.7)), [[-11.0], [-8.0]], "guided_velocity: an interval that begins at 0 includes t = 0")
     same(sample.guided_velocity(net, z, 0.05, y, 3.0, (0.1, 1.0)), [[3.0], [4.0]], "guided_velocity outside its interval of time is that of w = 1")
 
 def test_exercise_09_euler_step():
