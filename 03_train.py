@@ -554,8 +554,8 @@ def refuse_other_settings(state, options, config, folder):
                          f"{new[odd]}): pass {way}--run NAME for a new run, or --overwrite")
 
 def main(argv=None):
-    given = data.parse(argv, "Train a JiT.  Defaults shown are the paper's: the model's row, the preset, the experiment "
-                       "and then your flags override them.", Options, model.JiTConfig)
+    given = data.parse(argv, "Train a JiT.  Defaults shown are the paper's: the model's row, the preset, the "
+                       "experiment and then your flags override them.", Options, model.JiTConfig)
     with model.machine(given.get("device")) as (device, rank, world):
         options, network = resolve(given)
         folder = data.folder_of(options.run, "runs")

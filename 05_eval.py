@@ -519,8 +519,8 @@ class Options:
     run: str = option("shapes", "runs/NAME, or a folder", group="what")
     samples: str = option(None, "generated images, a folder or .npz (default: the run's samples)")
     reference: str = option(None, "real images or their statistics (default: the samples' data set, training images)")
-    metrics: str = option(",".join(METRICS), "distance, kernel distance, precision and recall, Inception score, spatial "
-                          "distance")
+    metrics: str = option(",".join(METRICS), "distance, kernel distance, precision and recall, Inception score, "
+                          "spatial distance")
     features: str = option("classifier", "see the head of this file", choices=("classifier", "inception"))
     inception_weights: Path = option(None, "the weights file, where it cannot be downloaded")
     table: list = option(None, "only compare results made before: a table, a CSV file and a curve")
