@@ -209,26 +209,30 @@ def decode(job):
     except Exception as error:                            # subtle: Pillow raises many kinds, also SyntaxError
         return f"{type(error).__name__}: {error}".splitlines()[0]
 
-def list_images(folder, deep=True):
-    """Image files of a folder, and of those below if deep, sorted by path; the name decides."""
-    files = (file for file in Path(folder).glob("**/*" if deep else "*") if file.suffix.lower() in SUFFIXES)
-    return sorted(str(file) for file in files if not any(part[0] == "." for part in file.relative_to(folder).parts))
+def find_images(folder):
+    """Yield the image files of a folder and of those below it, but for hidden ones; the name decides."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "."]
+        yield from (os.path.join(parent, name) for name in files if name.lower().endswith(SUFFIXES) and name[0] != ".")
+
+def list_images(folder):
+    return sorted(find_images(folder))
 
 def list_classes(folder):
     """Class folders -> (names, files, labels).  A folder without sub-folders is unlabelled: no names, label 0."""
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
     inside = [list_images(folder / name) for name in names] or [list_images(folder)]
-    loose = names and list_images(folder, deep=False)
-    if loose:
-        raise ValueError(f"{folder} holds class folders and {len(loose)} loose images ({Path(loose[0]).name}, ...): "
+    loose = [name for name in sorted(os.listdir(folder)) if name.lower().endswith(SUFFIXES) and name[0] != "."]
+    if names and loose:
+        raise ValueError(f"{folder} holds class folders and {len(loose)} loose images ({loose[0]}, ...): "
                          "put them into a class, or elsewhere")
     if [] in inside and names:
         raise ValueError(f"class folder {folder / names[inside.index([])]} holds no images: fill it or remove it")
-    return names, sum(inside, []), [label for label, files in enumerate(inside) for _ in files]
+    return names, [file for files in inside for file in files], [k for k, files in enumerate(inside) for _ in files]
 
 def list_folder(root, val_fraction, seed):
     """A folder of images -> (class names, {"train": (files, labels), "val": (files, labels)}).  Raises ValueError."""
-    if not root.is_dir() or not list_images(root):
+    if not root.is_dir() or not any(find_images(root)):
         raise UsageError(f"--root {root} {'holds no images' if root.is_dir() else 'is not a folder'}")
     held_out = next((root / name for name in ("val", "test", "validation") if (root / name).is_dir()), None)
     names, files, labels = list_classes(root / "train" if (root / "train").is_dir() else root)
