@@ -294,7 +294,8 @@ class Recorder:
         self.bar = tqdm(total=options.steps, initial=trainer.step, desc=folder.name, unit=" steps",
                         disable=trainer.rank > 0 or not sys.stderr.isatty())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: self.signals.append(1))
+            if signal.getsignal(number) != signal.SIG_IGN:                             # as nohup has it
+                signal.signal(number, lambda *_: self.signals.append(1))
         if trainer.rank == 0:
             for name in ("snapshots", "preview"):
                 (folder / name).mkdir(parents=True, exist_ok=True)
@@ -513,7 +514,7 @@ def fill_defaults(options, network, meta, device, world):
 # ---- Running it ------------------------------------------------------------------------------------------------------
 def resolve(given, saved=None):
     """Flags given -> (Options, {field of JiTConfig: value}).  saved: the checkpoint of the run to --resume."""
-    layers = [saved["options"], saved["config"]] if saved else [
+    layers = [saved["options"] | {"overwrite": False}, saved["config"]] if saved else [
         {"sampling": {}}, PRESETS[given.get("preset", "shapes")], EXPERIMENTS.get(given.get("experiment"), {})]
     layers = layers + [{"steps": None}] * ("epochs" in given) + [given]
     merged, names = {k: v for layer in layers for k, v in layer.items()}, {entry.name for entry in fields(Options)}

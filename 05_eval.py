@@ -291,7 +291,7 @@ def cached(path):
     try:
         with data.whole(path) as part:
             yield part
-    except OSError as error:
+    except (OSError, RuntimeError) as error:              # torch's kind
         print(f"warning: {path} is not kept ({error})", file=sys.stderr)
 
 def load_classifier(folder, device, rank=0, world=1):
@@ -305,7 +305,9 @@ def load_classifier(folder, device, rank=0, world=1):
     net, known = Classifier(classes).to(device), False
     try:
         state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {"data": None}
-        known = state["data"] == meta["id"] and bool(net.load_state_dict(state["weights"]))
+        if state["data"] == meta["id"]:
+            net.load_state_dict(state["weights"])
+            known = True
     except Exception:
         print(f"warning: {path} is damaged; training the classifier again", file=sys.stderr)
     if not known:                                         # none yet, or the data set was packed anew
@@ -491,8 +493,9 @@ def print_table(files, out):
     """--table: a line per result, with the settings in which they differ; a CSV file; a curve over the first."""
     try:
         rows = [data.load_json(Path(file)) for file in files]
-        if len({(row["score"], row["n_real"], row["reference_key"], row["n_generated"] < 0) for row in rows}) > 1:
+        if len({(row["score"], row["n_real"], row["reference_key"]) for row in rows}) > 1:
             raise ValueError("they differ in features or reference")
+        counts = [row["n_generated"] for row in rows]
         made = [{k: v for k, v in row["sampling"].items() if k not in ("weights", "step")} for row in rows]
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{', '.join(files)} are not results of this script that can be compared ({error})") from None
@@ -500,8 +503,8 @@ def print_table(files, out):
     scores = ("fd", "sfd", "kid", "is", "precision", "recall", "class_accuracy")
     scores = [k for k in scores if any(k in row for row in rows)]
     table = [["file", *varied, "N", *scores]] + [
-        [Path(file).name, *(how.get(k) for k in varied), row["n_generated"], *(row.get(k, "") for k in scores)]
-        for file, how, row in zip(files, made, rows)]
+        [Path(file).name, *(how.get(k) for k in varied), n, *(row.get(k, "") for k in scores)]
+        for file, how, n, row in zip(files, made, counts, rows)]
     for line in table:
         print(" | ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in line))
     out = out or Path(files[0]).with_name("table")

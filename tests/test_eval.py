@@ -356,6 +356,17 @@ def test_statistics_are_cached_by_weights_and_data(work):
     real.key = "packed anew"
     assert np.allclose(evaluate.describe_reference(real, nets[1], "f", "a", "cpu", 50)["mu"], 2 * first["mu"])
 
+def test_a_cache_that_cannot_be_written_is_only_said(work, monkeypatch, capsys):
+    """torch reports a folder that is read-only as a RuntimeError, numpy as an OSError."""
+    monkeypatch.setattr(evaluate.torch, "save", lambda *args: (_ for _ in ()).throw(RuntimeError("cannot be opened")))
+    monkeypatch.setattr(evaluate.np, "savez", lambda *args, **more: (_ for _ in ()).throw(OSError("read-only")))
+    with evaluate.cached(Path("x.npz")) as part, open(part, "wb") as file:
+        evaluate.np.savez(file)
+    Path("data/shapes/classifier.pt").unlink(missing_ok=True)
+    evaluate.load_classifier("data/shapes", "cpu")
+    error = capsys.readouterr().err
+    assert "x.npz is not kept (read-only)" in error and "classifier.pt is not kept (cannot be opened)" in error and not Path("data/shapes/classifier.pt").exists()
+
 def test_which_side_is_precise():
     """Samples in a corner of the real ones: all precise, little recalled; and the spatial score uses the spatial moments."""
     real, fake = features(300, 2), features(300, 2) * 0.1

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -216,6 +217,21 @@ def test_a_folder_that_is_in_use_is_not_taken(work, capsys):
     Path("runs/keep/preview/holiday.png").write_bytes(b"mine")
     assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "keep", "--overwrite") == 0 and Path("runs/keep.old/preview/holiday.png").exists()
     assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "keep", "--overwrite") == 0 and Path("runs/keep.old/config.json").exists() and Path("runs/keep.old.old/preview/holiday.png").exists()
+
+def test_resume_does_not_overwrite(work):
+    """A run begun with --overwrite goes on where it lies."""
+    assert call(train, *TINY_FLAGS, "--steps", 5, "--overwrite") == 0 and call(train, "--resume", "--steps", 10) == 0
+    assert not Path("runs/shapes.old").exists() and [row["step"] for row in csv.DictReader(open("runs/shapes/log.csv"))] == ["5", "10"]
+
+def test_nohup_is_honoured(work):
+    """A signal that was ignored at the start stays ignored; the others save and stop."""
+    options, config, arrays = settings("--steps", 1)
+    kept = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        train.Recorder(train.Trainer(options, config, torch.device("cpu")), Path("runs/x"), arrays)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN != signal.getsignal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, kept), signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 def test_no_compiler_is_said_in_one_line(work):
     done = shell("03_train.py", *TINY_FLAGS, "--steps", 2, "--compile", cwd=work, env={"CXX": "/nonexistent", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"})
