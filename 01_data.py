@@ -6,12 +6,16 @@ Reads a source:   shapes       ten named shapes, drawn here; a function of (seed
                   folder       your own images: class folders under train/ and val/ (or test/), class folders alone
                                (a part is held out), or images without class folders
                   cifar10, imagenette-160, imagenette-320     downloaded, checked by their checksum
+                  latents      a packed data set again, as the latents of a VAE, an RAE or DINOv2 (networks in 02)
 Writes data/<name>/:   train_images.npy (N,H,W,3) uint8, train_labels.npy (N,) int64, val_*.npy, meta.json, preview.png
+                       latents: (N,h,w,C) float16, and the network that made them and turns them back, coder.pt
 Run it:   python 01_data.py          about 5 seconds on two cores; look at data/shapes/preview.png
           python 01_data.py --source folder --root PHOTOS --size 256 --name photos
+          python 01_data.py --source latents --root data/shapes --coder vae --name shapes-vae
 
 Everything is written to data/<name>.partial, which is renamed at the end.  Killed half way, the same command goes on
-where it was.  Pixels stay uint8 0..255 on disk; 03_train.py scales them to [-1, 1] on the device.
+where it was (only a coder's training begins anew).  Pixels stay uint8 0..255 on disk; 03_train.py scales them to
+[-1, 1] on the device.
 """
 import argparse
 import colorsys
@@ -33,6 +37,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -114,22 +119,22 @@ def draw_shape(job):
 # ---- Packing: rows of one file; the labels file is the record of progress --------------------------------------------
 BLOCK, TODO = 1024, -1             # images between two entries into the record; the label of a row not packed yet
 
-def pack(split, make, jobs, labels, size, folder, workers):
+def pack(split, make, jobs, labels, shape, dtype, folder, workers):
     """Turn jobs into rows of <split>_images.npy by make(job); returns a line for each that is unreadable.
 
-    make returns (size,size,3) uint8, or a string: why not.  Called again, it goes on where it was; unreadable rows stay
-    TODO, and are tried again.
+    make returns an array of this shape, or a string: why not; with workers 0 it takes a list of jobs and yields such.
+    Called again, it goes on where it was; unreadable rows stay TODO, and are tried again.
     """
     images_path, labels_path, skipped = folder / f"{split}_images.npy", folder / f"{split}_labels.npy", []
     if not labels_path.exists():
-        np.lib.format.open_memmap(images_path, "w+", np.uint8, (len(jobs), size, size, 3))
+        np.lib.format.open_memmap(images_path, "w+", dtype, (len(jobs), *shape))
         save_array(labels_path, np.full(len(jobs), TODO))
     images, record = (np.lib.format.open_memmap(path, "r+") for path in (images_path, labels_path))
     todo = np.flatnonzero(record == TODO)
-    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=[os.getpid()]) as pool, \
+    with ProcessPoolExecutor(max(1, workers), initializer=start_worker, initargs=[os.getpid()]) as pool, \
             Progress(len(jobs), split, " images", initial=len(jobs) - len(todo)) as bar:
-        make_all = partial(pool.map, make, chunksize=16) if workers > 1 else partial(map, make)
-        for block in np.split(todo, range(BLOCK, len(todo), BLOCK)):
+        make_all = [make, partial(map, make), partial(pool.map, make, chunksize=16)][min(workers, 2)]
+        for block in in_parts(todo, BLOCK):
             done = []
             for i, image in zip(block, make_all([jobs[i] for i in block])):
                 if isinstance(image, str):
@@ -142,6 +147,9 @@ def pack(split, make, jobs, labels, size, folder, workers):
             record.flush()
             bar.update(len(block))
     return skipped
+
+def in_parts(rows, size=100):
+    return np.split(rows, range(size, len(rows), size))
 
 def start_worker(parent):
     """A worker leaves signals to its parent, by a process group of its own, and ends when the parent is gone."""
@@ -163,7 +171,8 @@ def fill_holes(images, labels):
 def open_data(folder):
     """A packed data set -> (meta, {"train": (images, labels), "val": ...}); images are memory maps.
 
-    images: (N,H,W,3) uint8.  labels: (N,) int64.  Raises ValueError with one line that says what to run.
+    images: (N,H,W,3) uint8, latents (N,h,w,C) float16.  labels: (N,) int64.  Raises ValueError with one line that says
+    what to run.
     """
     folder = Path(folder)
     if not (folder / "meta.json").is_file():
@@ -175,7 +184,8 @@ def open_data(folder):
         for split in ("train", "val"):
             labels = np.load(folder / f"{split}_labels.npy", allow_pickle=False)
             images = np.load(folder / f"{split}_images.npy", mmap_mode="r", allow_pickle=False)[:len(labels)]
-            if images.shape != (meta["counts"][split], size, size, 3) or images.dtype != np.uint8:
+            shape, dtype = (meta["counts"][split], size, size, meta.get("channels", 3)), images.dtype
+            if images.shape != shape or dtype != (np.float16 if "coder" in meta else np.uint8):
                 raise ValueError(f"{split} arrays do not fit meta.json")
             if len(labels) and not 0 <= labels.min() <= labels.max() < max(1, classes):
                 raise ValueError(f"a label in {split}_labels.npy is outside 0..{classes - 1}")
@@ -246,6 +256,92 @@ def list_folder(root, val_fraction, seed):
     drawn = np.random.default_rng((seed, 1)).permutation(spare)[:max(1, round(len(files) * val_fraction))]
     rows = {"train": np.setdiff1d(np.arange(len(files)), drawn), "val": np.sort(drawn)}
     return names, {split: ([files[i] for i in places], [labels[i] for i in places]) for split, places in rows.items()}
+
+# ---- Source "latents": a coder, trained where it needs training, then what it makes of a packed data set -------------
+def train_coder(model, coder, images, labels, seed, steps, device):
+    """Train a coder of 02_model.py: its encoder, then, with mean and std of the latents measured, its decoder."""
+    import torch
+    random, autocast = np.random.default_rng(seed), model.autocast(model.choose_precision(None, device), device)
+    torch.manual_seed(seed)
+    for part, batch in (("encoder", 64), ("decoder", 32)):
+        if part == "decoder":
+            measure(model, coder, images, np.sort(random.permutation(len(images))[:10_000]), device)
+        loss, optimizer = getattr(coder, f"{part}_loss"), torch.optim.AdamW(coder.parameters(), lr=0.0)
+        if not loss:                                      # DINOv2's encoder is ready, a VAE's parts are trained as one
+            continue
+        with Progress(steps, f"training the {part}", " steps") as bar:
+            for step in range(steps):
+                optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 50) * (1 - step / steps)
+                chosen = np.sort(random.integers(0, len(images), batch))
+                x, y = model.to_float(images[chosen], device), torch.from_numpy(labels[chosen]).to(device)
+                with autocast:
+                    value = loss(x.flip(3) if step % 2 else x, y)
+                optimizer.zero_grad()                     # None where a part is frozen: AdamW leaves it alone
+                value.backward()
+                optimizer.step()
+                bar.update()
+
+def measure(model, coder, images, rows, device):
+    """Set the mean and std of the coder's latents, per channel, to those over some images."""
+    import torch
+    n, total, squares = 0, 0, 0
+    for part in in_parts(rows):
+        with torch.no_grad():
+            f = coder.features(model.to_float(images[part], device)).double()
+        n, total, squares = n + len(f), total + f.sum(dim=0), squares + f.square().sum(dim=0)
+    mean, square = ((s / n).mean(dim=(1, 2))[None, :, None, None] for s in (total, squares))
+    coder.mean.copy_(mean), coder.std.copy_((square - mean**2 + 1e-5).sqrt())
+
+class LatentSet:
+    """The coder of the unfinished data set `part`, trained now if that is not done, and what build() wants of it."""
+
+    def __init__(self, options, part, key):
+        sys.modules["01_data"] = sys.modules[__name__]    # subtle: as a script we are "__main__", and 02 imports us
+        self.model = model = import_module("02_model")
+        import torch
+        pixels, self.arrays = open_data(options.root)
+        with model.machine() as (self.device, _, _):
+            if not (part / "coder.pt").exists():
+                sizes, weights = model.read_dinov2(options.weights) if options.weights else ({}, None)
+                arguments = {"size": pixels["size"], "classes": len(pixels["classes"]), **sizes}
+                torch.manual_seed(options.seed + 1)       # the network of the scores has seed 0
+                coder = model.CODERS[options.coder](**arguments).to(self.device)
+                if weights:
+                    coder.encoder.load_state_dict(weights)
+                train_coder(model, coder, *self.arrays["train"], options.seed + 1, options.coder_steps, self.device)
+                with whole(part / "coder.pt") as file:
+                    torch.save({"id": key, "kind": options.coder, "arguments": arguments,
+                                "weights": coder.state_dict()}, file)
+            self.coder = model.load_coder(part, {"id": key}).to(self.device)
+        self.shape = (self.coder.side, self.coder.side, self.coder.channels)
+        self.facts = {"size": self.shape[0], "channels": self.shape[2],
+                      "mean": self.coder.mean.flatten().tolist(), "std": self.coder.std.flatten().tolist(),
+                      "coder": {"kind": options.coder, "id": key, "pixels": str(options.root), "size": pixels["size"]}}
+
+    def encode(self, jobs):
+        """[(split, place)] -> the latents (h,w,C) float16, one by one."""
+        images = self.arrays[jobs[0][0]][0]
+        for part in in_parts([place for _, place in jobs]):
+            x = self.model.to_float(images[part], self.device)
+            yield from self.coder.encode(x).permute(0, 2, 3, 1).half().cpu().numpy()
+
+    def show(self, part):
+        """preview.png: images, what is decoded from their latents, and from noise; reconstructions.npz, for 05_eval.py.
+
+        Returns the PSNR in dB, for pixels of 0..255, over at most 2,000 held-out images.
+        """
+        model, (images, labels) = self.model, self.arrays["val" if len(self.arrays["val"][1]) else "train"]
+        chosen = np.sort(np.random.default_rng(0).permutation(len(labels))[:2000])
+        latents = (self.coder.encode(model.to_float(images[rows], self.device)) for rows in in_parts(chosen))
+        real, made = images[chosen], np.concatenate([model.to_pictures(z, self.coder) for z in latents])
+        with whole(part / "reconstructions.npz") as file, open(file, "wb") as stream:
+            np.savez(stream, arr_0=made, arr_1=labels[chosen])
+        noise = np.random.default_rng(0).standard_normal((10, *self.shape)).astype(np.float16)
+        few = np.random.default_rng(1).permutation(len(real))[:40]
+        rows = [kind[few[i::4]] for i in range(4) for kind in (real, made)]
+        rows.append(model.to_pictures(model.to_float(noise, self.device), self.coder))
+        save_picture(part / "preview.png", picture(rows, names=["image", "decoded"] * 4 + ["noise"]))
+        return 10 * math.log10(255**2 / ((real.astype(np.float32) - made)**2).mean())
 
 # ---- Downloads: whole and with the right checksum, or not there at all -----------------------------------------------
 CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -482,7 +578,7 @@ def chart(title, label, lines, width=480, height=320):
     (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*(point for points in lines.values() for point in points)))
     draw.rectangle((left, top, right, bottom), outline="gray")
     for row, (name, points) in enumerate(lines.items()):
-        colour, y = ("navy", "firebrick", "seagreen", "darkorange")[row % 4], top + 5 + 15 * row
+        colour, y = ("navy", "firebrick", "seagreen", "darkorange", "purple", "gray")[row % 6], top + 5 + 15 * row
         draw.line([(left + (a - x0) / ((x1 - x0) or 1) * (right - left),
                     bottom - (b - y0) / ((y1 - y0) or 1) * (bottom - top)) for a, b in points], fill=colour, width=2)
         draw.rectangle((right - 112, y + 5, right - 104, y + 9), fill=colour)
@@ -496,13 +592,18 @@ def chart(title, label, lines, width=480, height=320):
 # ---- Running it ------------------------------------------------------------------------------------------------------
 @dataclass
 class Options:
-    source: str = option("shapes", "where the images come from", choices=("shapes", "folder", *ARCHIVES), group="what")
-    root: Path = option(None, "folder: your images; others: where the archive is kept (default: OUT/downloads)")
+    source: str = option("shapes", "where the images come from", choices=("shapes", "folder", "latents", *ARCHIVES),
+                         group="what")
+    root: Path = option(None, "folder: your images; latents: a packed data set; others: where the archive is kept "
+                        "(default: OUT/downloads)")
     size: int = option(None, "height and width in pixels (default: 64; cifar10 32; imagenette 160, 320)", "[8, 4096]")
     count: int = option(None, "shapes: number of training images (default: 20000)", "[100, 10000000]")
     fraction: float = option(1.0, "keep this part of the training images, drawn with --seed", "(0, 1]")
     val_fraction: float = option(None, "folder without val/ or test/: part held out (default: 0.1)", "(0, 1)")
     seed: int = option(0, "of drawing, --fraction and hold-out", "[0, inf)")
+    coder: str = option(None, "latents: what makes them", choices=("vae", "rae", "dinov2"))
+    coder_steps: int = option(None, "latents: training of each part of the coder (default: 800)", "[1, inf)")
+    weights: Path = option(None, "latents: the official weights file that --coder dinov2 needs, with registers")
     name: str = option(None, "the data set's name (default: the source)", group="where and how")
     out: Path = option(Path("data"), "folder of data sets; 03_train.py then needs --data OUT/NAME")
     workers: int = option(os.cpu_count(), "processes that draw or decode", "[1, inf)")
@@ -512,6 +613,14 @@ class Options:
         for bad, message in ((self.count and self.source != "shapes", "--count is for --source shapes"),
                              (self.val_fraction and self.source != "folder", "--val-fraction is for --source folder"),
                              (self.root and self.source == "shapes", "--root: shapes are drawn, they have no folder"),
+                             (self.source == "latents" and not (self.root and self.coder and self.name),
+                              "--source latents needs --root, a packed data set, --coder and --name"),
+                             (self.source == "latents" and (self.size or self.fraction < 1),
+                              "--size, --fraction: latents have those of their images"),
+                             ((self.coder or self.coder_steps) and self.source != "latents",
+                              "--coder, --coder-steps are for --source latents"),
+                             ((self.coder == "dinov2") != bool(self.weights), "--coder dinov2 needs --weights FILE, "
+                              "and nothing else does"),
                              (not self.root and self.source == "folder", "--source folder needs --root, its folder"),
                              (self.source == "cifar10" and self.size not in (None, 32), "--size: cifar10 is 32 pixels"),
                              ("/" in (self.name or ""), f"--name {self.name}: give a name, not a path")):
@@ -519,20 +628,28 @@ class Options:
                 raise UsageError(message)
         self.size, self.name = self.size or ARCHIVES.get(self.source, (64,))[0], self.name or self.source
         self.count, self.val_fraction = self.count or 20000, self.val_fraction or 0.1
+        self.coder_steps = self.coder_steps or (800 if self.coder else None)
 
     def recipe(self):
         """What decides the content."""
-        names = ("source", "size", "count", "fraction", "val_fraction", "seed")
-        return {k: getattr(self, k) for k in names} | {"root": self.root and str(self.root.resolve())}
+        names = ("source", "size", "count", "fraction", "val_fraction", "seed", "coder", "coder_steps")
+        paths = {k: getattr(self, k) and str(getattr(self, k).resolve()) for k in ("root", "weights")}
+        return {k: getattr(self, k) for k in names} | paths
 
 def plan(options):
     """The source as (summary for meta.json, make, {split: (jobs, labels)}); nothing is decoded.  Raises ValueError."""
-    root, make = options.root or options.out / "downloads", decode
+    root, make, summary = options.root or options.out / "downloads", decode, {}
     if options.source == "shapes":                        # held out: indices that training never reaches
         spans = {"train": range(options.count), "val": range(10**7, 10**7 + max(100, options.count // 10))}
         splits = {split: ([(options.seed, i, options.size) for i in span], [i % len(SHAPES) for i in span])
                   for split, span in spans.items()}
         names, make = list(SHAPES), draw_shape
+    elif options.source == "latents":
+        meta, arrays = open_data(root)
+        names, summary = meta["classes"], {"pixels": meta["id"]}
+        if "coder" in meta:
+            raise ValueError(f"{root} holds latents: give the data set that they were made from")
+        splits = {split: ([(split, i) for i in range(len(labels))], labels) for split, (_, labels) in arrays.items()}
     elif options.source == "cifar10":
         names, make, splits = CIFAR_CLASSES, np.asarray, read_cifar10(fetch("cifar10", root))
     else:
@@ -544,7 +661,7 @@ def plan(options):
         names = [IMAGENETTE_CLASSES.get(name, name) for name in names]
     splits["train"] = keep_fraction(*splits["train"], options.fraction, options.seed)
     found = {split: len(jobs) for split, (jobs, _) in splits.items()}
-    return {"recipe": options.recipe(), "classes": names, "found": found}, make, splits
+    return {"recipe": options.recipe(), "classes": names, "found": found, **summary}, make, splits
 
 def keep_fraction(jobs, labels, fraction, seed):
     """A seeded random part of the training images, in order: 1 % of ImageNet is 12,811.         (Improved JiT, 4.1)"""
@@ -559,7 +676,7 @@ def already_packed(options, folder):
         return False
     meta, recipe = open_data(folder)[0], options.recipe()
     odd = [f"{k} {meta['recipe'].get(k)}, now {recipe[k]}" for k in recipe if meta["recipe"].get(k) != recipe[k]]
-    if not odd and options.source == "folder" and any(meta[k] != v for k, v in plan(options)[0].items()):
+    if not odd and options.source in ("folder", "latents") and any(meta[k] != v for k, v in plan(options)[0].items()):
         odd = [f"{options.root} has changed since, it held {meta['found']} images in {len(meta['classes'])} classes"]
     if odd:
         raise ValueError(f"{folder} holds another data set ({odd[0]}): choose --name, or replace it with --overwrite")
@@ -569,19 +686,15 @@ def build(options, folder):
     """Pack all splits into <folder>.partial, check them, draw the preview, and move the folder to its place."""
     summary, make, splits = plan(options)
     part = folder.with_name(folder.name + ".partial")
-    if part.exists() and any(part.iterdir()) and not (part / "meta.json").exists():
-        raise ValueError(f"{part} holds files that this script did not write: move them elsewhere")
-    meta = load_json(part / "meta.json") if (part / "meta.json").exists() else {}
-    if {key: meta.get(key) for key in summary} != summary:     # none there, or begun with other settings or other files
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        meta = {"id": uuid.uuid4().hex, "name": options.name, "size": options.size, **summary,
-                "preprocessing": {"shapes": "drawn", "cifar10": "none"}.get(options.source, "ADM centre crop, RGB")}
-        save_json(part / "meta.json", meta)
-    check_space(sum(meta["found"].values()) * options.size**2 * 3, part)
-    skipped, names, workers = [], meta["classes"], options.workers if make is not np.asarray else 1
+    meta = begin(options, part, summary)
+    latents = LatentSet(options, part, meta["id"]) if options.source == "latents" else None
+    shape, dtype, workers = (options.size, options.size, 3), np.uint8, 1 if make is np.asarray else options.workers
+    if latents:
+        make, shape, dtype, workers = latents.encode, latents.shape, np.float16, 0
+    check_space(sum(meta["found"].values()) * math.prod(shape) * np.dtype(dtype).itemsize, part)
+    skipped, counts, names = [], {}, meta["classes"]
     for split, (jobs, labels) in splits.items():
-        skipped += pack(split, make, jobs, labels, options.size, part, workers)
+        skipped += pack(split, make, jobs, labels, shape, dtype, part, workers)
     if skipped:
         (part / "skipped.txt").write_text("".join(skipped), errors="replace")
         print(f"{len(skipped)} unreadable images left out; they are listed in {folder / 'skipped.txt'}")
@@ -589,18 +702,31 @@ def build(options, folder):
     if empty:
         raise ValueError((f"class {names[empty[0]]} has no readable image ({len(empty)} such classes)" if names else
                           f"none of the {len(skipped)} files is a readable image") + f": see {part / 'skipped.txt'}")
-    counts = {}
     for split in splits:
         images = np.lib.format.open_memmap(part / f"{split}_images.npy", "r+")
         kept = fill_holes(images, np.load(part / f"{split}_labels.npy"))
         save_array(part / f"{split}_labels.npy", kept)
         counts[split] = len(kept)
-        if split == "train":
+        if split == "train" and not latents:
             save_picture(part / "preview.png", preview(images, kept, names))
     bad = sum(meta["found"].values()) - sum(counts.values())
-    save_json(part / "meta.json", meta | {"skipped": bad, "counts": counts})
+    facts = {"psnr": latents.show(part), **latents.facts} if latents else {}
+    save_json(part / "meta.json", meta | {"skipped": bad, "counts": counts} | facts)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
+
+def begin(options, part, summary):
+    """meta.json of an unfinished data set: the one there, or, where that had other settings or files, a new one."""
+    if part.exists() and any(part.iterdir()) and not (part / "meta.json").exists():
+        raise ValueError(f"{part} holds files that this script did not write: move them elsewhere")
+    meta = load_json(part / "meta.json") if (part / "meta.json").exists() else {}
+    if {key: meta.get(key) for key in summary} != summary:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        how = {"shapes": "drawn", "cifar10": "none", "latents": options.coder}.get(options.source, "ADM crop, RGB")
+        meta = {"id": uuid.uuid4().hex, "name": options.name, "size": options.size, **summary, "preprocessing": how}
+        save_json(part / "meta.json", meta)
+    return meta
 
 def preview(images, labels, names):
     """A picture with a column per class (ten at most), eight images each, the name above."""
@@ -622,9 +748,10 @@ def main(argv=None):
         if already_packed(options, folder):
             return print(f"{folder} is there, made with these settings; nothing to do (--overwrite packs it again)")
         build(options, folder)
-    counts, names = (open_data(folder)[0][key] for key in ("counts", "classes"))
-    print(f"{folder}: {counts['train']} training and {counts['val']} held-out images, {options.size} x {options.size}, "
-          f"{len(names)} classes; look at {folder / 'preview.png'}")
+    meta = open_data(folder)[0]
+    about = f", reconstruction PSNR {meta['psnr']:.1f} dB" if "coder" in meta else ""
+    print(f"{folder}: {meta['counts']['train']} training and {meta['counts']['val']} held-out images, {meta['size']} x "
+          f"{meta['size']}, {len(meta['classes'])} classes{about}; look at {folder / 'preview.png'}")
 
 if __name__ == "__main__":
     sys.exit(run(main))

@@ -25,8 +25,9 @@ import math
 import os
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -96,16 +97,18 @@ def shift_time(t, shift):
     return t / (t + shift * (1 - t))
 
 def to_float(images, device="cpu"):
-    """uint8 (B,H,W,C) -> float (B,C,H,W) in [-1,1] on the device."""
+    """uint8 (B,H,W,C) -> float (B,C,H,W) in [-1,1] on the device; latents, float16, keep their values."""
     x = torch.as_tensor(images).to(device).permute(0, 3, 1, 2)
-    return x.contiguous().float().div_(127.5).sub_(1)     # subtle: randn_like would keep NHWC's slow strides
+    x = x.contiguous()                                    # subtle: randn_like would keep NHWC's slow strides
+    return x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x.float()
 
 def to_uint8(x):
     """Pixels in [-1,1], float -> uint8 0..255, rounded, not truncated; the inverse of u / 127.5 - 1."""
     return (((x.float() + 1) / 2).clamp(0, 1) * 255).round().to(torch.uint8)
 
-def to_pictures(x):
-    """(B,C,H,W) in [-1,1] -> numpy uint8 (B,H,W,C), as files and pictures want it."""
+def to_pictures(x, coder=None):
+    """(B,C,H,W) in [-1,1], or latents and their coder -> numpy uint8 (B,H,W,3), as files and pictures want it."""
+    x = coder.decode(x.float()) if coder else x
     return to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
 
 # ---- Patches and positions ------------------------------------------------------------------------------------------
@@ -326,10 +329,16 @@ class JiT(nn.Module):
 
     def forward(self, z, t, y, with_aux=False):
         """See the class.  with_aux=True returns (prediction, the auxiliary head's answer)."""
+        t_emb, y_emb = self.t_embedder(t), self.y_embedder(y)                                      # B D
+        c = (t_emb + y_emb)[:, None]                                                               # B 1 D
+        tokens, answer = self.transform(z, c, y_emb, with_aux)                                     # B N D
+        out = unpatchify(self.final_layer(tokens, c), self.config.patch_size)                      # B C H W
+        return (out, answer) if with_aux else out
+
+    def transform(self, z, c, y_emb, with_aux=False):
+        """From images to the tokens after the last block (B,N,D), and the auxiliary head's answer or None."""
         config, context, answer = self.config, 0, None
         x = self.x_embedder(z) + self.pos_embed                                                    # B N D
-        y_emb = self.y_embedder(y)                                                                 # B D
-        c = (self.t_embedder(t) + y_emb)[:, None]                                                  # B 1 D
         for i, block in enumerate(self.blocks):
             if config.in_context_len and i == config.in_context_start:
                 context = config.in_context_len
@@ -340,8 +349,7 @@ class JiT(nn.Module):
                 x = block(x, c, self.rope(context))                                                # B L D
             if with_aux and i == self.aux_head.after % config.depth:           # -1 is the last block
                 answer = self.aux_head(x[:, context:])
-        out = unpatchify(self.final_layer(x[:, context:], c), config.patch_size)                   # B C H W
-        return (out, answer) if with_aux else out
+        return x[:, context:], answer
 
 # ---- Variants, looked up by name: other paths, norms and FFNs -------------------------------------------------------
 def cosine_path(t):
@@ -365,9 +373,9 @@ def ddpm_cosine_path(t):
     u, u0 = (1 - t + 0.008) / 1.008 * math.pi / 2, 0.008 / 1.008 * math.pi / 2
     return ddpm_path(torch.cos(u) / math.cos(u0), torch.sin(u) / math.cos(u0) * math.pi / 2 / 1.008)
 
-def gelu_ffn(hidden, inner, dropout):
-    """DiT's."""
-    act = nn.GELU(approximate="tanh")
+def gelu_ffn(hidden, inner, dropout, approximate="tanh"):
+    """DiT's; ViT and DINOv2 have the exact function instead of the approximation."""
+    act = nn.GELU(approximate)
     return nn.Sequential(nn.Linear(hidden, inner), act, nn.Dropout(dropout), nn.Linear(inner, hidden))
 
 def bottleneck_ffn(hidden, inner, dropout):
@@ -381,7 +389,8 @@ def plain_layernorm(dim):
 
 PATHS = {"linear": linear_path, "cosine": cosine_path, "ddpm-linear": ddpm_linear_path, "ddpm-cosine": ddpm_cosine_path}
 NORMS = {"rmsnorm": RMSNorm, "layernorm": plain_layernorm}
-FFNS = {"swiglu": SwiGLU, "gelu": gelu_ffn, "bottleneck": bottleneck_ffn}
+FFNS = {"swiglu": SwiGLU, "gelu": gelu_ffn, "exact-gelu": partial(gelu_ffn, approximate="none"),
+        "bottleneck": bottleneck_ffn}
 
 # ---- Auxiliary heads: a second question put to the tokens, in training only          (Improved JiT, section 3.3) ----
 class AuxHead(nn.Module):
@@ -415,6 +424,41 @@ class RotationHead(AuxHead):
 
 AUX_HEADS = {"none": lambda hidden: None, "time": TimeHead, "rotation": RotationHead}
 
+# ---- A wide, shallow head: narrow blocks decide what to do, wide ones do it ------------------- (DDT; RAE's DiT-DH) --
+class WideHeadJiT(JiT):
+    """A JiT whose last blocks, the head, have their own width and see z embedded again.
+
+    The backbone's tokens become the head's condition, one per token; the class acts through them alone.  Head as wide
+    as the backbone: DDT (Wang et al. 2025, section 3).  Wider: DiT-DH (RAE, section 5), for v in wide feature spaces.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        width = config.head_width or config.hidden_size
+        heads = max(1, width * config.num_heads // config.hidden_size)         # each as wide as the backbone's
+        self.head = JiT(replace(config, hidden_size=width, num_heads=heads, depth=config.head_depth, head_depth=0,
+                                in_context_len=0, dropout=0.0, aux="none"))
+        self.head_condition = nn.Linear(config.hidden_size, width)
+        nn.init.xavier_uniform_(self.head_condition.weight)
+        nn.init.zeros_(self.head_condition.bias)
+        del self.final_layer, self.head.t_embedder, self.head.y_embedder       # the other part has them
+        self.reuse, self.kept = False, None               # 04_sample.py --reuse: take the last call's condition again
+
+    def forward(self, z, t, y, with_aux=False):
+        s, answer = self.kept, None                                                                # B N W
+        if not self.reuse or s is None or len(s) != len(z):
+            t_emb, y_emb = self.t_embedder(t), self.y_embedder(y)
+            tokens, answer = self.transform(z, (t_emb + y_emb)[:, None], y_emb, with_aux)
+            s = self.head_condition(F.silu(t_emb[:, None] + tokens))
+            self.kept = None if torch.is_grad_enabled() else s
+        tokens, _ = self.head.transform(z, s, None)
+        out = unpatchify(self.head.final_layer(tokens, s), self.config.patch_size)
+        return (out, answer) if with_aux else out
+
+def build(config):
+    """The network that a configuration describes."""
+    return WideHeadJiT(config) if config.head_depth else JiT(config)
+
 # ---- Configuration: everything a checkpoint needs to rebuild its network, and to know what the output means ---------
 @dataclass
 class JiTConfig:
@@ -436,6 +480,8 @@ class JiTConfig:
     norm: str = option("rmsnorm", "layernorm: without learned weights", choices=tuple(NORMS))
     rope: bool = option(True, "rotary position embedding on q and k")
     qk_norm: bool = option(True, "RMSNorm on q and k")
+    head_depth: int = option(0, "blocks of a wide head after the others (DDT, DiT-DH); 0: none", "[0, inf)")
+    head_width: int = option(0, "its width; 0: as hidden_size", "[0, inf)")
     aux: str = option("none", "auxiliary head, used in training only", choices=tuple(AUX_HEADS))
     pred: str = option("x", "what the output means", choices=("x", "e", "v"))
     path: str = option("linear", "how z is mixed", choices=tuple(PATHS))
@@ -478,6 +524,217 @@ MODELS = {  # name      image patch hidden depth heads bottleneck start dropout 
 PAPER_GMAC = {"JiT-B/16": 25, "JiT-B/32": 26, "JiT-B/64": 30, "JiT-L/16": 88, "JiT-L/32": 89, "JiT-H/16": 182,
               "JiT-H/32": 183, "JiT-G/16": 383}           # called "Gflops"; B/64's 30 leaves out the bottleneck
 
+# ---- Latent spaces: networks that turn images into latents and back, for data sets made by 01_data.py --source latents
+class ViT(nn.Module):
+    """A Vision Transformer of this file's blocks: images (B,3,H,W) -> (extra tokens (B,E,D), features (B,D,h,w)).
+
+    A ViT block is Block under a constant condition: LayerNorm's affine map and LayerScale (DINOv2) are shift, scale and
+    gate.  extra: class and register tokens in front.  The last LayerNorm has no affine map   (RAE, section 3)
+    """
+
+    def __init__(self, side, patch, hidden, depth, heads, extra=0):
+        super().__init__()
+        config = JiTConfig(image_size=side, patch_size=1, hidden_size=hidden, depth=depth, num_heads=heads, rope=False,
+                           qk_norm=False, norm="layernorm", ffn="exact-gelu", in_context_len=0)
+        self.embed = nn.Conv2d(3, hidden, patch, patch)
+        self.pos_embed = nn.Parameter(position_table(hidden, side))
+        self.extra = nn.Parameter(torch.zeros(1, extra, hidden))
+        self.blocks = nn.ModuleList(Block(config, 0.0) for _ in range(depth))
+        for block in self.blocks:
+            block.adaLN_modulation = Constant(hidden)
+        self.norm = plain_layernorm(hidden)
+
+    def forward(self, x, hidden_patches=None):
+        """hidden_patches (B,N) bool: patches whose content is withheld."""
+        x = self.embed(x)                                                                          # B D h w
+        grid, x = x.shape[2:], x.flatten(2).transpose(1, 2)                                        # B N D
+        if hidden_patches is not None:
+            x = x.masked_fill(hidden_patches[..., None], 0.0)
+        x = torch.cat([self.extra.expand(len(x), -1, -1), x + self.pos_embed], dim=1)              # B E+N D
+        for block in self.blocks:
+            x = block(x, None)
+        x, extra = self.norm(x.float()), self.extra.shape[1]
+        return x[:, :extra], x[:, extra:].transpose(1, 2).unflatten(2, grid)
+
+class Constant(nn.Module):
+    """In place of adaLN's map: shift, scale and gate, twice, the same for every image."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        nothing, half = torch.zeros(hidden), torch.full((hidden,), 0.5)
+        self.bias = nn.Parameter(torch.cat([nothing, nothing, half, nothing, nothing, half]))
+
+    def forward(self, c):
+        return self.bias
+
+def shrink(factor, channels, width=32):
+    """Convolutions (B,3,H,W) -> (B,channels,H/factor,W/factor); each of stride 2 doubles the width."""
+    layers = [nn.Conv2d(3, width, 4, 2, 1)]
+    for _ in range(factor.bit_length() - 2):
+        layers += [nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, 2 * width, 4, 2, 1)]
+        width *= 2
+    return nn.Sequential(*layers, nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1))
+
+def grow(factor, channels, width=96):
+    """And back: (B,channels,h,w) -> (B,3,factor*h,factor*w); convolution and pixel shuffle double the side."""
+    layers = [nn.Conv2d(channels, width, 1)]
+    while factor > 2:
+        narrower = max(32, width * 2 // 3 // 8 * 8)
+        layers += [nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, 4 * narrower, 3, padding=1), nn.PixelShuffle(2)]
+        factor, width = factor // 2, narrower
+    return nn.Sequential(*layers, nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
+                         nn.Conv2d(width, 12, 3, padding=1), nn.PixelShuffle(2))
+
+class Coder(nn.Module):
+    """Images in [-1,1] (B,3,size,size) <-> latents (B,channels,side,side), of mean 0 and variance 1 in every channel.
+
+    A coder has features(x), its latents before that normalisation, a decoder, and two losses, trained one after the
+    other: encoder_loss(x, y), then decoder_loss(x, y) on latents that no longer change.  None: nothing to train.
+    """
+    encoder_loss = decoder_loss = None
+
+    def __init__(self, size, side, channels):
+        super().__init__()
+        factor = size // side
+        if size % side or factor < 2 or factor & (factor - 1):
+            raise ValueError(f"images of {size} pixels do not become {side} x {side} latents by halving: pack them at "
+                             f"another --size, such as {side * 4}")
+        self.side, self.channels, self.decoder = side, channels, grow(factor, channels)
+        self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
+        self.register_buffer("std", torch.ones(1, channels, 1, 1))
+
+    def encode(self, x):
+        return (self.features(x).float() - self.mean) / self.std
+
+    def decode(self, z):
+        return self.decoder(z * self.std + self.mean).float()
+
+def gaussian_kl(mean, log_var):
+    """KL(N(mean, var) || N(0,1)), number by number: (mean^2 + var - 1 - log var) / 2.     (Kingma & Welling, app. B)"""
+    return (mean.square() + log_var.exp() - 1 - log_var) / 2
+
+def reparameterise(mean, log_var):
+    """A draw from N(mean, var) through which gradients reach both: mean + std * noise.      (Kingma & Welling, 2.4)"""
+    return mean + (log_var / 2).exp() * torch.randn_like(mean)
+
+class VAE(Coder):
+    """A small convolutional autoencoder; a faint pull towards N(0,1) keeps its latents smooth.    (LDM, section 3.1)"""
+    kl_weight = 1e-4                                      # the KL counts per pixel number, as the L1 error does
+
+    def __init__(self, size, classes):
+        super().__init__(size, size // (4 if size <= 128 else 8), channels=4)
+        self.encoder = shrink(size // self.side, 2 * self.channels)
+
+    def features(self, x):
+        return self.encoder(x).chunk(2, dim=1)[0]
+
+    def encoder_loss(self, x, y):
+        mean, log_var = self.encoder(x).float().chunk(2, dim=1)
+        error = (self.decoder(reparameterise(mean, log_var)).float() - x).abs().mean()
+        return error + self.kl_weight * gaussian_kl(mean, log_var).sum() / x.numel()
+
+class RAE(Coder):
+    """Latents are the features of a frozen encoder that understands images; only the decoder learns to draw.      (RAE)
+
+    departure: RAE takes DINOv2's features, and so does the class below; this encoder is small and made here.  It learns
+    to name the class and to paint the patches withheld from it: named classes alone would not need colours.
+    """
+
+    def __init__(self, size, classes, hidden=192):
+        patch = 16 if size >= 64 else size // 4
+        super().__init__(size, size // patch, hidden)
+        self.patch, self.encoder = patch, ViT(self.side, patch, hidden, depth=4, heads=3)
+        self.class_head, self.pixel_head = nn.Linear(hidden, max(1, classes)), nn.Linear(hidden, patch**2 * 3)
+
+    def features(self, x):
+        return self.encoder(x)[1]
+
+    def encoder_loss(self, x, y):
+        withheld = torch.rand(len(x), self.side**2, device=x.device) < 0.5                         # B N
+        tokens = self.encoder(x, withheld)[1].flatten(2).transpose(1, 2)                           # B N D
+        error = (self.pixel_head(tokens).float() - patchify(x, self.patch)).abs()                  # B N p*p*3
+        return F.cross_entropy(self.class_head(tokens.mean(dim=1)).float(), y) + error[withheld].mean()
+
+    def decoder_loss(self, x, y):
+        """L1 from noised latents, std up to 0.8, so that imperfect samples decode well too.    (RAE, section 4.3)"""
+        with torch.no_grad():
+            z = self.encode(x)
+        sigma = torch.rand(len(z), 1, 1, 1, device=z.device) * 0.8
+        return (self.decode(z + sigma * torch.randn_like(z)) - x).abs().mean()
+
+class DINOv2(Coder):
+    """RAE on the official DINOv2 with registers: 224 px, 16 x 16 features.  Only the decoder is trained here."""
+    decoder_loss = RAE.decoder_loss
+
+    def __init__(self, size, classes, hidden=768, depth=12, heads=12):
+        super().__init__(size, 16, hidden)
+        self.encoder = ViT(16, 14, hidden, depth, heads, extra=5)
+
+    def prepare(self, x):
+        """Pixels in [-1,1] of any size -> 224 x 224, with ImageNet's mean and std taken out."""
+        x = F.interpolate((x.float() + 1) / 2, size=(224, 224), mode="bicubic", align_corners=False)
+        mean, std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        return (x - x.new_tensor(mean).view(3, 1, 1)) / x.new_tensor(std).view(3, 1, 1)
+
+    def features(self, x):
+        return self.encoder(self.prepare(x))[1]
+
+CODERS = {"vae": VAE, "rae": RAE, "dinov2": DINOv2}
+
+def read_dinov2(path):
+    """The official file (dinov2_vitb14_reg, _vits14_reg, _vitl14_reg) -> (sizes for DINOv2, weights for its ViT).
+
+    Positions, 37 x 37 in the file, are scaled to 16 x 16; the class token's own is added to it.  Raises ValueError.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        depth, hidden = len([name for name in state if name.endswith("ls1.gamma")]), state["cls_token"].shape[-1]
+        return dict(hidden=hidden, depth=depth, heads=max(1, hidden // 64)), convert_dinov2(state, depth)
+    except Exception as error:                            # torch raises many kinds
+        raise ValueError(f"{path} does not hold a DINOv2 with registers, as dinov2_vitb14_reg4_pretrain.pth does "
+                         f"({type(error).__name__}: {str(error).splitlines()[0][:80]})") from None
+
+def convert_dinov2(state, depth):
+    """DINOv2's names -> ViT's.  Raises KeyError for one that is missing."""
+    pos = state["pos_embed"]
+    grid = pos[:, 1:].transpose(1, 2).unflatten(2, (math.isqrt(pos.shape[1] - 1), -1))             # 1 D 37 37
+    grid = F.interpolate(grid, size=(16, 16), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    new = {"embed.weight": state["patch_embed.proj.weight"], "embed.bias": state["patch_embed.proj.bias"],
+           "extra": torch.cat([state["cls_token"] + pos[:, :1], state["register_tokens"]], dim=1), "pos_embed": grid}
+    for i in range(depth):
+        old = {name.removeprefix(f"blocks.{i}."): value for name, value in state.items()}
+        same = ("attn.qkv", "attn.proj", ("mlp.0", "mlp.fc1"), ("mlp.3", "mlp.fc2"))
+        for ours, theirs in (name if isinstance(name, tuple) else (name, name) for name in same):
+            new |= {f"blocks.{i}.{ours}.{part}": old[f"{theirs}.{part}"] for part in ("weight", "bias")}
+        new[f"blocks.{i}.adaLN_modulation.bias"] = torch.cat([
+            old["norm1.bias"], old["norm1.weight"] - 1, old["ls1.gamma"],                          # shift, scale, gate
+            old["norm2.bias"], old["norm2.weight"] - 1, old["ls2.gamma"]])
+    return new
+
+def load_coder(folder, made_by):
+    """The coder beside a latent set, in eval mode, or None for pixels.  Raises ValueError if it is not the one wanted.
+
+    made_by: what the data set's meta.json says of it, {"kind", "id", ...}, or None.
+    """
+    if not made_by:
+        return None
+    path = Path(folder) / "coder.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        coder = CODERS[state["kind"]](**state["arguments"])
+        coder.load_state_dict(state["weights"])
+    except Exception as error:                            # torch raises many kinds
+        raise ValueError(f"cannot read {path}, the coder of these latents ({str(error).splitlines()[0][:100]}): put "
+                         "the file back, or make the data set and what was trained on it again") from None
+    if state["id"] != made_by["id"]:
+        raise ValueError(f"{path} is not the coder that made these latents: the data set was made again since; put the "
+                         "old one back, or train anew")
+    return coder.eval().requires_grad_(False)
+
+def latent_shift(made_by, numbers):
+    """Time shift of a feature space with so many numbers a latent: sqrt(numbers / 4096); else 1.  (RAE, section 4.2)"""
+    return math.sqrt(numbers / 4096) if made_by and made_by["kind"] in ("rae", "dinov2") else 1.0
+
 # ---- Checkpoints: ours, and the official release's (a dict with model, model_ema1, model_ema2 and args) -------------
 def read_checkpoint(path):
     """Open a checkpoint file without running anything in it.  Raises ValueError with one line that names the file."""
@@ -514,7 +771,7 @@ def load_network(path, ema=0):
         if not (0 <= ema < len(averages) or ema == -1 and "model" in state):
             raise ValueError(f"it holds {len(averages)} sets of averaged weights and {'model' in state:d} of raw ones: "
                              f"--ema goes from 0 to {len(averages) - 1}, -1 is for raw ones")
-        net, weights = JiT(JiTConfig(**{**config, "aux": "none"})), state["model"] if ema == -1 else averages[ema]
+        net, weights = build(JiTConfig(**{**config, "aux": "none"})), state["model"] if ema == -1 else averages[ema]
         load_weights(net, {k.removeprefix("net."): v for k, v in weights.items()})
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
@@ -585,13 +842,13 @@ def count_macs(config):
     from torch.utils.flop_counter import FlopCounterMode
     size = config.image_size
     with torch.device("meta"), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        JiT(config).eval()(torch.empty(1, config.in_channels, size, size), torch.empty(1), torch.zeros(1).long())
+        build(config).eval()(torch.empty(1, config.in_channels, size, size), torch.empty(1), torch.zeros(1).long())
     return counter.get_total_flops() // 2
 
 def count_parameters(config):
     """Trainable numbers; the fixed table of positions is not one of them."""
     with torch.device("meta"):
-        return sum(p.numel() for p in JiT(config).parameters() if p.requires_grad)
+        return sum(p.numel() for p in build(config).parameters() if p.requires_grad)
 
 def print_table():
     """One line per model: what it costs, beside the paper's figure."""
@@ -604,7 +861,7 @@ def print_table():
 
 def walk(config, batch=2):
     """Send one batch through a fresh network and print the shape after each step."""
-    net, size = JiT(config).eval(), config.image_size
+    net, size = build(config).eval(), config.image_size
 
     def show(text, shape):
         print(f"  {text:62s} {' x '.join(map(str, shape))}")

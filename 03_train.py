@@ -112,8 +112,9 @@ class Trainer:
     def __init__(self, options, config, device, rank=0, world=1):
         self.options, self.config, self.device, self.rank, self.world = options, config, device, rank, world
         seed_everything(options.seed)
-        self.net = self.forward = model.JiT(config).to(device)
-        self.net.checkpointing = options.checkpointing
+        self.net = self.forward = model.build(config).to(device)
+        for part in self.net.modules():                   # a wide head is a network in the network
+            part.checkpointing = options.checkpointing
         self.ema = [{k: v.detach().clone() for k, v in self.net.state_dict().items()} for _ in options.ema]
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.95), fused=True,
@@ -193,7 +194,7 @@ class Trainer:
         """What sampling needs."""
         options = self.options
         info = {"step": self.step, "decays": list(options.ema), "classes": options.classes, "data": options.data,
-                "sampling": {"shift": options.shift, **options.sampling}}
+                "coder": options.coder, "sampling": {"shift": options.shift, **options.sampling}}
         return {"config": asdict(self.config), "info": info, "ema": self.ema}
 
     def load(self, state):
@@ -265,13 +266,14 @@ def held_out_loss(trainer, images, labels):
         total += float((weight * (x_pred - x).square().mean(dim=(1, 2, 3)).cpu()).sum())
     return total / n
 
-def preview(trainer, images, labels):
+def preview(trainer, images, labels, coder=None):
     """A picture, two rows for each of four images: noised at five times, and what the network makes of it."""
     times, rows, n = (0.1, 0.3, 0.5, 0.7, 0.9), [], min(4, len(images))
     columns = [watch(trainer, images[:n], labels[:n], torch.full((n,), t), torch.Generator().manual_seed(1))
                for t in times]
+    clean, *shown = [[model.to_pictures(column[k], coder) for column in columns] for k in range(3)]
     for i in range(n):
-        rows += [[images[i], *(model.to_pictures(column[k])[i] for column in columns)] for k in (1, 2)]
+        rows += [[clean[0][i], *(column[i] for column in kind)] for kind in shown]                 # z, x_pred
     return data.picture(rows, ["clean", *(f"t = {t}" for t in times)], ["z", "x_pred"] * n)
 
 class Recorder:
@@ -288,6 +290,7 @@ class Recorder:
         images, labels = arrays["val"] if len(arrays["val"][1]) else arrays["train"]               # nothing held out
         chosen = np.random.default_rng(0).permutation(len(labels))[:256]           # subtle: they lie sorted by class
         self.shown = np.array(images[chosen]), labels[chosen]
+        self.coder = model.load_coder(data.folder_of(options.data, "data"), options.coder)
         self.seconds, self.lap, self.saved_at = 0.0, trainer.step, time.perf_counter()
         self.wait = min(1, options.save_minutes)          # minutes until the next checkpoint
         self.marks = {round(options.steps * (k + 1) / options.snapshots) for k in range(options.snapshots)}
@@ -322,7 +325,7 @@ class Recorder:
         if trainer.step % options.log_every == 0 or done:
             self.write_line(trainer.summed().tolist(), done)
         if first and (done or options.preview_every and trainer.step % options.preview_every == 0):
-            data.save_picture(self.folder / "preview" / f"{name}.png", preview(trainer, *self.shown))
+            data.save_picture(self.folder / "preview" / f"{name}.png", preview(trainer, *self.shown, self.coder))
             if self.rows:
                 self.draw_loss()
         if first and trainer.step in self.marks:
@@ -401,12 +404,18 @@ def largest(numbers, world):
 # ---- Settings: the defaults are the paper's; a preset, an experiment and the flags given override them, in this order
 IMAGENET = {"data": "imagenet", "model": "JiT-B/16", "preview_every": 5000,
             "sampling": {"cfg": 2.9, "interval": (0.1, 1.0)}}
+LATENT = {"model": "JiT-T/16", "depth": 4, "in_context_start": 1, "batch_size": 32, "steps": 1600, "lr": 7e-3,
+          "schedule": "cosine", "ema": (0.998,), "p_mean": -0.9, "p_std": 1.0,
+          "sampling": {"solver": "ddpm", "cfg": 1.5, "steps": 25, "shift": 3.0}}
 PRESETS = {
     # shapes: found by trials, for minutes on two cores.  k = 2 hides the large flat shapes for longer; ancestral
     # sampling and more steps near the noise forgive the early mistakes, which are about colour
     "shapes": {"data": "shapes", "model": "JiT-T/16", "batch_size": 32, "steps": 4600, "lr": 7e-3, "schedule": "cosine",
                "ema": (0.998,), "noise_scale": 2.0, "p_mean": -0.9, "p_std": 1.0,
                "sampling": {"solver": "ddpm", "cfg": 1.5, "steps": 25, "shift": 3.0}},
+    # shapes again, as latents (01_data.py --source latents)
+    "shapes-vae": LATENT | {"data": "shapes-vae", "patch_size": 2, "hidden_size": 96},
+    "shapes-rae": LATENT | {"data": "shapes-rae"},
     "cifar10": {"data": "cifar10", "model": "JiT-S/4", "batch_size": 256, "epochs": 200.0, "lr": 4e-4,
                 "ema": (0.9999, 0.999), "sampling": {"cfg": 2.0, "interval": (0.1, 1.0)}},
     "cifar10-cpu": {"data": "cifar10", "model": "JiT-T/8", "batch_size": 32, "steps": 1000, "lr": 3e-3,
@@ -453,9 +462,10 @@ class Options:
     times: str = option("logit-normal", "distribution of t", choices=("logit-normal", "uniform"))
     p_mean: float = option(-0.8, "mean of the normal")
     p_std: float = option(0.8, "its standard deviation", "(0, inf)")
-    shift: float = option(1.0, "t -> t/(t + A(1-t)): above 1, more time near the noise", "(0, inf)")
+    shift: float = option(None, "t -> t/(t + A(1-t)): above 1, more time near the noise (default: 1; latents of RAE "
+                          "and DINOv2: the root of their numbers / 4096)", "(0, inf)")
     label_drop: float = option(0.1, "share of labels replaced by the null class, for guidance", "[0, 1)")
-    flip: bool = option(True, "mirror half of the images")
+    flip: bool = option(True, "mirror half of the images, but never latents")
     aux_weight: float = option(0.1, "lambda, the weight of the auxiliary head", "[0, inf)")
     batch_size: int = option(1024, "GLOBAL: images per optimizer step", "[1, inf)", group="optimizer")
     micro_batch: int = option(None, "images per pass and process (default: all, at most 128)", "[1, inf)", free=True)
@@ -479,6 +489,7 @@ class Options:
     sampling: dict = option(None, "what 04_sample.py takes by default", flag=False, free=True)
     classes: list = option(None, "names of the data set's classes", flag=False)
     data_id: str = option(None, "the data set's id", flag=False)
+    coder: dict = option(None, "latents: what made them of which images", flag=False)
 
 def fill_defaults(options, network, meta, device, world):
     """Work out what depends on data and hardware, in place; returns the network's JiTConfig.  Raises UsageError.
@@ -489,10 +500,15 @@ def fill_defaults(options, network, meta, device, world):
     patches = [p for p in range(1, size + 1) if size % p == 0]             # as many tokens as the row has, or nearly
     patch = min(patches, key=lambda p: abs(p - row["patch_size"] * size / row["image_size"]))
     found = dict(image_size=size, num_classes=classes, patch_size=patch, noise_scale=max(1.0, size / 256))
+    if coder := meta.get("coder"):
+        found |= dict(patch_size=1, bottleneck_dim=0, in_channels=meta["channels"])
+        options.flip = False                              # the mirror image of a latent is not a latent
     try:
         config = model.JiTConfig(**row | found | network)
         if config.num_classes not in (0, classes):
             raise ValueError(f"--num-classes {config.num_classes}: the data set has {classes}; 0: without classes")
+        if coder and config.aux == "rotation":
+            raise ValueError("--aux rotation turns images; latents do not turn with theirs")
     except ValueError as error:
         raise data.UsageError(str(error)) from None
     batch, share = options.batch_size, options.batch_size // world
@@ -508,7 +524,8 @@ def fill_defaults(options, network, meta, device, world):
     options.lr = options.lr or 5e-5 * batch / 256
     options.amp = model.choose_precision(options.amp, device)
     options.compile = device.type == "cuda" if options.compile is None else options.compile
-    options.classes, options.data_id = meta["classes"], meta["id"]
+    options.shift = options.shift or model.latent_shift(coder, config.in_channels * size**2)
+    options.classes, options.data_id, options.coder = meta["classes"], meta["id"], coder
     return config
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
@@ -539,7 +556,8 @@ def checkpoint_of(folder, options):
 
 def refuse_other_settings(state, options, config, folder):
     """Raise ValueError if the run in the folder was made with other settings, naming the first that differs."""
-    old, new, step = state["options"] | state["config"], asdict(options) | asdict(config), state["info"]["step"]
+    old = asdict(Options()) | asdict(model.JiTConfig()) | state["options"] | state["config"]       # it may be older
+    new, step = asdict(options) | asdict(config), state["info"]["step"]
     if old.get("data_id") != new["data_id"]:
         raise ValueError(f"data set {options.data} is another, or was packed anew, since {folder} was begun: pass "
                          "--run NAME, or --overwrite")

@@ -95,10 +95,11 @@ SOLVERS = {"heun": heun_step, "euler": euler_step, "ddim": ddim_step, "ddpm": dd
 
 @torch.no_grad()
 def generate(net, noise, labels, *, solver="heun", steps=50, cfg=1.0, interval=(0.0, 1.0), t_eps=0.05, shift=1.0,
-             step_noise=None, trace=None):
+             reuse=1, step_noise=None, trace=None):
     """Images (N,C,H,W), float in about [-1,1], from noise (N,C,H,W) with std k and labels (N,) int64.
 
-    steps: of the time grid from 0 to 1; Heun-50 costs 99 network evaluations.  step_noise(i) -> like noise, fresh for
+    steps: of the time grid from 0 to 1; Heun-50 costs 99 network evaluations.  reuse: a network with a wide head runs
+    its backbone in every so many steps only.  step_noise(i) -> like noise, fresh for
     step i (ddpm; else torch.randn_like).  trace: a dict that gets t -> (z, guided x).  Raises ValueError.
     """
     if solver not in SOLVERS or steps < 1:
@@ -115,6 +116,8 @@ def generate(net, noise, labels, *, solver="heun", steps=50, cfg=1.0, interval=(
     z = noise.float()
     grid = model.shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
     for i, (t, t_next) in enumerate(zip(grid, grid[1:])):
+        if hasattr(net, "reuse"):
+            net.reuse = i % reuse > 0
         more = {"path": path} if solver in ("ddim", "ddpm") else {}
         if solver == "ddpm":
             more["noise"] = step_noise(i) if step_noise else torch.randn_like(z) * k
@@ -133,12 +136,16 @@ def noise_for(indices, shape, seed, scale, step=None):
     return torch.from_numpy(np.stack(rows)) * scale
 
 class Sampler:
-    """draw(indices) -> images: a network, what is asked of it, and the settings of generate()."""
+    """draw(indices) -> images or latents: a network, what is asked of it, and the settings of generate()."""
 
-    def __init__(self, net, labels, seed, how, amp, device, compiled=False):
+    def __init__(self, net, labels, seed, how, amp, device, compiled=False, coder=None):
         self.net = torch.compile(net.to(device)) if compiled else net.to(device)
         self.config, self.labels, self.seed, self.how = net.config, labels, seed, how
-        self.device, self.autocast = device, model.autocast(amp, device)
+        self.device, self.autocast, self.coder = device, model.autocast(amp, device), coder and coder.to(device)
+
+    def pictures(self, x):
+        """What draw() returns -> uint8 (B,H,W,3), latents decoded."""
+        return model.to_pictures(x, self.coder)
 
     def draw(self, indices, trace=None):
         """Images (B,C,H,W) in about [-1,1] of the given indices; the labels take turns."""
@@ -192,7 +199,7 @@ def sample_all(sampler, out, batch_size, rank, world):
     made, share = sum(map(len, todo)), sum(map(len, batches))
     with data.Progress(share, "sampling", " images", initial=share - made) as bar:
         for batch in todo:
-            for i, image in zip(batch, model.to_pictures(sampler.draw(batch))):
+            for i, image in zip(batch, sampler.pictures(sampler.draw(batch))):
                 with data.whole(file_of(out, i)) as part:
                     Image.fromarray(image).save(part, "png", compress_level=1)
             bar.update(len(batch))
@@ -248,10 +255,10 @@ def write_samples(options, sampler, record, folder, rank, world):
 def draw_trajectory(sampler):
     """For four images the state z_t in one row, the network's clean image in the next: nine steps and the result."""
     trace = {}
-    final = model.to_pictures(sampler.draw(range(4), trace))
+    final = sampler.pictures(sampler.draw(range(4), trace))
     shown = [list(trace.items())[i] for i in np.linspace(0, len(trace) - 1, min(9, len(trace))).round().astype(int)]
-    states = [model.to_pictures(z / max(1, sampler.config.noise_scale)) for _, (z, _) in shown] + [final]
-    clean = [model.to_pictures(x) for _, (_, x) in shown] + [final]
+    states = [sampler.pictures(z / max(1, sampler.config.noise_scale)) for _, (z, _) in shown] + [final]
+    clean = [sampler.pictures(x) for _, (_, x) in shown] + [final]
     rows = [[step[i] for step in kind] for i in range(4) for kind in (states, clean)]
     return data.picture(rows, [*(f"t = {t:.2f}" for t, _ in shown), "result"], ["z", "x_pred"] * 4)
 
@@ -261,12 +268,12 @@ def draw_evolution(sampler, files, ema):
     for file in files:
         net, info = model.load_network(file, ema)
         sampler.net, classes = net.to(sampler.device), info.get("classes") if net.config.num_classes else []
-        rows.append(list(model.to_pictures(sampler.draw(range(10)))))
+        rows.append(list(sampler.pictures(sampler.draw(range(10)))))
     names = [classes[sampler.labels[i % len(sampler.labels)]] for i in range(10)] if classes else []
     return data.picture(rows, names, [f"step {int(file.stem)}" for file in files])
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
-HOW = {"solver": "heun", "steps": 50, "cfg": 1.0, "interval": (0.0, 1.0), "t_eps": 0.05, "shift": 1.0}
+HOW = {"solver": "heun", "steps": 50, "cfg": 1.0, "interval": (0.0, 1.0), "t_eps": 0.05, "shift": 1.0, "reuse": 1}
 
 @dataclass
 class Options:
@@ -283,6 +290,7 @@ class Options:
     interval: tuple = option(None, "times at which guidance acts (default: 0,1; the paper: 0.1,1)", "[0, 1]")
     t_eps: float = option(None, "clamp of 1-t, see the head of this file (default: 0.05)", "(0, 1)")
     shift: float = option(None, "t -> t/(t + A(1-t)): above 1, more steps near the noise (default: 1)", "(0, inf)")
+    reuse: int = option(None, "wide head: take the backbone's tokens for so many steps (default: 1)", "[1, inf)")
     out: Path = option(None, "folder of images (default: samples, in the run's folder)", group="output")
     npz: bool = option(False, "also pack samples.npz (arr_0 uint8 NHWC, arr_1 labels), as ADM's evaluator reads it")
     trajectory: bool = option(False, "only draw z_t over time and what the network predicts")
@@ -300,6 +308,8 @@ def settings_of(options, info, config):
         raise data.UsageError("--interval: give two times from 0 to 1, the lower first, as in 0.1,1")
     if options.cfg not in (None, 1) and not config.num_classes:
         raise data.UsageError(f"--cfg {options.cfg}: trained without classes, it has nothing to guide towards")
+    if how["reuse"] > 1 and (options.compile or not config.head_depth):
+        raise data.UsageError("--reuse is for networks with a wide head (03_train.py --head-depth), without --compile")
     return how if config.num_classes else how | {"cfg": 1.0}
 
 def fingerprint(net):
@@ -317,12 +327,16 @@ def main(argv=None):
         classes = info.get("classes", []) if net.config.num_classes else []            # an unconditional one has none
         labels = parse_labels(options.labels, options.num, classes, net.config.num_classes)
         how, amp = settings_of(options, info, net.config), model.choose_precision(options.amp, device)
-        sampler = Sampler(net, labels, options.seed, how, amp, device, options.compile)
+        made_by, source = info.get("coder"), info.get("data")
+        coder = made_by and model.load_coder(data.folder_of(source, "data"), made_by)  # of latents, else None
+        sampler = Sampler(net, labels, options.seed, how, amp, device, options.compile, coder)
         if options.trajectory or options.evolution:
             return draw_process(options, sampler, path.parent) if rank == 0 else None
         record = {**how, "seed": options.seed, "amp": amp, "num": len(labels), "checkpoint": str(path),
                   "step": info.get("step"), "ema": options.ema, "weights": fingerprint(net),
-                  "data": info.get("data"), "size": net.config.image_size, "classes": classes, "labels": labels}
+                  "data": source, "size": net.config.image_size, "classes": classes, "labels": labels}
+        if made_by:                                       # scored against the pixels that the latents were made of
+            record |= {"data": made_by["pixels"], "size": made_by["size"], "coder": made_by["id"]}
         record["interval"] = list(how["interval"])        # as JSON gives it back
         write_samples(options, sampler, record, path.parent, rank, world)
 

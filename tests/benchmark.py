@@ -50,7 +50,7 @@ def about(args, config, device):
 
 def benchmark_train(args, device, seconds=10.0):
     config = model.JiTConfig(**model.MODELS[args.model])
-    options = train.Options(model=args.model, batch_size=args.batch_size, micro_batch=args.batch_size, lr=1e-4, warmup=0, steps=10**6, amp=args.amp, compile=args.compile,
+    options = train.Options(model=args.model, batch_size=args.batch_size, micro_batch=args.batch_size, lr=1e-4, shift=1.0, warmup=0, steps=10**6, amp=args.amp, compile=args.compile,
                             checkpointing=args.checkpointing)
     trainer, times = train.Trainer(options, config, device), []
     pair = torch.randint(0, 256, (args.batch_size, config.image_size, config.image_size, 3), dtype=torch.uint8, device=device), torch.zeros(args.batch_size, dtype=torch.long, device=device)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import model, sample, train
 
 DIMENSIONS, STEPS = (2, 8, 16, 512), 1200
-OPTIONS = train.Options(p_mean=0.0, p_std=1.0)
+OPTIONS = train.Options(p_mean=0.0, p_std=1.0, shift=1.0)
 
 def spiral(n, generator=None):
     """n points (n,2) on one and a half turns of a spiral, and its tight neighbourhood none."""

@@ -138,14 +138,14 @@ def test_noise_left_by_the_clamp():
     assert all(0.01 < left[i] < 0.025 for i in (0, 2)) and left[1] < 1e-5 and left[3] < 1e-5
 
 def test_times_of_training():
-    n, s = 200_000, train.Options()
+    n, s = 200_000, train.Options(shift=1.0)
     torch.manual_seed(0)
     t = train.sample_times(n, s, "cpu")
     logit = torch.log(t / (1 - t))
     assert abs(logit.mean() + 0.8) < 0.01 and abs(logit.std() - 0.8) < 0.01
     shifted = train.sample_times(n, train.Options(shift=3.0), "cpu")                         # p_mean - ln A
     assert abs(torch.log(shifted / (1 - shifted)).mean() + 0.8 + math.log(3)) < 0.01
-    uniform = train.sample_times(n, train.Options(times="uniform"), "cpu")
+    uniform = train.sample_times(n, train.Options(times="uniform", shift=1.0), "cpu")
     assert abs(uniform.mean() - 0.5) < 0.01 and abs(uniform.std() - 12**-0.5) < 0.01
 
 # ---- The official sampler, rewritten: always two passes, guidance by mask, Heun with a last Euler step ---------------

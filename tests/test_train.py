@@ -358,7 +358,7 @@ def test_table_1_of_document_000():
                     "exp3": ("nonlinear", "swiglu", "none"), "exp4": ("nonlinear", "swiglu", "time"), "exp5": ("nonlinear", "swiglu", "rotation")}
 
 def test_labels_are_dropped_and_images_mirrored():
-    s = train.resolve({"flip": True})[0]
+    s = train.resolve({"flip": True, "shift": 1.0})[0]
     config = model.JiTConfig(image_size=16, patch_size=8, num_classes=10)
     images = torch.arange(16, dtype=torch.uint8).view(1, 1, 16, 1).expand(4000, 16, 16, 3)
     torch.manual_seed(0)
@@ -370,7 +370,7 @@ def test_labels_are_dropped_and_images_mirrored():
     assert abs(train.draw(images, torch.full((4000,), 3), s, config)["e"].std() - 2) < 0.02
 
 def test_rotation_turns_the_image_and_is_asked_for():
-    s = train.resolve({"flip": False})[0]
+    s = train.resolve({"flip": False, "shift": 1.0})[0]
     config = model.JiTConfig(image_size=16, patch_size=8, num_classes=10, aux="rotation")
     image = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8)
     torch.manual_seed(0)
