@@ -213,7 +213,7 @@ def attend(q, k, v):
 class Attention(nn.Module):
     """Softmax attention with normalised and rotated q and k."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer=0):
         super().__init__()
         D, self.heads = config.hidden_size, config.num_heads
         self.qkv, self.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
@@ -252,11 +252,12 @@ class Block(nn.Module):
     c may be (B,1,D), the same for all tokens, or (B,L,D), one per token.
     """
 
-    def __init__(self, config, dropout):
+    def __init__(self, config, dropout, layer=0):
         super().__init__()
         D = config.hidden_size
         self.norm1, self.norm2 = NORMS[config.norm](D), NORMS[config.norm](D)
-        self.attn, self.mlp = Attention(config), FFNS[config.ffn](D, int(config.mlp_ratio * D), dropout)
+        self.attn = MIXERS[config.mixer](config, layer)
+        self.mlp = FFNS[config.ffn](D, int(config.mlp_ratio * D), dropout)
         self.dropout = nn.Dropout(dropout)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
 
@@ -292,15 +293,15 @@ class JiT(nn.Module):
         self.config = config
         D, depth, side = config.hidden_size, config.depth, config.image_size // config.patch_size
         self.x_embedder = PatchEmbed(config)
-        self.t_embedder = TimeEmbed(D)
+        self.t_embedder = TIME_EMBEDS[config.two_times](D)
         self.y_embedder = LabelEmbed(config.num_classes, D)
         self.pos_embed = nn.Parameter(position_table(D, side), requires_grad=False)
         if config.in_context_len:
             self.in_context_posemb = nn.Parameter(torch.empty(1, config.in_context_len, D))
         middle = range(depth // 4, depth // 4 * 3)
-        self.blocks = nn.ModuleList(Block(config, config.dropout if i in middle else 0.0) for i in range(depth))
+        self.blocks = nn.ModuleList(Block(config, config.dropout if i in middle else 0.0, i) for i in range(depth))
         self.final_layer = FinalLayer(config)
-        self.aux_head = AUX_HEADS[config.aux](D)
+        self.aux_head = AUX_HEADS[config.aux](config)
         self.checkpointing = False                        # recompute blocks in the backward pass: memory for time
         for name, table in zip(("cos", "sin"), rotary_table(D // config.num_heads, side, config.in_context_len)):
             self.register_buffer(f"rope_{name}", table, persistent=False)
@@ -331,19 +332,19 @@ class JiT(nn.Module):
         """See the class.  with_aux=True returns (prediction, the auxiliary head's answer)."""
         t_emb, y_emb = self.t_embedder(t), self.y_embedder(y)                                      # B D
         c = (t_emb + y_emb)[:, None]                                                               # B 1 D
-        tokens, answer = self.transform(z, c, y_emb, with_aux)                                     # B N D
+        tokens = self.x_embedder(z) + self.pos_embed                                               # B N D
+        tokens, answer = self.transform(tokens, c, y_emb, with_aux)                                # B N D
         out = unpatchify(self.final_layer(tokens, c), self.config.patch_size)                      # B C H W
         return (out, answer) if with_aux else out
 
-    def transform(self, z, c, y_emb, with_aux=False):
-        """From images to the tokens after the last block (B,N,D), and the auxiliary head's answer or None."""
+    def transform(self, x, c, y_emb, with_aux=False):
+        """Image tokens (B,N,D) through all blocks -> (image tokens, the auxiliary head's answer or None)."""
         config, context, answer = self.config, 0, None
-        x = self.x_embedder(z) + self.pos_embed                                                    # B N D
         for i, block in enumerate(self.blocks):
             if config.in_context_len and i == config.in_context_start:
                 context = config.in_context_len
                 x = torch.cat([y_emb[:, None] + self.in_context_posemb, x.to(y_emb.dtype)], dim=1)  # B L D
-            if self.checkpointing and self.training:
+            if self.checkpointing and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(block, x, c, self.rope(context), use_reentrant=False)
             else:
                 x = block(x, c, self.rope(context))                                                # B L D
@@ -351,7 +352,7 @@ class JiT(nn.Module):
                 answer = self.aux_head(x[:, context:])
         return x[:, context:], answer
 
-# ---- Variants, looked up by name: other paths, norms and FFNs -------------------------------------------------------
+# ---- Variants, looked up by name: other paths, norms, FFNs, mixers and times ----------------------------------------
 def cosine_path(t):
     """SiT's "GVP"."""
     alpha, sigma = torch.sin(math.pi / 2 * t), torch.cos(math.pi / 2 * t)
@@ -387,8 +388,94 @@ def plain_layernorm(dim):
     """DiT's norm: LayerNorm without learned weights."""
     return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
 
+class TimeNorm(RMSNorm):
+    """TD-norm: an RMSNorm whose weight moves with time, s p0 + (1-s) p1, s = sigmoid(a t + b).      (DiMR, section 3.3)
+
+    build() sees to it that the network tells the time to all its TimeNorms before each pass.
+    """
+
+    def __init__(self, dim):
+        super().__init__(dim)
+        self.weight1, self.time_map = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.tensor([1.0, 0.0]))
+        self.t = None
+
+    def forward(self, x):
+        s = torch.sigmoid(self.time_map[0] * expand(self.t.float(), x) + self.time_map[1])         # B 1 1
+        x = x.float() * torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + self.eps)
+        return x * (s * self.weight + (1 - s) * self.weight1)
+
+class DifferentialAttention(Attention):
+    """(softmax(q1 k1) - L softmax(q2 k2)) v: what both heads of a pair attend to is noise, and cancels.
+
+    A pair shares values twice as wide; a layer has one L.                   (Differential Transformer 2024, eq. 1-3)
+    """
+
+    def __init__(self, config, layer):
+        super().__init__(config)
+        d, self.start = config.hidden_size // self.heads, 0.8 - 0.6 * math.exp(-0.3 * layer)
+        self.lambdas, self.out_norm = nn.Parameter(torch.randn(4, d) * 0.1), RMSNorm(2 * d)
+
+    def forward(self, x, rope=None):                                                               # B L D
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)            # B h L d, each
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        v = torch.cat([v[:, ::2], v[:, 1::2]], dim=-1).repeat_interleave(2, dim=1)                 # B h L 2d
+        first, second = attend(q.to(v.dtype), k.to(v.dtype), v).unflatten(1, (-1, 2)).unbind(2)    # B h/2 L 2d
+        a1, b1, a2, b2 = self.lambdas
+        weight = (a1 @ b1).exp() - (a2 @ b2).exp() + self.start
+        out = self.out_norm(first - weight * second) * (1 - self.start)
+        return self.proj(out.transpose(1, 2).flatten(2))                                           # B L D
+
+class ConvMixer(nn.Module):
+    """ConvNeXt's: a depthwise 7 x 7 convolution of the token grid in place of attention."""
+    hands = 1
+
+    def __init__(self, config, layer):
+        super().__init__()
+        D, self.side = config.hidden_size, config.image_size // config.patch_size
+        self.conv, self.proj = nn.Conv2d(D, self.hands * D, 7, padding=3, groups=D), nn.Linear(D, D)
+
+    def forward(self, x, rope=None):                                                               # B N D
+        y = self.conv(x.transpose(1, 2).unflatten(2, (self.side, -1)))                             # B D h w
+        return self.proj(self.combine(y).flatten(2).transpose(1, 2))
+
+    def combine(self, y):
+        return y
+
+class DiceMixer(ConvMixer):
+    """Two convolutions l and r; what they disagree on is faded out: (l + r) sigmoid(-softplus(a) (l-r)^2).       (DICE)
+
+    departure: DICE's (l + r) / (1 + exp(a (l-r)^2)) is the same for a > 0, but overflows in half precision.
+    """
+    hands = 2
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.strictness = nn.Parameter(torch.zeros(1))
+
+    def combine(self, y):
+        left, right = y.float().unflatten(1, (-1, 2)).unbind(2)
+        return (left + right) * torch.sigmoid(-F.softplus(self.strictness) * (left - right).square())
+
+class SpanEmbed(TimeEmbed):
+    """Two times, where a step begins and ends, (B,2) -> (B,D): for pMF.  A time alone (B,) means a step of length 0.
+
+    The map of the length starts at zero: the weights of a trained JiT give its own output for every length.
+    """
+
+    def __init__(self, hidden):
+        super().__init__(hidden)
+        self.span, self.span_out = TimeEmbed(hidden), nn.Parameter(torch.zeros(hidden, hidden))
+
+    def forward(self, t):
+        t, r = (t, t) if t.dim() == 1 else t.unbind(1)
+        return super().forward(t) + self.span(r - t) @ self.span_out
+
 PATHS = {"linear": linear_path, "cosine": cosine_path, "ddpm-linear": ddpm_linear_path, "ddpm-cosine": ddpm_cosine_path}
-NORMS = {"rmsnorm": RMSNorm, "layernorm": plain_layernorm}
+NORMS = {"rmsnorm": RMSNorm, "layernorm": plain_layernorm, "td": TimeNorm}
+MIXERS = {"attention": Attention, "differential": DifferentialAttention, "convnext": ConvMixer, "dice": DiceMixer}
+TIME_EMBEDS = {False: TimeEmbed, True: SpanEmbed}
 FFNS = {"swiglu": SwiGLU, "gelu": gelu_ffn, "exact-gelu": partial(gelu_ffn, approximate="none"),
         "bottleneck": bottleneck_ffn}
 
@@ -396,12 +483,13 @@ FFNS = {"swiglu": SwiGLU, "gelu": gelu_ffn, "exact-gelu": partial(gelu_ffn, appr
 class AuxHead(nn.Module):
     """Mean of the image tokens after block `after` (-1: the last) -> Linear, SiLU, Linear.
 
-    A further head is a subclass: set `outputs` and `after`, or override forward, and define loss.
+    A further head is a subclass: set `outputs` and `after`, or override forward, and define loss.  weight: its lambda.
     """
-    outputs, after = 1, -1
+    outputs, after, weight = 1, -1, 0.1
 
-    def __init__(self, hidden):
+    def __init__(self, config):
         super().__init__()
+        hidden = config.hidden_size
         self.mlp = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, self.outputs))
 
     def forward(self, tokens):                                                                     # B N D
@@ -422,7 +510,67 @@ class RotationHead(AuxHead):
     def loss(answer, batch):
         return F.cross_entropy(answer.float(), batch["turns"])
 
-AUX_HEADS = {"none": lambda hidden: None, "time": TimeHead, "rotation": RotationHead}
+class RepaHead(AuxHead):
+    """Do the tokens know what a frozen encoder sees in the clean image?  Minus the mean cosine.    (REPA, section 3.2)
+
+    batch["features"]: the encoder's (B,F,h,w), averaged or repeated to the token grid where that is another.
+    """
+    weight = 0.5
+
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        self.after, D = config.depth // 3 - 1, config.hidden_size              # block 4 of 12, 8 of 24
+        inner = min(2048, 4 * D)
+        self.mlp = nn.Sequential(nn.Linear(D, inner), nn.SiLU(), nn.Linear(inner, inner), nn.SiLU(),
+                                 nn.Linear(inner, config.aux_dim))
+
+    def forward(self, tokens):
+        return self.mlp(tokens)                                                                    # B N F
+
+    @staticmethod
+    def loss(answer, batch):
+        wanted = F.adaptive_avg_pool2d(batch["features"].float(), math.isqrt(answer.shape[1]))
+        return -F.cosine_similarity(answer.float(), wanted.flatten(2).transpose(1, 2), dim=-1).mean()
+
+class DispersiveHead(AuxHead):
+    """Nothing is asked; images of a batch are pushed apart: log mean exp(-|h_i - h_j|^2 / 0.5).     (Wang & He 2025)
+
+    h: all tokens of an image after the middle block, divided by their number: undivided the exponentials are all zero.
+    """
+    weight = 0.5
+
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        self.after = config.depth // 2 - 1
+
+    def forward(self, tokens):
+        return tokens.float().flatten(1) / tokens.shape[1]                                         # B N*D
+
+    @staticmethod
+    def loss(answer, batch):
+        distances = (answer[:, None] - answer).square().sum(dim=2)                                 # B B
+        return torch.logsumexp(-distances.flatten() / 0.5, dim=0) - math.log(distances.numel())
+
+class MultiScale(AuxHead):
+    """The coarse stages of a cascade are graded too, against the averaged image, by their share of the pixels.   (DiMR)
+
+    answer: images (B,C,H/4,W/4) and (B,C,H/2,W/2).  Error in v-space, as the default main loss.
+    """
+    weight = 1.0
+
+    def __init__(self, config):
+        nn.Module.__init__(self)
+
+    @staticmethod
+    def loss(answer, batch):
+        x, u, total = batch["x"], conversion("x", "v", batch["t"])[0], 0.0
+        for out in answer:
+            error = (out.float() - F.adaptive_avg_pool2d(x, out.shape[-1])).square().flatten(1).mean(dim=1)
+            total = total + out[0].numel() / x[0].numel() * (u**2 * error).mean()
+        return total
+
+AUX_HEADS = {"none": lambda config: None, "time": TimeHead, "rotation": RotationHead, "repa": RepaHead,
+             "dispersive": DispersiveHead, "multiscale": MultiScale}
 
 # ---- A wide, shallow head: narrow blocks decide what to do, wide ones do it ------------------- (DDT; RAE's DiT-DH) --
 class WideHeadJiT(JiT):
@@ -448,16 +596,61 @@ class WideHeadJiT(JiT):
         s, answer = self.kept, None                                                                # B N W
         if not self.reuse or s is None or len(s) != len(z):
             t_emb, y_emb = self.t_embedder(t), self.y_embedder(y)
-            tokens, answer = self.transform(z, (t_emb + y_emb)[:, None], y_emb, with_aux)
+            tokens = self.x_embedder(z) + self.pos_embed
+            tokens, answer = self.transform(tokens, (t_emb + y_emb)[:, None], y_emb, with_aux)
             s = self.head_condition(F.silu(t_emb[:, None] + tokens))
             self.kept = None if torch.is_grad_enabled() else s
-        tokens, _ = self.head.transform(z, s, None)
+        tokens, _ = self.head.transform(self.head.x_embedder(z) + self.head.pos_embed, s, None)
         out = unpatchify(self.head.final_layer(tokens, s), self.config.patch_size)
         return (out, answer) if with_aux else out
 
+# ---- A cascade of networks, coarse to fine ------------------------------------------------------- (DiMR; DICE) ----
+class Cascade(nn.Module):
+    """JiTs at 1/4, 1/2 and 1 of the resolution, with 1/2, 1/3 and the rest of the blocks; the last gives the output.
+
+    subtractive: a stage's output, upsampled, is subtracted from the next one's input.             (DICE, section 3.1)
+    additive: a stage's tokens, through a linear map and a pixel shuffle, are added to the next one's; the coarsest
+    stage has attention, whatever the mixer.                                                       (DiMR, section 3.2)
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, D = config, config.hidden_size
+        depths = [config.depth // 2, config.depth // 3, config.depth - config.depth // 2 - config.depth // 3]
+        sizes = [config.image_size // 4, config.image_size // 2, config.image_size]
+        mixers = [config.mixer if config.cascade == "subtractive" else "attention", config.mixer, config.mixer]
+        self.stages = nn.ModuleList(
+            JiT(replace(config, cascade="none", aux="none", image_size=size, depth=depth, mixer=mixer))
+            for size, depth, mixer in zip(sizes, depths, mixers))
+        if config.cascade == "additive":
+            self.up = nn.ModuleList(nn.Linear(D, 4 * D) for _ in range(2))
+
+    def forward(self, z, t, y, with_aux=False):
+        """with_aux=True returns (prediction, those of the coarse stages)."""
+        tokens, outs = None, []
+        for k, stage in enumerate(self.stages):
+            part = F.avg_pool2d(z, 4 // 2**k)                                                      # B C H/4.. W/4..
+            if self.config.cascade == "subtractive" and k:
+                part = part - F.interpolate(outs[-1].float(), scale_factor=2, mode="bilinear")
+            t_emb, y_emb = stage.t_embedder(t), stage.y_embedder(y)
+            c, x = (t_emb + y_emb)[:, None], stage.x_embedder(part) + stage.pos_embed
+            if self.config.cascade == "additive" and k:
+                x = x + unpatchify(self.up[k - 1](tokens), 2).flatten(2).transpose(1, 2)           # twice the side
+            tokens, _ = stage.transform(x, c, y_emb)
+            outs.append(unpatchify(stage.final_layer(tokens, c), self.config.patch_size))
+        return (outs[-1], outs[:-1]) if with_aux else outs[-1]
+
 def build(config):
     """The network that a configuration describes."""
-    return WideHeadJiT(config) if config.head_depth else JiT(config)
+    net = (Cascade if config.cascade != "none" else WideHeadJiT if config.head_depth else JiT)(config)
+    clocks = [module for module in net.modules() if isinstance(module, TimeNorm)]
+
+    def tell_time(net, inputs):
+        for norm in clocks:
+            norm.t = inputs[1] if inputs[1].dim() == 1 else inputs[1][:, 0]
+    if clocks:
+        net.register_forward_pre_hook(tell_time)
+    return net
 
 # ---- Configuration: everything a checkpoint needs to rebuild its network, and to know what the output means ---------
 @dataclass
@@ -477,12 +670,16 @@ class JiTConfig:
     dropout: float = option(0.0, "on attention output and FFN of the blocks depth//4 to depth//4*3", "[0, 1)")
     patch_embed: str = option("linear", "nonlinear: SiLU in the bottleneck", choices=("linear", "nonlinear"))
     ffn: str = option("swiglu", "feed-forward network", choices=tuple(FFNS))
-    norm: str = option("rmsnorm", "layernorm: without learned weights", choices=tuple(NORMS))
+    norm: str = option("rmsnorm", "layernorm: without learned weights; td: moves with time", choices=tuple(NORMS))
+    mixer: str = option("attention", "what lets tokens see each other", choices=tuple(MIXERS))
+    cascade: str = option("none", "stages at 1/4, 1/2 and 1 of the size", choices=("none", "subtractive", "additive"))
     rope: bool = option(True, "rotary position embedding on q and k")
     qk_norm: bool = option(True, "RMSNorm on q and k")
     head_depth: int = option(0, "blocks of a wide head after the others (DDT, DiT-DH); 0: none", "[0, inf)")
     head_width: int = option(0, "its width; 0: as hidden_size", "[0, inf)")
     aux: str = option("none", "auxiliary head, used in training only", choices=tuple(AUX_HEADS))
+    aux_dim: int = option(0, "channels of the features that repa predicts", "[0, inf)", flag=False)
+    two_times: bool = option(False, "it also knows where a step ends (--objective meanflow)", flag=False)
     pred: str = option("x", "what the output means", choices=("x", "e", "v"))
     path: str = option("linear", "how z is mixed", choices=tuple(PATHS))
     noise_scale: float = option(1.0, "k, the noise's std; the paper: image_size / 256 from 256 pixels on", "(0, inf)")
@@ -497,6 +694,20 @@ class JiTConfig:
                              "channels turn in pairs, half of a head's with the row and half with the column")
         if self.patch_embed == "nonlinear" and not self.bottleneck_dim:
             raise ValueError("a nonlinear patch embedding needs a bottleneck (bottleneck_dim > 0) to put the SiLU in")
+        coarse, grid, mixer = self.cascade != "none", self.image_size // self.patch_size, self.mixer
+        for bad, message in (
+                (mixer == "differential" and self.num_heads % 2, f"{self.num_heads} heads: differential needs pairs"),
+                (mixer in ("convnext", "dice") and self.in_context_len, f"mixer {mixer} works on the image's grid, "
+                 "in which context tokens have no place: in_context_len must be 0"),
+                (coarse and (self.head_depth or self.aux not in ("none", "multiscale")), "a cascade takes no wide head "
+                 "and no auxiliary head but multiscale"),
+                (coarse and (grid % 4 or self.depth < 4), f"a cascade needs 4 blocks ({self.depth}) and a grid of "
+                 f"patches that halves twice ({grid}): see depth, patch_size"),
+                (self.aux == "multiscale" and (not coarse or self.pred != "x"), "multiscale grades the stages of a "
+                 "cascade that predicts x"),
+                (self.two_times and self.path != "linear", "objective meanflow follows the linear path")):
+            if bad:
+                raise ValueError(message)
         if self.in_context_start >= self.depth:
             self.in_context_len = 0                       # they would never be inserted: same network without them
 
@@ -509,6 +720,9 @@ MODELS = {  # name      image patch hidden depth heads bottleneck start dropout 
     # T and S are ours
     "JiT-T/8":   _size(32,   8,  192,   6,  3,  48, 2, 0.0, 10, 4),       # small images, a CPU
     "JiT-T/16":  _size(64,   16, 192,   6,  3,  64, 2, 0.0, 10, 4),
+    "DICE-T/8":  _size(64,   8,  192,   6,  3,  64, 2, 0.0, 10, 0) | {"cascade": "subtractive", "mixer": "dice"},
+    "DiMR-T/8":  _size(64,   8,  192,   6,  3,  64, 2, 0.0, 10, 0) | {"cascade": "additive", "mixer": "convnext",
+                                                                      "norm": "td", "aux": "multiscale"},
     "JiT-S/4":   _size(32,   4,  384,  12,  6,  48, 4, 0.0, 10, 8),       # CIFAR-10 on one GPU
     "JiT-S/16":  _size(256,  16, 384,  12,  6, 128, 4),
     "JiT-B/4":   _size(64,   4,  768,  12, 12, 128, 4),                   # the paper's ImageNet-64 (JiT Table 2b)
@@ -731,6 +945,13 @@ def load_coder(folder, made_by):
                          "old one back, or train anew")
     return coder.eval().requires_grad_(False)
 
+def load_teacher(folder):
+    """The frozen encoder of a latent set, whose features --aux repa imitates.  Raises ValueError."""
+    meta, _ = data.open_data(folder)
+    if meta.get("coder", {}).get("kind") not in ("rae", "dinov2"):
+        raise ValueError(f"{folder} has no encoder to learn from: make it by --source latents --coder rae, or dinov2")
+    return load_coder(folder, meta["coder"])
+
 def latent_shift(made_by, numbers):
     """Time shift of a feature space with so many numbers a latent: sqrt(numbers / 4096); else 1.  (RAE, section 4.2)"""
     return math.sqrt(numbers / 4096) if made_by and made_by["kind"] in ("rae", "dinov2") else 1.0
@@ -781,7 +1002,8 @@ def load_network(path, ema=0):
 def load_weights(net, weights):
     """Copy weights into net, all of them and no others.  Raises RuntimeError or ValueError that name a misfit."""
     weights = {k: v for k, v in weights.items() if not k.startswith("aux_head.") and "rope" not in k}
-    net.load_state_dict({"pos_embed": net.pos_embed} | weights)
+    tables = {name: value for name, value in net.state_dict().items() if name.endswith("pos_embed")}
+    net.load_state_dict(tables | weights)
     bad = next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
     if bad:
         raise ValueError(f"weight {bad} holds NaN or infinity")

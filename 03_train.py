@@ -36,6 +36,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 data, model = import_module("01_data"), import_module("02_model")
@@ -93,6 +94,50 @@ def training_loss(net, batch, options, config, autocast):
     aux = model.AUX_HEADS[config.aux].loss(answer, batch) if heads else torch.zeros((), device=loss.device)
     return loss.mean() + options.aux_weight * aux, v_loss.detach(), aux.detach()
 
+# ---- One-step generation: a JiT learns where the path will lead ----------- (pMF: Lu et al. 2026, with time reversed)
+def average_velocity(net, z, t, r, y, config):
+    """u (B,C,H,W) in fp32: the mean of v from t to r >= t, each (B,), along the path through z; for r = t v itself."""
+    return model.convert(net(z, torch.stack([t, r], dim=1), y), config.pred, "v", z, t)
+
+def mean_flow_target(u, z, t, r, v, tangent, cap=1.5):
+    """v + (r-t) du/dt, the derivative taken along the path, dz/dt = tangent.                          (MeanFlow eq. 6)
+
+    Where u(z, t, r) equals it, (r-t) u is the integral of v: differentiate that by t.  cap: bound of the second term's
+    rms; at the solution it is u - v, and below 1.  subtle: fused attention has no forward-mode derivative.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        _, du = torch.func.jvp(lambda z, t: u(z, t, r), (z, t), (tangent, torch.ones_like(t)))
+    turn = model.expand(r - t, z) * du
+    rms = turn.square().flatten(1).mean(dim=1).sqrt()
+    return v + turn * model.expand((cap / rms).clamp_max(1.0), z)
+
+def draw_spans(t):
+    """Times t (B,) -> (t, r).  Half of them stay plain JiT, r = t; of the rest half end at 1, 15 % begin at 0."""
+    n, chance = len(t) // 2, torch.rand(3, len(t) // 2, device=t.device)
+    begin = torch.where(chance[0] < 0.15, 0.0, model.shift_time(t[:n], 2.0))
+    end = begin + (1 - begin) * torch.where(chance[1] < 0.5, 1.0, chance[2])
+    return torch.cat([begin, t[n:]]), torch.cat([end, t[n:]])
+
+def mean_flow_loss(net, batch, options, config, autocast):
+    """training_loss of --objective meanflow: |u - target|^2, with guidance built into the target's v.    (pMF eq. 9)"""
+    x, e, y, n = batch["x"], batch["e"], batch["y"], len(batch["x"]) // 2
+    t, r = draw_spans(batch["t"])
+    z = model.mix("linear", x, e, t)
+    plain = next(part for part in net.modules() if type(part) in (model.JiT, model.WideHeadJiT, model.Cascade))
+    with torch.no_grad():                                 # without DDP and compile, in fp32
+        v = model.convert(x, "x", "v", z, t)
+        v_null = average_velocity(plain, z, t, t, torch.full_like(y, config.num_classes), config)
+        v += model.expand(y != config.num_classes, x) * (options.guidance - 1) * (v - v_null)
+        own = average_velocity(plain, z[:n], t[:n], t[:n], y[:n], config)
+        v[:n] = mean_flow_target(lambda z, t, r: average_velocity(plain, z, t, r, y[:n], config), z[:n], t[:n], r[:n],
+                                 v[:n], own)
+    with autocast:
+        error = (average_velocity(net, z, t, r, y, config) - v).square().flatten(1).mean(dim=1)
+    loss = error / (error.detach() + 0.01)                # MeanFlow's adaptive weight
+    return loss.mean(), error.detach(), torch.zeros((), device=x.device)
+
+OBJECTIVES = {"flow": training_loss, "meanflow": mean_flow_loss}
+
 # ---- The loop and the step: draw, predict, loss, gradient, step, average ---------------------------------------------
 BINS, MAX_BAD = 5, 10              # ranges of t that the log keeps apart; non-finite steps in a row that end a run
 
@@ -109,10 +154,16 @@ def train(trainer, feed, recorder):
 class Trainer:
     """Network, optimizer, averaged weights: train_step() changes them, state() lists them, load() puts them back."""
 
-    def __init__(self, options, config, device, rank=0, world=1):
+    def __init__(self, options, config, device, rank=0, world=1, start=None):
+        """start: weights to begin with, those of another run.  Raises ValueError if they do not fit."""
         self.options, self.config, self.device, self.rank, self.world = options, config, device, rank, world
         seed_everything(options.seed)
-        self.net = self.forward = model.build(config).to(device)
+        self.net = model.build(config)
+        if start:
+            begin_with(self.net, start)
+        self.forward = self.net.to(device)
+        teacher = options.teacher and model.load_teacher(data.folder_of(options.teacher, "data"))
+        self.teacher = teacher and teacher.to(device)
         for part in self.net.modules():                   # a wide head is a network in the network
             part.checkpointing = options.checkpointing
         self.ema = [{k: v.detach().clone() for k, v in self.net.state_dict().items()} for _ in options.ema]
@@ -138,9 +189,12 @@ class Trainer:
             images, labels = next(feed)
             seed_everything(self.options.seed, self.step, index)
             batch = draw(images, labels, self.options, self.config)
+            if self.teacher:
+                batch["features"] = self.teacher.features(batch["x"])
             last = k == micro_batches - 1                 # gradients are summed over processes once, with the last one
             with nullcontext() if last or self.world == 1 else self.forward.no_sync():
-                loss, v_loss, aux = training_loss(self.forward, batch, self.options, self.config, self.autocast)
+                loss, v_loss, aux = OBJECTIVES[self.options.objective](
+                    self.forward, batch, self.options, self.config, self.autocast)
                 self.scaler.scale(loss / micro_batches).backward()
             self.add_to_log(v_loss, batch["t"], aux)
         self.scaler.unscale_(self.optimizer)
@@ -404,17 +458,18 @@ def largest(numbers, world):
 # ---- Settings: the defaults are the paper's; a preset, an experiment and the flags given override them, in this order
 IMAGENET = {"data": "imagenet", "model": "JiT-B/16", "preview_every": 5000,
             "sampling": {"cfg": 2.9, "interval": (0.1, 1.0)}}
-LATENT = {"model": "JiT-T/16", "depth": 4, "in_context_start": 1, "batch_size": 32, "steps": 1600, "lr": 7e-3,
-          "schedule": "cosine", "ema": (0.998,), "p_mean": -0.9, "p_std": 1.0,
+# found by trials, for minutes on two cores.  k = 2 hides the large flat shapes for longer; ancestral sampling and more
+# steps near the noise forgive the early mistakes, which are about colour
+SHAPES = {"data": "shapes", "model": "JiT-T/16", "batch_size": 32, "steps": 4600, "lr": 7e-3, "schedule": "cosine",
+          "ema": (0.998,), "noise_scale": 2.0, "p_mean": -0.9, "p_std": 1.0,
           "sampling": {"solver": "ddpm", "cfg": 1.5, "steps": 25, "shift": 3.0}}
+LATENT = SHAPES | {"depth": 4, "in_context_start": 1, "steps": 1600, "noise_scale": 1.0}
 PRESETS = {
-    # shapes: found by trials, for minutes on two cores.  k = 2 hides the large flat shapes for longer; ancestral
-    # sampling and more steps near the noise forgive the early mistakes, which are about colour
-    "shapes": {"data": "shapes", "model": "JiT-T/16", "batch_size": 32, "steps": 4600, "lr": 7e-3, "schedule": "cosine",
-               "ema": (0.998,), "noise_scale": 2.0, "p_mean": -0.9, "p_std": 1.0,
-               "sampling": {"solver": "ddpm", "cfg": 1.5, "steps": 25, "shift": 3.0}},
+    "shapes": SHAPES,
+    # the cascades of DiMR and DICE, in pixels and small (02_model.py)
+    "dice": SHAPES | {"model": "DICE-T/8"}, "dimr": SHAPES | {"model": "DiMR-T/8"},
     # shapes again, as latents (01_data.py --source latents)
-    "shapes-vae": LATENT | {"data": "shapes-vae", "patch_size": 2, "hidden_size": 96},
+    "shapes-vae": LATENT | {"data": "shapes-vae", "patch_size": 2, "hidden_size": 96, "steps": 2400, "lr": 4e-3},
     "shapes-rae": LATENT | {"data": "shapes-rae"},
     "cifar10": {"data": "cifar10", "model": "JiT-S/4", "batch_size": 256, "epochs": 200.0, "lr": 4e-4,
                 "ema": (0.9999, 0.999), "sampling": {"cfg": 2.0, "interval": (0.1, 1.0)}},
@@ -429,6 +484,9 @@ PRESETS = {
                             "sampling": {"solver": "euler", "steps": 25, "cfg": 2.9}},       # Improved JiT, section 4.1
 }
 DIT = {"norm": "layernorm", "ffn": "gelu", "rope": False, "qk_norm": False, "in_context_len": 0, "bottleneck_dim": 0}
+# --objective meanflow: settings for fine-tuning a trained network (--init)
+MEAN_FLOW = {"steps": 1000, "lr": 1.2e-3, "schedule": "cosine", "ema": (0.995,),
+             "sampling": {"solver": "euler", "cfg": 1.0, "steps": 1, "shift": 1.0}}
 EXPERIMENTS = {  # combine with any preset
     # Improved JiT, Table 1            patch embedding            FFN                  auxiliary loss
     "baseline": {"patch_embed": "linear",    "ffn": "swiglu",     "aux": "none"},
@@ -456,6 +514,7 @@ class Options:
     steps: int = option(None, "optimizer steps; they take precedence over --epochs", "[1, inf)")
     epochs: float = option(600.0, "passes over the data", "(0, inf)")
     seed: int = option(0, "of weights, data order and noise", "[0, inf)")
+    init: str = option(None, "begin with network and averaged weights of runs/NAME, a folder, or a checkpoint file")
     model: str = option("JiT-B/16", "row of MODELS in 02_model.py; the flags under `network` override parts of it",
                              choices=tuple(model.MODELS))
     loss: str = option("v", "space of the squared error", choices=("x", "e", "v"), group="objective")
@@ -466,7 +525,11 @@ class Options:
                           "and DINOv2: the root of their numbers / 4096)", "(0, inf)")
     label_drop: float = option(0.1, "share of labels replaced by the null class, for guidance", "[0, 1)")
     flip: bool = option(True, "mirror half of the images, but never latents")
-    aux_weight: float = option(0.1, "lambda, the weight of the auxiliary head", "[0, inf)")
+    aux_weight: float = option(None, "lambda, the weight of the auxiliary head (default: 0.1; repa, dispersive 0.5)",
+                               "[0, inf)")
+    teacher: str = option(None, "--aux repa: a latent set, data/NAME, whose RAE or DINOv2 encoder is imitated")
+    objective: str = option("flow", "meanflow: learn to sample in one step (pMF)", choices=tuple(OBJECTIVES))
+    guidance: float = option(1.5, "meanflow: w of the guidance that the network learns", "[1, inf)")
     batch_size: int = option(1024, "GLOBAL: images per optimizer step", "[1, inf)", group="optimizer")
     micro_batch: int = option(None, "images per pass and process (default: all, at most 128)", "[1, inf)", free=True)
     lr: float = option(None, "learning rate (default: 5e-5 x batch size / 256)", "(0, inf)")
@@ -503,12 +566,21 @@ def fill_defaults(options, network, meta, device, world):
     if coder := meta.get("coder"):
         found |= dict(patch_size=1, bottleneck_dim=0, in_channels=meta["channels"])
         options.flip = False                              # the mirror image of a latent is not a latent
+    network = network | {"two_times": options.objective == "meanflow"}
+    if options.teacher:
+        network["aux_dim"] = model.load_teacher(data.folder_of(options.teacher, "data")).channels
     try:
         config = model.JiTConfig(**row | found | network)
         if config.num_classes not in (0, classes):
             raise ValueError(f"--num-classes {config.num_classes}: the data set has {classes}; 0: without classes")
-        if coder and config.aux == "rotation":
-            raise ValueError("--aux rotation turns images; latents do not turn with theirs")
+        for bad, message in (
+                (coder and config.aux in ("rotation", "repa"), f"--aux {config.aux} is for images, not for latents"),
+                ((config.aux == "repa") != bool(options.teacher), "--aux repa and --teacher go together"),
+                (config.two_times and config.aux != "none", "--objective meanflow takes no auxiliary head"),
+                (config.image_size != size or config.in_channels != meta.get("channels", 3), "--init: its network is "
+                 f"for {config.image_size} pixels and {config.in_channels} channels, {options.data} has others")):
+            if bad:
+                raise ValueError(message)
     except ValueError as error:
         raise data.UsageError(str(error)) from None
     batch, share = options.batch_size, options.batch_size // world
@@ -524,15 +596,21 @@ def fill_defaults(options, network, meta, device, world):
     options.lr = options.lr or 5e-5 * batch / 256
     options.amp = model.choose_precision(options.amp, device)
     options.compile = device.type == "cuda" if options.compile is None else options.compile
+    options.aux_weight = (options.aux_weight if options.aux_weight is not None else
+                          getattr(model.AUX_HEADS[config.aux], "weight", 0.1))
     options.shift = options.shift or model.latent_shift(coder, config.in_channels * size**2)
     options.classes, options.data_id, options.coder = meta["classes"], meta["id"], coder
     return config
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
-def resolve(given, saved=None):
-    """Flags given -> (Options, {field of JiTConfig: value}).  saved: the checkpoint of the run to --resume."""
+def resolve(given, saved=None, start=None):
+    """Flags given -> (Options, {field of JiTConfig: value}).
+
+    saved: the checkpoint of the run to --resume.  start: the configuration of the network that --init names.
+    """
     layers = [saved["options"] | {"overwrite": False}, saved["config"]] if saved else [
-        {"sampling": {}}, PRESETS[given.get("preset", "shapes")], EXPERIMENTS.get(given.get("experiment"), {})]
+        {"sampling": {}}, PRESETS[given.get("preset", "shapes")], EXPERIMENTS.get(given.get("experiment"), {}),
+        MEAN_FLOW if given.get("objective") == "meanflow" else {}, start or {}]
     layers = layers + [{"steps": None}] * ("epochs" in given) + [given]
     merged, names = {k: v for layer in layers for k, v in layer.items()}, {entry.name for entry in fields(Options)}
     options = Options(**{k: v for k, v in merged.items() if k in names})
@@ -576,7 +654,8 @@ def main(argv=None):
     given = data.parse(argv, "Train a JiT.  Defaults shown are the paper's: the model's row, the preset, the "
                        "experiment and then your flags override them.", Options, model.JiTConfig)
     with model.machine(given.get("device")) as (device, rank, world):
-        options, network = resolve(given)
+        start = open_start(given["init"]) if given.get("init") else None
+        options, network = resolve(given, start=start and asdict(start.config))
         folder = data.folder_of(options.run, "runs")
         state = checkpoint_of(folder, options)
         if options.resume:
@@ -593,7 +672,7 @@ def main(argv=None):
         if not config.num_classes:
             arrays = {split: (images, labels * 0) for split, (images, labels) in arrays.items()}
         with data.locked(folder) if rank == 0 else nullcontext():
-            trainer = Trainer(options, config, device, rank, world)
+            trainer = Trainer(options, config, device, rank, world, start and start.state_dict())
             if state:
                 trainer.load(state)
             if rank == 0:
@@ -605,6 +684,21 @@ def main(argv=None):
             name = "" if folder == Path("runs/shapes") else f" --run {options.run}"
             print(f"{folder / 'checkpoint.pt'} after step {trainer.step}; look at {folder / 'preview'} and loss.png, "
                   f"then run 04_sample.py{name}")
+
+def open_start(name):
+    """The network that --init names, with its first averaged weights.  Raises ValueError."""
+    path = data.folder_of(name, "runs")
+    return model.load_network(path / "checkpoint.pt" if path.is_dir() else path)[0]
+
+def begin_with(net, weights):
+    """Copy the weights of another run into net; an auxiliary head and the length of a step may be new."""
+    try:
+        missing, odd = net.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        missing, odd = [], [str(error).splitlines()[-1].strip()]
+    odd += [name for name in missing if not any(part in name for part in ("aux_head.", "t_embedder.span"))]
+    if odd:
+        raise ValueError(f"--init: its weights do not fit this network ({odd[0]}): leave out the flags that change it")
 
 def announce(trainer, folder, count):
     """Say what begins."""

@@ -107,8 +107,13 @@ def generate(net, noise, labels, *, solver="heun", steps=50, cfg=1.0, interval=(
     config = getattr(net, "config", None)
     path, k = (config.path, config.noise_scale) if config else ("linear", 1.0)
 
+    def step_aware(z, t, labels):                         # pMF: the network is told where the step ends, too
+        return net(z, torch.stack([t, torch.full_like(t, t_next)], dim=1), labels)
+    step_aware.config = config
+
     def v(z, t):
-        value = guided_velocity(net, z, t, labels, cfg, interval, t_eps)
+        asked = step_aware if getattr(config, "two_times", False) else net
+        value = guided_velocity(asked, z, t, labels, cfg, interval, t_eps)
         if trace is not None:                             # heun's look ahead to t comes first and is overwritten
             trace[t] = z, model.convert(value, "v", "x", z, torch.full((len(z),), t, device=z.device), path)
         return value
@@ -310,6 +315,8 @@ def settings_of(options, info, config):
         raise data.UsageError(f"--cfg {options.cfg}: trained without classes, it has nothing to guide towards")
     if how["reuse"] > 1 and (options.compile or not config.head_depth):
         raise data.UsageError("--reuse is for networks with a wide head (03_train.py --head-depth), without --compile")
+    if config.two_times and how["solver"] != "euler":
+        raise data.UsageError("a network trained by --objective meanflow knows mean velocities: use --solver euler")
     return how if config.num_classes else how | {"cfg": 1.0}
 
 def fingerprint(net):

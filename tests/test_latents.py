@@ -211,7 +211,7 @@ def test_what_makes_no_sense_for_latents_is_refused_in_one_line(work, capsys):
             (2, "needs --root", lambda: call(data, "--source", "latents", "--coder", "vae")),
             (2, "are for --source latents", lambda: call(data, "--coder", "vae")),
             (1, "another data set", lambda: make("rae", name="vae")),
-            (2, "latents do not turn", lambda: call(train, *LATENT_FLAGS, "--data", "latents/vae", "--run", "z", "--aux", "rotation")),
+            (2, "is for images, not for latents", lambda: call(train, *LATENT_FLAGS, "--data", "latents/vae", "--run", "z", "--aux", "rotation")),
             (2, "--reuse", lambda: call(sample, "--run", "z", "--reuse", 2))):
         if "--reuse" in words:
             assert call(train, *LATENT_FLAGS, "--data", "latents/vae", "--run", "z") == 0

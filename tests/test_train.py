@@ -257,7 +257,7 @@ def test_non_finite_steps_are_skipped_and_counted(work, capsys, monkeypatch):
     before = [p.clone() for p in trainer.net.parameters()]
     broken = lambda net, batch, *rest: (net.final_layer.linear.bias.sum() * float("nan"), torch.zeros(len(batch["t"])), torch.zeros(()))
     with monkeypatch.context() as patch:
-        patch.setattr(train, "training_loss", broken)
+        patch.setitem(train.OBJECTIVES, "flow", broken)
         run_steps(trainer, arrays, 2)
     assert trainer.skipped == trainer.bad == 2 and trainer.step == 2
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.net.parameters()))
