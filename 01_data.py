@@ -122,7 +122,7 @@ BLOCK, TODO = 1024, -1             # images between two entries into the record;
 def pack(split, make, jobs, labels, shape, dtype, folder, workers):
     """Turn jobs into rows of <split>_images.npy by make(job); returns a line for each that is unreadable.
 
-    make returns an array of this shape, or a string: why not; with workers 0 it takes a list of jobs and yields such.
+    make returns an array of this shape, or a string: why not.  workers 0: make takes a list of jobs and yields arrays.
     Called again, it goes on where it was; unreadable rows stay TODO, and are tried again.
     """
     images_path, labels_path, skipped = folder / f"{split}_images.npy", folder / f"{split}_labels.npy", []
@@ -133,7 +133,9 @@ def pack(split, make, jobs, labels, shape, dtype, folder, workers):
     todo = np.flatnonzero(record == TODO)
     with ProcessPoolExecutor(max(1, workers), initializer=start_worker, initargs=[os.getpid()]) as pool, \
             Progress(len(jobs), split, " images", initial=len(jobs) - len(todo)) as bar:
-        make_all = [make, partial(map, make), partial(pool.map, make, chunksize=16)][min(workers, 2)]
+        make_all = make
+        if workers:
+            make_all = partial(pool.map, make, chunksize=16) if workers > 1 else partial(map, make)
         for block in in_parts(todo, BLOCK):
             done = []
             for i, image in zip(block, make_all([jobs[i] for i in block])):
@@ -258,14 +260,15 @@ def list_folder(root, val_fraction, seed):
     return names, {split: ([files[i] for i in places], [labels[i] for i in places]) for split, places in rows.items()}
 
 # ---- Source "latents": a coder, trained where it needs training, then what it makes of a packed data set -------------
-def train_coder(model, coder, images, labels, seed, steps, device):
+# The networks stand in 02, which imports this file: so 02 and torch are imported inside, here and nowhere else.
+def train_coder(networks, coder, images, labels, seed, steps, device):
     """Train a coder of 02_model.py: its encoder, then, with mean and std of the latents measured, its decoder."""
     import torch
-    random, autocast = np.random.default_rng(seed), model.autocast(model.choose_precision(None, device), device)
+    random, autocast = np.random.default_rng(seed), networks.autocast(networks.choose_precision(None, device), device)
     torch.manual_seed(seed)
     for part, batch in (("encoder", 64), ("decoder", 32)):
         if part == "decoder":
-            measure(model, coder, images, np.sort(random.permutation(len(images))[:10_000]), device)
+            measure(networks, coder, images, np.sort(random.permutation(len(images))[:10_000]), device)
         loss, optimizer = getattr(coder, f"{part}_loss"), torch.optim.AdamW(coder.parameters(), lr=0.0)
         if not loss:                                      # DINOv2's encoder is ready, a VAE's parts are trained as one
             continue
@@ -273,7 +276,7 @@ def train_coder(model, coder, images, labels, seed, steps, device):
             for step in range(steps):
                 optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 50) * (1 - step / steps)
                 chosen = np.sort(random.integers(0, len(images), batch))
-                x, y = model.to_float(images[chosen], device), torch.from_numpy(labels[chosen]).to(device)
+                x, y = networks.to_float(images[chosen], device), torch.from_numpy(labels[chosen]).to(device)
                 with autocast:
                     value = loss(x.flip(3) if step % 2 else x, y)
                 optimizer.zero_grad()                     # None where a part is frozen: AdamW leaves it alone
@@ -281,13 +284,13 @@ def train_coder(model, coder, images, labels, seed, steps, device):
                 optimizer.step()
                 bar.update()
 
-def measure(model, coder, images, rows, device):
+def measure(networks, coder, images, rows, device):
     """Set the mean and std of the coder's latents, per channel, to those over some images."""
     import torch
     n, total, squares = 0, 0, 0
     for part in in_parts(rows):
         with torch.no_grad():
-            f = coder.features(model.to_float(images[part], device)).double()
+            f = coder.features(networks.to_float(images[part], device)).double()
         n, total, squares = n + len(f), total + f.sum(dim=0), squares + f.square().sum(dim=0)
     mean, square = ((s / n).mean(dim=(1, 2))[None, :, None, None] for s in (total, squares))
     coder.mean.copy_(mean), coder.std.copy_((square - mean**2 + 1e-5).sqrt())
@@ -297,22 +300,22 @@ class LatentSet:
 
     def __init__(self, options, part, key):
         sys.modules["01_data"] = sys.modules[__name__]    # subtle: as a script we are "__main__", and 02 imports us
-        self.model = model = import_module("02_model")
+        self.networks = networks = import_module("02_model")
         import torch
         pixels, self.arrays = open_data(options.root)
-        with model.machine() as (self.device, _, _):
+        with networks.machine() as (self.device, _, _):
             if not (part / "coder.pt").exists():
-                sizes, weights = model.read_dinov2(options.weights) if options.weights else ({}, None)
+                sizes, weights = networks.read_dinov2(options.weights) if options.weights else ({}, None)
                 arguments = {"size": pixels["size"], "classes": len(pixels["classes"]), **sizes}
                 torch.manual_seed(options.seed + 1)       # the network of the scores has seed 0
-                coder = model.CODERS[options.coder](**arguments).to(self.device)
+                coder = networks.CODERS[options.coder](**arguments).to(self.device)
                 if weights:
                     coder.encoder.load_state_dict(weights)
-                train_coder(model, coder, *self.arrays["train"], options.seed + 1, options.coder_steps, self.device)
+                train_coder(networks, coder, *self.arrays["train"], options.seed + 1, options.coder_steps, self.device)
                 with whole(part / "coder.pt") as file:
                     torch.save({"id": key, "kind": options.coder, "arguments": arguments,
                                 "weights": coder.state_dict()}, file)
-            self.coder = model.load_coder(part, {"id": key}).to(self.device)
+            self.coder = networks.load_coder(part, {"id": key}).to(self.device)
         self.shape = (self.coder.side, self.coder.side, self.coder.channels)
         self.facts = {"size": self.shape[0], "channels": self.shape[2],
                       "mean": self.coder.mean.flatten().tolist(), "std": self.coder.std.flatten().tolist(),
@@ -322,7 +325,7 @@ class LatentSet:
         """[(split, place)] -> the latents (h,w,C) float16, one by one."""
         images = self.arrays[jobs[0][0]][0]
         for part in in_parts([place for _, place in jobs]):
-            x = self.model.to_float(images[part], self.device)
+            x = self.networks.to_float(images[part], self.device)
             yield from self.coder.encode(x).permute(0, 2, 3, 1).half().cpu().numpy()
 
     def show(self, part):
@@ -330,16 +333,16 @@ class LatentSet:
 
         Returns the PSNR in dB, for pixels of 0..255, over at most 2,000 held-out images.
         """
-        model, (images, labels) = self.model, self.arrays["val" if len(self.arrays["val"][1]) else "train"]
+        networks, (images, labels) = self.networks, self.arrays["val" if len(self.arrays["val"][1]) else "train"]
         chosen = np.sort(np.random.default_rng(0).permutation(len(labels))[:2000])
-        latents = (self.coder.encode(model.to_float(images[rows], self.device)) for rows in in_parts(chosen))
-        real, made = images[chosen], np.concatenate([model.to_pictures(z, self.coder) for z in latents])
+        latents = (self.coder.encode(networks.to_float(images[rows], self.device)) for rows in in_parts(chosen))
+        real, made = images[chosen], np.concatenate([networks.to_pictures(z, self.coder) for z in latents])
         with whole(part / "reconstructions.npz") as file, open(file, "wb") as stream:
             np.savez(stream, arr_0=made, arr_1=labels[chosen])
         noise = np.random.default_rng(0).standard_normal((10, *self.shape)).astype(np.float16)
         few = np.random.default_rng(1).permutation(len(real))[:40]
         rows = [kind[few[i::4]] for i in range(4) for kind in (real, made)]
-        rows.append(model.to_pictures(model.to_float(noise, self.device), self.coder))
+        rows.append(networks.to_pictures(networks.to_float(noise, self.device), self.coder))
         save_picture(part / "preview.png", picture(rows, names=["image", "decoded"] * 4 + ["noise"]))
         return 10 * math.log10(255**2 / ((real.astype(np.float32) - made)**2).mean())
 

@@ -221,12 +221,16 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(D // self.heads) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rope=None):                                                               # B L D
+        out = attend(*self.split(x, rope))                                                         # B h L d
+        return self.proj(out.transpose(1, 2).flatten(2))                                           # B L D
+
+    def split(self, x, rope):
+        """q, k and v of every head, q and k normalised and rotated."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)            # B h L d, each
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        out = attend(q.to(v.dtype), k.to(v.dtype), v)                                              # B h L d
-        return self.proj(out.transpose(1, 2).flatten(2))                                           # B L D
+        return q.to(v.dtype), k.to(v.dtype), v
 
 class SwiGLU(nn.Module):
     """w3(SiLU(w1 x) * w2 x), inner width 2/3 of mlp_ratio * D so that it costs what a plain MLP does (Shazeer 2020)."""
@@ -391,7 +395,8 @@ def plain_layernorm(dim):
 class TimeNorm(RMSNorm):
     """TD-norm: an RMSNorm whose weight moves with time, s p0 + (1-s) p1, s = sigmoid(a t + b).      (DiMR, section 3.3)
 
-    build() sees to it that the network tells the time to all its TimeNorms before each pass.
+    departure: DiMR's is a LayerNorm that moves its shift too, in place of adaLN; here adaLN stays beside it.  Networks
+    made by build() set t before each pass.
     """
 
     def __init__(self, dim):
@@ -405,9 +410,9 @@ class TimeNorm(RMSNorm):
         return x * (s * self.weight + (1 - s) * self.weight1)
 
 class DifferentialAttention(Attention):
-    """(softmax(q1 k1) - L softmax(q2 k2)) v: what both heads of a pair attend to is noise, and cancels.
+    """(softmax(q1 k1) - lambda softmax(q2 k2)) v: what both maps of a pair attend to cancels.
 
-    A pair shares values twice as wide; a layer has one L.                   (Differential Transformer 2024, eq. 1-3)
+    A pair of heads shares values twice as wide; a layer has one lambda.     (Differential Transformer 2024, eq. 1-3)
     """
 
     def __init__(self, config, layer):
@@ -416,12 +421,9 @@ class DifferentialAttention(Attention):
         self.lambdas, self.out_norm = nn.Parameter(torch.randn(4, d) * 0.1), RMSNorm(2 * d)
 
     def forward(self, x, rope=None):                                                               # B L D
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)            # B h L d, each
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = self.split(x, rope)                                                              # B h L d, each
         v = torch.cat([v[:, ::2], v[:, 1::2]], dim=-1).repeat_interleave(2, dim=1)                 # B h L 2d
-        first, second = attend(q.to(v.dtype), k.to(v.dtype), v).unflatten(1, (-1, 2)).unbind(2)    # B h/2 L 2d
+        first, second = attend(q, k, v).unflatten(1, (-1, 2)).unbind(2)                            # B h/2 L 2d
         a1, b1, a2, b2 = self.lambdas
         weight = (a1 @ b1).exp() - (a2 @ b2).exp() + self.start
         out = self.out_norm(first - weight * second) * (1 - self.start)
@@ -429,15 +431,15 @@ class DifferentialAttention(Attention):
 
 class ConvMixer(nn.Module):
     """ConvNeXt's: a depthwise 7 x 7 convolution of the token grid in place of attention."""
-    hands = 1
+    branches = 1
 
     def __init__(self, config, layer):
         super().__init__()
         D, self.side = config.hidden_size, config.image_size // config.patch_size
-        self.conv, self.proj = nn.Conv2d(D, self.hands * D, 7, padding=3, groups=D), nn.Linear(D, D)
+        self.conv, self.proj = nn.Conv2d(D, self.branches * D, 7, padding=3, groups=D), nn.Linear(D, D)
 
     def forward(self, x, rope=None):                                                               # B N D
-        y = self.conv(x.transpose(1, 2).unflatten(2, (self.side, -1)))                             # B D h w
+        y = self.conv(x.transpose(1, 2).unflatten(2, (self.side, -1)))                             # B branches*D h w
         return self.proj(self.combine(y).flatten(2).transpose(1, 2))
 
     def combine(self, y):
@@ -446,9 +448,10 @@ class ConvMixer(nn.Module):
 class DiceMixer(ConvMixer):
     """Two convolutions l and r; what they disagree on is faded out: (l + r) sigmoid(-softplus(a) (l-r)^2).       (DICE)
 
-    departure: DICE's (l + r) / (1 + exp(a (l-r)^2)) is the same for a > 0, but overflows in half precision.
+    departure: DICE's (l + r) / (1 + exp(a (l-r)^2)) is the same for a > 0, but where its exponential overflows (in half
+    precision from exp(11) on) its gradient is NaN.
     """
-    hands = 2
+    branches = 2
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
@@ -459,14 +462,15 @@ class DiceMixer(ConvMixer):
         return (left + right) * torch.sigmoid(-F.softplus(self.strictness) * (left - right).square())
 
 class SpanEmbed(TimeEmbed):
-    """Two times, where a step begins and ends, (B,2) -> (B,D): for pMF.  A time alone (B,) means a step of length 0.
+    """Times t and r at which a step begins and ends, (B,2) -> (B,D), for pMF.  A single t, (B,), means r = t.
 
     The map of the length starts at zero: the weights of a trained JiT give its own output for every length.
     """
 
     def __init__(self, hidden):
         super().__init__(hidden)
-        self.span, self.span_out = TimeEmbed(hidden), nn.Parameter(torch.zeros(hidden, hidden))
+        self.span = TimeEmbed(hidden)
+        self.span_out = nn.Parameter(torch.zeros(hidden, hidden))              # not a Linear: initialize() fills those
 
     def forward(self, t):
         t, r = (t, t) if t.dim() == 1 else t.unbind(1)
@@ -481,28 +485,35 @@ FFNS = {"swiglu": SwiGLU, "gelu": gelu_ffn, "exact-gelu": partial(gelu_ffn, appr
 
 # ---- Auxiliary heads: a second question put to the tokens, in training only          (Improved JiT, section 3.3) ----
 class AuxHead(nn.Module):
-    """Mean of the image tokens after block `after` (-1: the last) -> Linear, SiLU, Linear.
+    """Gets the image tokens after block `after` (-1: the last).  A head is a subclass with forward and loss.
 
-    A further head is a subclass: set `outputs` and `after`, or override forward, and define loss.  weight: its lambda.
+    loss(answer, batch): what is added to the diffusion loss, times `weight` (--aux-weight).
     """
-    outputs, after, weight = 1, -1, 0.1
+    after, weight = -1, 0.1
 
     def __init__(self, config):
         super().__init__()
+
+class PooledHead(AuxHead):
+    """Mean of the tokens -> Linear, SiLU, Linear."""
+    outputs = 1
+
+    def __init__(self, config):
+        super().__init__(config)
         hidden = config.hidden_size
         self.mlp = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, self.outputs))
 
     def forward(self, tokens):                                                                     # B N D
         return self.mlp(tokens.mean(dim=1))                                                        # B outputs
 
-class TimeHead(AuxHead):
+class TimeHead(PooledHead):
     """How noisy is this image?  Squared error against t."""
 
     @staticmethod
     def loss(answer, batch):
         return F.mse_loss(answer.float().squeeze(1), batch["t"])
 
-class RotationHead(AuxHead):
+class RotationHead(PooledHead):
     """By how many quarter turns was this image rotated?  Cross-entropy over four classes (RotNet)."""
     outputs = 4
 
@@ -518,7 +529,7 @@ class RepaHead(AuxHead):
     weight = 0.5
 
     def __init__(self, config):
-        nn.Module.__init__(self)
+        super().__init__(config)
         self.after, D = config.depth // 3 - 1, config.hidden_size              # block 4 of 12, 8 of 24
         inner = min(2048, 4 * D)
         self.mlp = nn.Sequential(nn.Linear(D, inner), nn.SiLU(), nn.Linear(inner, inner), nn.SiLU(),
@@ -533,14 +544,15 @@ class RepaHead(AuxHead):
         return -F.cosine_similarity(answer.float(), wanted.flatten(2).transpose(1, 2), dim=-1).mean()
 
 class DispersiveHead(AuxHead):
-    """Nothing is asked; images of a batch are pushed apart: log mean exp(-|h_i - h_j|^2 / 0.5).     (Wang & He 2025)
+    """No target: the images of a batch are pushed apart, log mean exp(-|h_i - h_j|^2 / 0.5).     (Wang & He 2025)
 
-    h: all tokens of an image after the middle block, divided by their number: undivided the exponentials are all zero.
+    h: all tokens of an image after the middle block.  departure: divided by their number; undivided, the exponentials
+    are zero from the start, and nothing is left to push.
     """
     weight = 0.5
 
     def __init__(self, config):
-        nn.Module.__init__(self)
+        super().__init__(config)
         self.after = config.depth // 2 - 1
 
     def forward(self, tokens):
@@ -548,7 +560,8 @@ class DispersiveHead(AuxHead):
 
     @staticmethod
     def loss(answer, batch):
-        distances = (answer[:, None] - answer).square().sum(dim=2)                                 # B B
+        squares = answer.square().sum(dim=1)                                                       # B
+        distances = (squares[:, None] + squares - 2 * answer @ answer.T).clamp_min(0)              # B B
         return torch.logsumexp(-distances.flatten() / 0.5, dim=0) - math.log(distances.numel())
 
 class MultiScale(AuxHead):
@@ -557,9 +570,6 @@ class MultiScale(AuxHead):
     answer: images (B,C,H/4,W/4) and (B,C,H/2,W/2).  Error in v-space, as the default main loss.
     """
     weight = 1.0
-
-    def __init__(self, config):
-        nn.Module.__init__(self)
 
     @staticmethod
     def loss(answer, batch):
@@ -610,7 +620,7 @@ class Cascade(nn.Module):
 
     subtractive: a stage's output, upsampled, is subtracted from the next one's input.             (DICE, section 3.1)
     additive: a stage's tokens, through a linear map and a pixel shuffle, are added to the next one's; the coarsest
-    stage has attention, whatever the mixer.                                                       (DiMR, section 3.2)
+    stage has attention, whatever the mixer.  Context tokens enter the stages deep enough for them.            (DiMR)
     """
 
     def __init__(self, config):
@@ -643,13 +653,13 @@ class Cascade(nn.Module):
 def build(config):
     """The network that a configuration describes."""
     net = (Cascade if config.cascade != "none" else WideHeadJiT if config.head_depth else JiT)(config)
-    clocks = [module for module in net.modules() if isinstance(module, TimeNorm)]
+    time_norms = [module for module in net.modules() if isinstance(module, TimeNorm)]
 
-    def tell_time(net, inputs):
-        for norm in clocks:
+    def set_time(net, inputs):
+        for norm in time_norms:
             norm.t = inputs[1] if inputs[1].dim() == 1 else inputs[1][:, 0]
-    if clocks:
-        net.register_forward_pre_hook(tell_time)
+    if time_norms:
+        net.register_forward_pre_hook(set_time)
     return net
 
 # ---- Configuration: everything a checkpoint needs to rebuild its network, and to know what the output means ---------
@@ -675,7 +685,7 @@ class JiTConfig:
     cascade: str = option("none", "stages at 1/4, 1/2 and 1 of the size", choices=("none", "subtractive", "additive"))
     rope: bool = option(True, "rotary position embedding on q and k")
     qk_norm: bool = option(True, "RMSNorm on q and k")
-    head_depth: int = option(0, "blocks of a wide head after the others (DDT, DiT-DH); 0: none", "[0, inf)")
+    head_depth: int = option(0, "blocks of a wide head, after the backbone (DDT, DiT-DH); 0: none", "[0, inf)")
     head_width: int = option(0, "its width; 0: as hidden_size", "[0, inf)")
     aux: str = option("none", "auxiliary head, used in training only", choices=tuple(AUX_HEADS))
     aux_dim: int = option(0, "channels of the features that repa predicts", "[0, inf)", flag=False)
@@ -703,8 +713,8 @@ class JiTConfig:
                  "and no auxiliary head but multiscale"),
                 (coarse and (grid % 4 or self.depth < 4), f"a cascade needs 4 blocks ({self.depth}) and a grid of "
                  f"patches that halves twice ({grid}): see depth, patch_size"),
-                (self.aux == "multiscale" and (not coarse or self.pred != "x"), "multiscale grades the stages of a "
-                 "cascade that predicts x"),
+                (self.aux == "multiscale" and (not coarse or self.pred != "x" or self.path != "linear"), "multiscale "
+                 "grades the stages of a cascade that predicts x on the linear path"),
                 (self.two_times and self.path != "linear", "objective meanflow follows the linear path")):
             if bad:
                 raise ValueError(message)
@@ -758,12 +768,12 @@ class ViT(nn.Module):
             block.adaLN_modulation = Constant(hidden)
         self.norm = plain_layernorm(hidden)
 
-    def forward(self, x, hidden_patches=None):
-        """hidden_patches (B,N) bool: patches whose content is withheld."""
+    def forward(self, x, masked=None):
+        """masked: (B,N) bool, patches whose content is hidden."""
         x = self.embed(x)                                                                          # B D h w
         grid, x = x.shape[2:], x.flatten(2).transpose(1, 2)                                        # B N D
-        if hidden_patches is not None:
-            x = x.masked_fill(hidden_patches[..., None], 0.0)
+        if masked is not None:
+            x = x.masked_fill(masked[..., None], 0.0)
         x = torch.cat([self.extra.expand(len(x), -1, -1), x + self.pos_embed], dim=1)              # B E+N D
         for block in self.blocks:
             x = block(x, None)
@@ -782,7 +792,7 @@ class Constant(nn.Module):
         return self.bias
 
 def shrink(factor, channels, width=32):
-    """Convolutions (B,3,H,W) -> (B,channels,H/factor,W/factor); each of stride 2 doubles the width."""
+    """Convolutions of stride 2: (B,3,H,W) -> (B,channels,H/factor,W/factor)."""
     layers = [nn.Conv2d(3, width, 4, 2, 1)]
     for _ in range(factor.bit_length() - 2):
         layers += [nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, 2 * width, 4, 2, 1)]
@@ -833,7 +843,7 @@ def reparameterise(mean, log_var):
 
 class VAE(Coder):
     """A small convolutional autoencoder; a faint pull towards N(0,1) keeps its latents smooth.    (LDM, section 3.1)"""
-    kl_weight = 1e-4                                      # the KL counts per pixel number, as the L1 error does
+    kl_weight = 1e-4                                      # of the KL over the number of pixel values, as L1 is a mean
 
     def __init__(self, size, classes):
         super().__init__(size, size // (4 if size <= 128 else 8), channels=4)
@@ -851,7 +861,7 @@ class RAE(Coder):
     """Latents are the features of a frozen encoder that understands images; only the decoder learns to draw.      (RAE)
 
     departure: RAE takes DINOv2's features, and so does the class below; this encoder is small and made here.  It learns
-    to name the class and to paint the patches withheld from it: named classes alone would not need colours.
+    to name the class and to reconstruct masked patches: classes alone can be told without colours.
     """
 
     def __init__(self, size, classes, hidden=192):
@@ -864,10 +874,10 @@ class RAE(Coder):
         return self.encoder(x)[1]
 
     def encoder_loss(self, x, y):
-        withheld = torch.rand(len(x), self.side**2, device=x.device) < 0.5                         # B N
-        tokens = self.encoder(x, withheld)[1].flatten(2).transpose(1, 2)                           # B N D
+        masked = torch.rand(len(x), self.side**2, device=x.device) < 0.5                         # B N
+        tokens = self.encoder(x, masked)[1].flatten(2).transpose(1, 2)                           # B N D
         error = (self.pixel_head(tokens).float() - patchify(x, self.patch)).abs()                  # B N p*p*3
-        return F.cross_entropy(self.class_head(tokens.mean(dim=1)).float(), y) + error[withheld].mean()
+        return F.cross_entropy(self.class_head(tokens.mean(dim=1)).float(), y) + error[masked].mean()
 
     def decoder_loss(self, x, y):
         """L1 from noised latents, std up to 0.8, so that imperfect samples decode well too.    (RAE, section 4.3)"""
@@ -945,12 +955,12 @@ def load_coder(folder, made_by):
                          "old one back, or train anew")
     return coder.eval().requires_grad_(False)
 
-def load_teacher(folder):
-    """The frozen encoder of a latent set, whose features --aux repa imitates.  Raises ValueError."""
+def teacher_of(folder):
+    """meta.json of the latent set whose frozen encoder --aux repa imitates.  Raises ValueError."""
     meta, _ = data.open_data(folder)
     if meta.get("coder", {}).get("kind") not in ("rae", "dinov2"):
         raise ValueError(f"{folder} has no encoder to learn from: make it by --source latents --coder rae, or dinov2")
-    return load_coder(folder, meta["coder"])
+    return meta
 
 def latent_shift(made_by, numbers):
     """Time shift of a feature space with so many numbers a latent: sqrt(numbers / 4096); else 1.  (RAE, section 4.2)"""

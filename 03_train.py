@@ -56,9 +56,9 @@ def sample_times(n, options, device):
     return model.shift_time(t, options.shift)
 
 def draw(images, labels, options, config):
-    """Pixels (B,H,W,C) uint8 and labels (B,) -> the batch a network sees: x, e, t, y and, for rotation, turns.
+    """Pixels uint8 or latents (B,H,W,C), and labels (B,) -> the batch a network sees: x, e, t, y; for rotation, turns.
 
-    x: (B,C,H,W) in [-1,1], mirrored by chance.  e: noise, std k.  t: (B,) times.  y: labels, some replaced by the
+    x: (B,C,H,W), pixels in [-1,1] and mirrored by chance.  e: noise, std k.  t: (B,).  y: labels, some replaced by the
     null class.  departure: Improved JiT's code rotates only the input of a second pass; we follow its text, in which
     the diffusion loss is taken on the rotated images too.
     """
@@ -96,23 +96,25 @@ def training_loss(net, batch, options, config, autocast):
 
 # ---- One-step generation: a JiT learns where the path will lead ----------- (pMF: Lu et al. 2026, with time reversed)
 def average_velocity(net, z, t, r, y, config):
-    """u (B,C,H,W) in fp32: the mean of v from t to r >= t, each (B,), along the path through z; for r = t v itself."""
+    """u (B,C,H,W) in fp32: the mean of v from t to r >= t, each (B,), along the path through z; at r = t it is v."""
     return model.convert(net(z, torch.stack([t, r], dim=1), y), config.pred, "v", z, t)
 
 def mean_flow_target(u, z, t, r, v, tangent, cap=1.5):
     """v + (r-t) du/dt, the derivative taken along the path, dz/dt = tangent.                          (MeanFlow eq. 6)
 
-    Where u(z, t, r) equals it, (r-t) u is the integral of v: differentiate that by t.  cap: bound of the second term's
-    rms; at the solution it is u - v, and below 1.  subtle: fused attention has no forward-mode derivative.
+    Where u(z, t, r) equals it, (r-t) u is the integral of v: differentiate that by t.  departure: the second term's rms
+    is capped; at the solution it is u - v, about the data's std.  subtle: fused attention has no forward derivative.
     """
     with sdpa_kernel(SDPBackend.MATH):
         _, du = torch.func.jvp(lambda z, t: u(z, t, r), (z, t), (tangent, torch.ones_like(t)))
-    turn = model.expand(r - t, z) * du
-    rms = turn.square().flatten(1).mean(dim=1).sqrt()
-    return v + turn * model.expand((cap / rms).clamp_max(1.0), z)
+    correction = model.expand(r - t, z) * du
+    rms = correction.square().flatten(1).mean(dim=1).sqrt()
+    return v + correction * model.expand((cap / rms).clamp_max(1.0), z)
 
 def draw_spans(t):
-    """Times t (B,) -> (t, r).  Half of them stay plain JiT, r = t; of the rest half end at 1, 15 % begin at 0."""
+    """Times t (B,) -> (t, r).  Half stay plain JiT, r = t.  Of the rest half end at 1; 15 % begin at 0, the others at t
+    moved towards the noise.
+    """
     n, chance = len(t) // 2, torch.rand(3, len(t) // 2, device=t.device)
     begin = torch.where(chance[0] < 0.15, 0.0, model.shift_time(t[:n], 2.0))
     end = begin + (1 - begin) * torch.where(chance[1] < 0.5, 1.0, chance[2])
@@ -120,8 +122,8 @@ def draw_spans(t):
 
 def mean_flow_loss(net, batch, options, config, autocast):
     """training_loss of --objective meanflow: |u - target|^2, with guidance built into the target's v.    (pMF eq. 9)"""
-    x, e, y, n = batch["x"], batch["e"], batch["y"], len(batch["x"]) // 2
-    t, r = draw_spans(batch["t"])
+    batch["t"], r = draw_spans(batch["t"])
+    x, e, t, y, n = *(batch[key] for key in "xety"), len(r) // 2
     z = model.mix("linear", x, e, t)
     plain = next(part for part in net.modules() if type(part) in (model.JiT, model.WideHeadJiT, model.Cascade))
     with torch.no_grad():                                 # without DDP and compile, in fp32
@@ -162,8 +164,10 @@ class Trainer:
         if start:
             begin_with(self.net, start)
         self.forward = self.net.to(device)
-        teacher = options.teacher and model.load_teacher(data.folder_of(options.teacher, "data"))
-        self.teacher = teacher and teacher.to(device)
+        self.teacher = None
+        if options.teacher:
+            folder = data.folder_of(options.teacher, "data")
+            self.teacher = model.load_coder(folder, model.teacher_of(folder)["coder"]).to(device)
         for part in self.net.modules():                   # a wide head is a network in the network
             part.checkpointing = options.checkpointing
         self.ema = [{k: v.detach().clone() for k, v in self.net.state_dict().items()} for _ in options.ema]
@@ -334,7 +338,8 @@ class Recorder:
     """What is written down between steps, by the first process: log, pictures, snapshots, checkpoint.
 
     log.csv has a line every log_every steps.  Losses are means since the line before, in v-space whatever --loss is;
-    loss_t0.2 is that of 0.2 <= t < 0.4.  Every tenth line has the held-out loss.
+    loss_t0.2 is that of 0.2 <= t < 0.4.  Every tenth line has the held-out loss.  With --objective meanflow the losses
+    are |u - target|^2 and not comparable with those of flow.
     """
     COLUMNS = ["step", "images", "loss", *(f"loss_t{k / BINS:.1f}" for k in range(BINS)), "aux", "grad_norm", "lr",
                "held_out", "skipped", "images_per_s", "gpu_MiB"]
@@ -463,6 +468,7 @@ IMAGENET = {"data": "imagenet", "model": "JiT-B/16", "preview_every": 5000,
 SHAPES = {"data": "shapes", "model": "JiT-T/16", "batch_size": 32, "steps": 4600, "lr": 7e-3, "schedule": "cosine",
           "ema": (0.998,), "noise_scale": 2.0, "p_mean": -0.9, "p_std": 1.0,
           "sampling": {"solver": "ddpm", "cfg": 1.5, "steps": 25, "shift": 3.0}}
+# latents of 64 px shapes: fewer tokens or channels to relate, so fewer blocks
 LATENT = SHAPES | {"depth": 4, "in_context_start": 1, "steps": 1600, "noise_scale": 1.0}
 PRESETS = {
     "shapes": SHAPES,
@@ -525,8 +531,8 @@ class Options:
                           "and DINOv2: the root of their numbers / 4096)", "(0, inf)")
     label_drop: float = option(0.1, "share of labels replaced by the null class, for guidance", "[0, 1)")
     flip: bool = option(True, "mirror half of the images, but never latents")
-    aux_weight: float = option(None, "lambda, the weight of the auxiliary head (default: 0.1; repa, dispersive 0.5)",
-                               "[0, inf)")
+    aux_weight: float = option(None, "lambda, the weight of the auxiliary head (default: 0.1; repa, dispersive 0.5; "
+                               "multiscale 1)", "[0, inf)")
     teacher: str = option(None, "--aux repa: a latent set, data/NAME, whose RAE or DINOv2 encoder is imitated")
     objective: str = option("flow", "meanflow: learn to sample in one step (pMF)", choices=tuple(OBJECTIVES))
     guidance: float = option(1.5, "meanflow: w of the guidance that the network learns", "[1, inf)")
@@ -567,15 +573,19 @@ def fill_defaults(options, network, meta, device, world):
         found |= dict(patch_size=1, bottleneck_dim=0, in_channels=meta["channels"])
         options.flip = False                              # the mirror image of a latent is not a latent
     network = network | {"two_times": options.objective == "meanflow"}
-    if options.teacher:
-        network["aux_dim"] = model.load_teacher(data.folder_of(options.teacher, "data")).channels
+    teacher = model.teacher_of(data.folder_of(options.teacher, "data")) if options.teacher else None
+    if teacher:
+        network["aux_dim"] = teacher["channels"]
     try:
         config = model.JiTConfig(**row | found | network)
         if config.num_classes not in (0, classes):
             raise ValueError(f"--num-classes {config.num_classes}: the data set has {classes}; 0: without classes")
         for bad, message in (
                 (coder and config.aux in ("rotation", "repa"), f"--aux {config.aux} is for images, not for latents"),
-                ((config.aux == "repa") != bool(options.teacher), "--aux repa and --teacher go together"),
+                ((config.aux == "repa") != bool(teacher), "--aux repa and --teacher go together"),
+                (teacher and teacher["coder"]["kind"] == "rae" and teacher["coder"]["size"] != size, f"--teacher: its "
+                 f"encoder is for images of another size than {size}"),
+                (config.cascade == "additive" and config.aux == "none", "--cascade additive needs --aux multiscale"),
                 (config.two_times and config.aux != "none", "--objective meanflow takes no auxiliary head"),
                 (config.image_size != size or config.in_channels != meta.get("channels", 3), "--init: its network is "
                  f"for {config.image_size} pixels and {config.in_channels} channels, {options.data} has others")):
@@ -655,7 +665,8 @@ def main(argv=None):
                        "experiment and then your flags override them.", Options, model.JiTConfig)
     with model.machine(given.get("device")) as (device, rank, world):
         start = open_start(given["init"]) if given.get("init") else None
-        options, network = resolve(given, start=start and asdict(start.config))
+        kept = {k: v for k, v in asdict(start.config).items() if k not in ("aux", "aux_dim")} if start else None
+        options, network = resolve(given, start=kept)
         folder = data.folder_of(options.run, "runs")
         state = checkpoint_of(folder, options)
         if options.resume:

@@ -99,7 +99,7 @@ def generate(net, noise, labels, *, solver="heun", steps=50, cfg=1.0, interval=(
     """Images (N,C,H,W), float in about [-1,1], from noise (N,C,H,W) with std k and labels (N,) int64.
 
     steps: of the time grid from 0 to 1; Heun-50 costs 99 network evaluations.  reuse: a network with a wide head runs
-    its backbone in every so many steps only.  step_noise(i) -> like noise, fresh for
+    its backbone only every `reuse` steps.  step_noise(i) -> like noise, fresh for
     step i (ddpm; else torch.randn_like).  trace: a dict that gets t -> (z, guided x).  Raises ValueError.
     """
     if solver not in SOLVERS or steps < 1:
@@ -108,7 +108,7 @@ def generate(net, noise, labels, *, solver="heun", steps=50, cfg=1.0, interval=(
     path, k = (config.path, config.noise_scale) if config else ("linear", 1.0)
 
     def step_aware(z, t, labels):                         # pMF: the network is told where the step ends, too
-        return net(z, torch.stack([t, torch.full_like(t, t_next)], dim=1), labels)
+        return net(z, torch.stack([t, torch.full_like(t, t_next)], dim=1), labels)     # t_next: the loop's, below
     step_aware.config = config
 
     def v(z, t):
@@ -295,7 +295,7 @@ class Options:
     interval: tuple = option(None, "times at which guidance acts (default: 0,1; the paper: 0.1,1)", "[0, 1]")
     t_eps: float = option(None, "clamp of 1-t, see the head of this file (default: 0.05)", "(0, 1)")
     shift: float = option(None, "t -> t/(t + A(1-t)): above 1, more steps near the noise (default: 1)", "(0, inf)")
-    reuse: int = option(None, "wide head: take the backbone's tokens for so many steps (default: 1)", "[1, inf)")
+    reuse: int = option(None, "wide head: run the backbone only every N-th step (default: 1)", "[1, inf)")
     out: Path = option(None, "folder of images (default: samples, in the run's folder)", group="output")
     npz: bool = option(False, "also pack samples.npz (arr_0 uint8 NHWC, arr_1 labels), as ADM's evaluator reads it")
     trajectory: bool = option(False, "only draw z_t over time and what the network predicts")

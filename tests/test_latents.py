@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from conftest import TINY, TINY_FLAGS, call, data, evaluate, model, randomised, sample, train
+from conftest import TINY, TINY_FLAGS, call, data, evaluate, model, sample, train
 
 TINY_DINO = np.load(Path(__file__).parent / "dinov2_tiny.npz")
 LATENT_FLAGS = [*TINY_FLAGS, "--patch-size", 1, "--steps", 4, "--log-every", 2]
@@ -102,14 +102,14 @@ def test_vae_loss_is_l1_and_the_kl_per_pixel_number():
     torch.manual_seed(1)
     assert abs(net.encoder_loss(x, None) - wanted) < 1e-6
 
-def test_rae_encoder_never_sees_what_is_withheld_and_the_decoder_loss_leaves_it_alone():
+def test_rae_encoder_never_sees_masked_patches_and_the_decoder_loss_leaves_it_alone():
     torch.manual_seed(0)
     net, x = model.RAE(16, 3), torch.rand(2, 3, 16, 16)
-    withheld = torch.zeros(2, 16, dtype=torch.bool)
-    withheld[:, 5] = True
+    masked = torch.zeros(2, 16, dtype=torch.bool)
+    masked[:, 5] = True
     other = x.clone()
     other[:, :, 4:8, 4:8] = 0.0                           # patch 5 of 4 x 4 patches of 4 pixels
-    assert torch.equal(net.encoder(x, withheld)[1], net.encoder(other, withheld)[1])
+    assert torch.equal(net.encoder(x, masked)[1], net.encoder(other, masked)[1])
     assert not torch.equal(net.encoder(x)[1], net.encoder(other)[1])
     net.decoder_loss(x, None).backward()
     assert all(p.grad is None for p in net.encoder.parameters()) and all(p.grad is not None for p in net.decoder.parameters())

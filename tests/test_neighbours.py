@@ -5,7 +5,6 @@ import math
 import types
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -264,14 +263,14 @@ def test_convolutions_against_a_rewrite(kind):
         if kind == "dice":
             mixer.strictness.fill_(0.7)
     padded = F.pad(x.view(2, 4, 4, 32), (0, 0, 3, 3, 3, 3))
-    hands = {"convnext": 1, "dice": 2}[kind]
+    branches = {"convnext": 1, "dice": 2}[kind]
 
     def convolved(hand, channel, row, column):
-        place = channel * hands + hand
+        place = channel * branches + hand
         return (padded[:, row:row + 7, column:column + 7, channel] * mixer.conv.weight[place, 0]).sum((1, 2)) + mixer.conv.bias[place]
     out = mixer(x).view(2, 4, 4, 32)
     for channel, row, column in ((0, 0, 0), (5, 1, 3), (31, 3, 2)):
-        left, right = convolved(0, channel, row, column), convolved(hands - 1, channel, row, column)
+        left, right = convolved(0, channel, row, column), convolved(branches - 1, channel, row, column)
         wanted = left if kind == "convnext" else (left + right) / (1 + torch.exp(math.log(1 + math.exp(0.7)) * (left - right)**2))
         assert (out[:, row, column, channel] - wanted).abs().max() < 1e-5
 
