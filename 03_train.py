@@ -473,7 +473,7 @@ LATENT = SHAPES | {"depth": 4, "in_context_start": 1, "steps": 1600, "noise_scal
 PRESETS = {
     "shapes": SHAPES,
     # the cascades of DiMR and DICE, in pixels and small (02_model.py)
-    "dice": SHAPES | {"model": "DICE-T/8"}, "dimr": SHAPES | {"model": "DiMR-T/8"},
+    "dice": SHAPES | {"model": "DICE-T/8", "steps": 1600}, "dimr": SHAPES | {"model": "DiMR-T/8", "steps": 1600},
     # shapes again, as latents (01_data.py --source latents)
     "shapes-vae": LATENT | {"data": "shapes-vae", "patch_size": 2, "hidden_size": 96, "steps": 2400, "lr": 4e-3},
     "shapes-rae": LATENT | {"data": "shapes-rae"},
