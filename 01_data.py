@@ -183,6 +183,8 @@ def open_data(folder):
     try:
         meta, arrays = load_json(folder / "meta.json"), {}
         size, classes, _ = meta["size"], len(meta["classes"]), (meta["id"], meta["recipe"], meta["found"])
+        if "coder" in meta and not {"id", "kind", "pixels", "size"} <= dict(meta["coder"]).keys():
+            raise ValueError("meta.json does not say what made these latents")
         for split in ("train", "val"):
             labels = np.load(folder / f"{split}_labels.npy", allow_pickle=False)
             images = np.load(folder / f"{split}_images.npy", mmap_mode="r", allow_pickle=False)[:len(labels)]
@@ -312,9 +314,8 @@ class LatentSet:
                 if weights:
                     coder.encoder.load_state_dict(weights)
                 train_coder(networks, coder, *self.arrays["train"], options.seed + 1, options.coder_steps, self.device)
-                with whole(part / "coder.pt") as file:
-                    torch.save({"id": key, "kind": options.coder, "arguments": arguments,
-                                "weights": coder.state_dict()}, file)
+                networks.save({"id": key, "kind": options.coder, "arguments": arguments,
+                               "weights": coder.state_dict()}, part / "coder.pt")
             self.coder = networks.load_coder(part, {"id": key}).to(self.device)
         self.shape = (self.coder.side, self.coder.side, self.coder.channels)
         self.facts = {"size": self.shape[0], "channels": self.shape[2],
@@ -618,6 +619,9 @@ class Options:
                              (self.root and self.source == "shapes", "--root: shapes are drawn, they have no folder"),
                              (self.source == "latents" and not (self.root and self.coder and self.name),
                               "--source latents needs --root, a packed data set, --coder and --name"),
+                             (self.source == "latents" and self.root and self.name and
+                              (self.out / self.name).resolve() == self.root.resolve(),
+                              f"--name {self.name} is the data set of --root: latents need a name of their own"),
                              (self.source == "latents" and (self.size or self.fraction < 1),
                               "--size, --fraction: latents have those of their images"),
                              ((self.coder or self.coder_steps) and self.source != "latents",

@@ -592,24 +592,23 @@ class WideHeadJiT(JiT):
 
     def __init__(self, config):
         super().__init__(config)
-        width = config.head_width or config.hidden_size
-        heads = max(1, width * config.num_heads // config.hidden_size)         # each as wide as the backbone's
+        width, heads = config.head_sizes()
         self.head = JiT(replace(config, hidden_size=width, num_heads=heads, depth=config.head_depth, head_depth=0,
                                 in_context_len=0, dropout=0.0, aux="none"))
         self.head_condition = nn.Linear(config.hidden_size, width)
         nn.init.xavier_uniform_(self.head_condition.weight)
         nn.init.zeros_(self.head_condition.bias)
         del self.final_layer, self.head.t_embedder, self.head.y_embedder       # the other part has them
-        self.reuse, self.kept = False, None               # 04_sample.py --reuse: take the last call's condition again
+        self.reuse, self.kept = False, (None, None)       # 04_sample.py --reuse: take the last call's condition again
 
     def forward(self, z, t, y, with_aux=False):
-        s, answer = self.kept, None                                                                # B N W
-        if not self.reuse or s is None or len(s) != len(z):
+        (labels, s), answer = self.kept, None                                                      # B, B N head_width
+        if not self.reuse or s is None or not torch.equal(labels, y):          # another batch: where guidance begins
             t_emb, y_emb = self.t_embedder(t), self.y_embedder(y)
             tokens = self.x_embedder(z) + self.pos_embed
             tokens, answer = self.transform(tokens, (t_emb + y_emb)[:, None], y_emb, with_aux)
             s = self.head_condition(F.silu(t_emb[:, None] + tokens))
-            self.kept = None if torch.is_grad_enabled() else s
+            self.kept = (None, None) if torch.is_grad_enabled() else (y, s)
         tokens, _ = self.head.transform(self.head.x_embedder(z) + self.head.pos_embed, s, None)
         out = unpatchify(self.head.final_layer(tokens, s), self.config.patch_size)
         return (out, answer) if with_aux else out
@@ -704,9 +703,13 @@ class JiTConfig:
                              "channels turn in pairs, half of a head's with the row and half with the column")
         if self.patch_embed == "nonlinear" and not self.bottleneck_dim:
             raise ValueError("a nonlinear patch embedding needs a bottleneck (bottleneck_dim > 0) to put the SiLU in")
+        width, heads = self.head_sizes()
         coarse, grid, mixer = self.cascade != "none", self.image_size // self.patch_size, self.mixer
         for bad, message in (
-                (mixer == "differential" and self.num_heads % 2, f"{self.num_heads} heads: differential needs pairs"),
+                (self.head_depth and width % (4 * heads), f"head_width {width} is not a multiple of 4 x {heads} heads, "
+                 "each as wide as the backbone's"),
+                (mixer == "differential" and (self.num_heads % 2 or self.head_depth and heads % 2), f"{self.num_heads} "
+                 f"heads (in a wide head {heads}): differential needs pairs"),
                 (mixer in ("convnext", "dice") and self.in_context_len, f"mixer {mixer} works on the image's grid, "
                  "in which context tokens have no place: in_context_len must be 0"),
                 (coarse and (self.head_depth or self.aux not in ("none", "multiscale")), "a cascade takes no wide head "
@@ -720,6 +723,11 @@ class JiTConfig:
                 raise ValueError(message)
         if self.in_context_start >= self.depth:
             self.in_context_len = 0                       # they would never be inserted: same network without them
+
+    def head_sizes(self):
+        """Width and number of attention heads of the wide head's blocks; attention heads are as wide as elsewhere."""
+        width = self.head_width or self.hidden_size
+        return width, max(1, width * self.num_heads // self.hidden_size)
 
 def _size(image, patch, hidden, depth, heads, bottleneck=128, start=4, dropout=0.0, classes=1000, context=32):
     return dict(image_size=image, patch_size=patch, hidden_size=hidden, depth=depth, num_heads=heads,
@@ -945,12 +953,14 @@ def load_coder(folder, made_by):
     path = Path(folder) / "coder.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        coder = CODERS[state["kind"]](**state["arguments"])
+        coder, made = CODERS[state["kind"]](**state["arguments"]), state["id"]
         coder.load_state_dict(state["weights"])
+        if not all(torch.isfinite(value).all() for value in coder.state_dict().values()):
+            raise ValueError("it holds NaN or infinity")
     except Exception as error:                            # torch raises many kinds
         raise ValueError(f"cannot read {path}, the coder of these latents ({str(error).splitlines()[0][:100]}): put "
                          "the file back, or make the data set and what was trained on it again") from None
-    if state["id"] != made_by["id"]:
+    if made != made_by["id"]:
         raise ValueError(f"{path} is not the coder that made these latents: the data set was made again since; put the "
                          "old one back, or train anew")
     return coder.eval().requires_grad_(False)
@@ -1017,6 +1027,15 @@ def load_weights(net, weights):
     bad = next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
     if bad:
         raise ValueError(f"weight {bad} holds NaN or infinity")
+
+def save(state, path):
+    """torch.save, whole.  Raises ValueError when the disk is full."""
+    try:
+        with data.whole(path) as part:
+            torch.save(state, part)
+    except (OSError, RuntimeError) as error:              # subtle: torch reports a full disk as a RuntimeError
+        raise ValueError(f"cannot write {path} ({str(error).splitlines()[0][:100]}); what was there is intact: make "
+                         "room, and give the same command again") from None
 
 # ---- Plumbing of the later scripts: device and processes ------------------------------------------------------------
 @contextmanager
@@ -1093,7 +1112,8 @@ def print_table():
 
 def walk(config, batch=2):
     """Send one batch through a fresh network and print the shape after each step."""
-    net, size = build(config).eval(), config.image_size
+    whole, size = build(config).eval(), config.image_size
+    net = whole.stages[-1] if config.cascade != "none" else whole              # of a cascade the finest stage
 
     def show(text, shape):
         print(f"  {text:62s} {' x '.join(map(str, shape))}")
@@ -1106,7 +1126,7 @@ def walk(config, batch=2):
     z = torch.randn(batch, config.in_channels, size, size)
     show("z: the noised images", z.shape)
     with torch.no_grad():
-        show("unpatchify: the predicted clean images", net(z, torch.rand(batch), torch.zeros(batch).long()).shape)
+        show("unpatchify: the predicted clean images", whole(z, torch.rand(batch), torch.zeros(batch).long()).shape)
 
 @dataclass
 class Options:

@@ -164,7 +164,8 @@ class Trainer:
         if start:
             begin_with(self.net, start)
         self.forward = self.net.to(device)
-        self.teacher = None
+        coder = model.load_coder(data.folder_of(options.data, "data"), options.coder)
+        self.coder, self.teacher = coder and coder.to(device), None
         if options.teacher:
             folder = data.folder_of(options.teacher, "data")
             self.teacher = model.load_coder(folder, model.teacher_of(folder)["coder"]).to(device)
@@ -324,12 +325,12 @@ def held_out_loss(trainer, images, labels):
         total += float((weight * (x_pred - x).square().mean(dim=(1, 2, 3)).cpu()).sum())
     return total / n
 
-def preview(trainer, images, labels, coder=None):
+def preview(trainer, images, labels):
     """A picture, two rows for each of four images: noised at five times, and what the network makes of it."""
     times, rows, n = (0.1, 0.3, 0.5, 0.7, 0.9), [], min(4, len(images))
     columns = [watch(trainer, images[:n], labels[:n], torch.full((n,), t), torch.Generator().manual_seed(1))
                for t in times]
-    clean, *shown = [[model.to_pictures(column[k], coder) for column in columns] for k in range(3)]
+    clean, *shown = [[model.to_pictures(column[k], trainer.coder) for column in columns] for k in range(3)]
     for i in range(n):
         rows += [[clean[0][i], *(column[i] for column in kind)] for kind in shown]                 # z, x_pred
     return data.picture(rows, ["clean", *(f"t = {t}" for t in times)], ["z", "x_pred"] * n)
@@ -349,7 +350,6 @@ class Recorder:
         images, labels = arrays["val"] if len(arrays["val"][1]) else arrays["train"]               # nothing held out
         chosen = np.random.default_rng(0).permutation(len(labels))[:256]           # subtle: they lie sorted by class
         self.shown = np.array(images[chosen]), labels[chosen]
-        self.coder = model.load_coder(data.folder_of(options.data, "data"), options.coder)
         self.seconds, self.lap, self.saved_at = 0.0, trainer.step, time.perf_counter()
         self.wait = min(1, options.save_minutes)          # minutes until the next checkpoint
         self.marks = {round(options.steps * (k + 1) / options.snapshots) for k in range(options.snapshots)}
@@ -384,17 +384,17 @@ class Recorder:
         if trainer.step % options.log_every == 0 or done:
             self.write_line(trainer.summed().tolist(), done)
         if first and (done or options.preview_every and trainer.step % options.preview_every == 0):
-            data.save_picture(self.folder / "preview" / f"{name}.png", preview(trainer, *self.shown, self.coder))
+            data.save_picture(self.folder / "preview" / f"{name}.png", preview(trainer, *self.shown))
             if self.rows:
                 self.draw_loss()
         if first and trainer.step in self.marks:
-            save(trainer.weights(), self.folder / "snapshots" / f"{name}.pt")
+            model.save(trainer.weights(), self.folder / "snapshots" / f"{name}.pt")
         due = done or first and time.perf_counter() - self.saved_at > 60 * self.wait
         due, stop = largest([due, len(self.signals)], trainer.world)                   # the same on all processes
         if due or stop:
             state = trainer.state()
             if first:
-                save(state, self.folder / "checkpoint.pt")
+                model.save(state, self.folder / "checkpoint.pt")
             self.saved_at, self.wait = time.perf_counter(), options.save_minutes
         if done or stop:
             self.bar.close()
@@ -443,15 +443,6 @@ class Recorder:
                  for name in ("loss", "held_out")}
         lines = {name: points for name, points in lines.items() if points}
         data.save_picture(self.folder / "loss.png", data.chart("loss in v-space", "step", lines))
-
-def save(state, path):
-    """torch.save, whole.  Raises ValueError when the disk is full."""
-    try:
-        with data.whole(path) as part:
-            torch.save(state, part)
-    except (OSError, RuntimeError) as error:              # subtle: torch reports a full disk as a RuntimeError
-        raise ValueError(f"cannot write {path} ({str(error).splitlines()[0][:100]}); what was there is intact: make "
-                         "room, and give the same command again") from None
 
 def largest(numbers, world):
     """The largest of the processes' integers, place by place; all of them get it."""
@@ -533,6 +524,7 @@ class Options:
     flip: bool = option(True, "mirror half of the images, but never latents")
     aux_weight: float = option(None, "lambda, the weight of the auxiliary head (default: 0.1; repa, dispersive 0.5; "
                                "multiscale 1)", "[0, inf)")
+    teacher_id: str = option(None, "the teacher's id", flag=False)
     teacher: str = option(None, "--aux repa: a latent set, data/NAME, whose RAE or DINOv2 encoder is imitated")
     objective: str = option("flow", "meanflow: learn to sample in one step (pMF)", choices=tuple(OBJECTIVES))
     guidance: float = option(1.5, "meanflow: w of the guidance that the network learns", "[1, inf)")
@@ -575,22 +567,12 @@ def fill_defaults(options, network, meta, device, world):
     network = network | {"two_times": options.objective == "meanflow"}
     teacher = model.teacher_of(data.folder_of(options.teacher, "data")) if options.teacher else None
     if teacher:
-        network["aux_dim"] = teacher["channels"]
+        network["aux_dim"], options.teacher_id = teacher["channels"], teacher["id"]
     try:
         config = model.JiTConfig(**row | found | network)
         if config.num_classes not in (0, classes):
             raise ValueError(f"--num-classes {config.num_classes}: the data set has {classes}; 0: without classes")
-        for bad, message in (
-                (coder and config.aux in ("rotation", "repa"), f"--aux {config.aux} is for images, not for latents"),
-                ((config.aux == "repa") != bool(teacher), "--aux repa and --teacher go together"),
-                (teacher and teacher["coder"]["kind"] == "rae" and teacher["coder"]["size"] != size, f"--teacher: its "
-                 f"encoder is for images of another size than {size}"),
-                (config.cascade == "additive" and config.aux == "none", "--cascade additive needs --aux multiscale"),
-                (config.two_times and config.aux != "none", "--objective meanflow takes no auxiliary head"),
-                (config.image_size != size or config.in_channels != meta.get("channels", 3), "--init: its network is "
-                 f"for {config.image_size} pixels and {config.in_channels} channels, {options.data} has others")):
-            if bad:
-                raise ValueError(message)
+        refuse_pairs(options, config, meta, teacher)
     except ValueError as error:
         raise data.UsageError(str(error)) from None
     batch, share = options.batch_size, options.batch_size // world
@@ -600,6 +582,8 @@ def fill_defaults(options, network, meta, device, world):
         unit = (options.micro_batch or min(max(share, 1), 128)) * world
         raise data.UsageError(f"--batch-size {batch} cannot be cut into micro-batches of {unit // world} for {world} "
                               f"process(es); nearest: {max(1, round(batch / unit)) * unit}, or pass --micro-batch")
+    if config.two_times and micro % 2:
+        raise data.UsageError(f"--objective meanflow halves its micro-batches: {micro} is odd, pass --micro-batch")
     options.micro_batch, epoch = micro, count / batch
     options.steps = options.steps or max(1, round(options.epochs * epoch))
     options.warmup = min(round(5 * epoch), options.steps // 20) if options.warmup is None else options.warmup
@@ -612,15 +596,39 @@ def fill_defaults(options, network, meta, device, world):
     options.classes, options.data_id, options.coder = meta["classes"], meta["id"], coder
     return config
 
+def refuse_pairs(options, config, meta, teacher):
+    """Raise ValueError for settings that make no sense together."""
+    for bad, message in (
+            ("coder" in meta and config.aux in ("rotation", "repa"), f"--aux {config.aux} is for images, not for "
+             "latents"),
+            ((config.aux == "repa") != bool(teacher), "--aux repa and --teacher go together"),
+            (teacher and teacher["coder"]["kind"] == "rae" and teacher["coder"]["size"] != meta["size"],
+             f"--teacher: its encoder is for images of another size than {meta['size']}"),
+            (config.cascade == "additive" and config.aux == "none", "--cascade additive needs --aux multiscale"),
+            (config.two_times and (config.aux != "none" or config.cascade == "additive"), "--objective meanflow "
+             "takes no auxiliary head, and an additive cascade needs one"),
+            (config.two_times and options.loss != "v", "--objective meanflow has its loss on velocities: --loss v"),
+            (config.two_times and config.num_classes and options.guidance > 1 and not options.label_drop,
+             "--guidance above 1 needs --label-drop above 0"),
+            (options.init and (config.image_size, config.in_channels) != (meta["size"], meta.get("channels", 3)),
+             f"--init: its network is for {config.image_size} pixels and {config.in_channels} channels, {options.data} "
+             "has others")):
+        if bad:
+            raise ValueError(message)
+
 # ---- Running it ------------------------------------------------------------------------------------------------------
 def resolve(given, saved=None, start=None):
     """Flags given -> (Options, {field of JiTConfig: value}).
 
     saved: the checkpoint of the run to --resume.  start: the configuration of the network that --init names.
     """
+    start = {k: v for k, v in (start or {}).items() if k not in ("aux", "aux_dim", "two_times")}
+    odd = [k for k in given if k in ("experiment", "model") and start or start.get(k, given[k]) != given[k]]
+    if odd:
+        raise data.UsageError(f"--init brings its network along: leave out --{odd[0].replace('_', '-')}")
     layers = [saved["options"] | {"overwrite": False}, saved["config"]] if saved else [
         {"sampling": {}}, PRESETS[given.get("preset", "shapes")], EXPERIMENTS.get(given.get("experiment"), {}),
-        MEAN_FLOW if given.get("objective") == "meanflow" else {}, start or {}]
+        MEAN_FLOW if given.get("objective") == "meanflow" else {}, start]
     layers = layers + [{"steps": None}] * ("epochs" in given) + [given]
     merged, names = {k: v for layer in layers for k, v in layer.items()}, {entry.name for entry in fields(Options)}
     options = Options(**{k: v for k, v in merged.items() if k in names})
@@ -664,13 +672,14 @@ def main(argv=None):
     given = data.parse(argv, "Train a JiT.  Defaults shown are the paper's: the model's row, the preset, the "
                        "experiment and then your flags override them.", Options, model.JiTConfig)
     with model.machine(given.get("device")) as (device, rank, world):
-        start = open_start(given["init"]) if given.get("init") else None
-        kept = {k: v for k, v in asdict(start.config).items() if k not in ("aux", "aux_dim")} if start else None
-        options, network = resolve(given, start=kept)
-        folder = data.folder_of(options.run, "runs")
+        options, network = resolve(given)
+        folder, start = data.folder_of(options.run, "runs"), None
         state = checkpoint_of(folder, options)
         if options.resume:
             options, network = resolve(given, state)
+        elif options.init is not None:
+            start = None if state else open_start(options.init)
+            options, network = resolve(given, start=state["config"] if state else asdict(start.config))
         meta, arrays = data.open_data(data.folder_of(options.data, "data"))
         config = fill_defaults(options, network, meta, device, world)
         if state:
@@ -698,8 +707,8 @@ def main(argv=None):
 
 def open_start(name):
     """The network that --init names, with its first averaged weights.  Raises ValueError."""
-    path = data.folder_of(name, "runs")
-    return model.load_network(path / "checkpoint.pt" if path.is_dir() else path)[0]
+    path = Path(name) if Path(name).is_file() else data.folder_of(name, "runs") / "checkpoint.pt"
+    return model.load_network(path)[0]
 
 def begin_with(net, weights):
     """Copy the weights of another run into net; an auxiliary head and the length of a step may be new."""

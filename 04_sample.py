@@ -191,7 +191,7 @@ def check_folder(out, record, overwrite):
     old = data.load_json(path) if path.exists() and not overwrite else record
     if not path.exists() and (out.is_file() or out.is_dir() and any(file.name[0] != "." for file in out.iterdir())):
         raise ValueError(f"{out} holds files that this script did not write: choose another --out")
-    odd = next((k for k in record if old.get(k) != record[k]), None)
+    odd = next((k for k in record if old.get(k, HOW.get(k)) != record[k]), None)       # it may be older than a setting
     if odd:
         raise ValueError(f"{out} holds samples made with other settings ({odd}: {str(old.get(odd))[:40]}, now "
                          f"{str(record[odd])[:40]}): pass --overwrite to replace them, or --out")

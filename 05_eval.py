@@ -349,6 +349,9 @@ class ImageSet:
         self.record, self.statistics = {}, {}
         if (path / "meta.json").exists():
             self.record, arrays = data.open_data(path)
+            if "coder" in self.record:
+                raise ValueError(f"{path} holds latents: give the pixels they were made of, "
+                                 f"{self.record['coder']['pixels']}")
             (self.images, self.labels), self.key = arrays[split], self.record["id"]
             return
         files = [str(path)] if path.suffix == ".npz" and path.exists() else data.list_images(path)

@@ -145,6 +145,8 @@ def test_from_a_jit_to_one_step(work, capsys, network):
         assert call(train, *flags, "--steps", 6, "--run", "half") == 130
     assert call(train, *flags, "--steps", 6, "--run", "half") == 0
     assert all(torch.equal(a, b) for a, b in zip(weights("runs/whole/checkpoint.pt"), weights("runs/half/checkpoint.pt"), strict=True))
+    Path("runs/jit/checkpoint.pt").rename("start.pt")     # what it began with is not needed to go on, and may be a file
+    assert call(train, *flags, "--steps", 6, "--run", "half") == 0 and call(train, *[{"jit": "start.pt"}.get(flag, flag) for flag in flags], "--steps", 1, "--run", "file") == 0
     losses = [float(row["loss"]) for row in csv.DictReader(open("runs/whole/log.csv"))]
     assert all(map(math.isfinite, losses))
     for steps in (None, 2):
@@ -168,7 +170,10 @@ def test_init_that_does_not_fit_is_refused_in_one_line(work, capsys):
     assert call(train, *TINY_FLAGS, "--steps", 1, "--run", "jit") == 0
     assert call(data, "--size", 32, "--count", 100, "--workers", 1, "--name", "big") == 0
     capsys.readouterr()
-    for more, words in ((["--init", "nowhere"], "no checkpoint"), (["--init", "jit", "--hidden-size", 64], "do not fit"), (["--init", "jit", "--depth", 2], "do not fit"),
+    for more, words in ((["--init", "nowhere"], "no checkpoint"), (["--init", "jit", "--hidden-size", 64], "leave out --hidden-size"), (["--init", "jit", "--pred", "v"], "leave out --pred"),
+                        (["--init", "jit", "--experiment", "dit"], "leave out --experiment"), (["--init", ""], "no checkpoint"),
+                        (["--init", "jit", "--objective", "meanflow", "--micro-batch", 1], "is odd"), (["--init", "jit", "--objective", "meanflow", "--loss", "x"], "--loss v"),
+                        (["--init", "jit", "--objective", "meanflow", "--label-drop", 0], "--label-drop above 0"),
                         (["--init", "jit", "--data", "big"], "its network is for 16 pixels"), (["--init", "jit", "--objective", "meanflow", "--aux", "time"], "no auxiliary head"),
                         (["--objective", "meanflow", "--path", "cosine"], "linear path")):
         assert call(train, *more, "--batch-size", 8, "--run", "new") in (1, 2)
@@ -223,6 +228,9 @@ def test_repa_learns_from_a_frozen_encoder_and_leaves_no_trace(work, capsys):
     done = torchrun("03_train.py", *flags, "--steps", 4, "--run", "two", cwd=work)
     assert done.returncode == 0, done.stderr
     capsys.readouterr()
+    assert make("rae") == 0 and call(data, "--source", "latents", "--root", "data/shapes", "--coder", "rae", "--coder-steps", 3, "--name", "rae", "--out", "latents", "--overwrite") == 0
+    capsys.readouterr()
+    assert call(train, *flags, "--steps", 20, "--run", "repa") == 1 and "--teacher-id" in capsys.readouterr().err
     for more, words in ((["--aux", "repa"], "go together"), (["--teacher", "latents/rae"], "go together"), (["--aux", "repa", "--teacher", "latents/vae"], "no encoder"),
                         (["--aux", "repa", "--teacher", "latents/rae", "--data", "latents/vae", "--patch-size", 1], "not for latents")):
         assert call(train, *TINY_FLAGS, *more, "--run", "new") in (1, 2)
@@ -379,7 +387,8 @@ def test_every_variant_trains_and_samples(work, flags):
     (dict(num_heads=1, mixer="differential"), "needs pairs"), (dict(mixer="convnext"), "in_context_len"), (dict(mixer="dice"), "in_context_len"),
     (dict(cascade="additive", head_depth=1), "no wide head"), (dict(cascade="additive", aux="time"), "no auxiliary head"), (dict(cascade="additive", depth=3), "needs 4 blocks"),
     (dict(cascade="additive", patch_size=8), "halves twice"), (dict(aux="multiscale"), "stages of a cascade"), (dict(cascade="additive", aux="multiscale", pred="v"), "stages of a cascade"),
-    (dict(two_times=True, path="cosine"), "linear path")])
+    (dict(two_times=True, path="cosine"), "linear path"), (dict(head_depth=1, head_width=50), "head_width 50"), (dict(mixer="differential", head_depth=1, head_width=48), "needs pairs"),
+    (dict(cascade="additive", aux="multiscale", path="cosine"), "linear path")])
 def test_pairs_that_make_no_sense_are_refused(more, words):
     with pytest.raises(ValueError, match=words):
         config_with(**more)

@@ -268,12 +268,12 @@ def test_non_finite_steps_are_skipped_and_counted(work, capsys, monkeypatch):
 
 def test_full_disk_keeps_the_old_checkpoint(work):
     path = Path("checkpoint.pt")
-    train.save({"config": {}, "ema": [], "x": torch.zeros(10)}, path)
+    model.save({"config": {}, "ema": [], "x": torch.zeros(10)}, path)
     old, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
     try:
         with pytest.raises(ValueError, match="make room"):
-            train.save({"x": torch.randn(1 << 20)}, path)
+            model.save({"x": torch.randn(1 << 20)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == old and not Path("checkpoint.pt.part").exists()
