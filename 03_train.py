@@ -94,52 +94,6 @@ def training_loss(net, batch, options, config, autocast):
     aux = model.AUX_HEADS[config.aux].loss(answer, batch) if heads else torch.zeros((), device=loss.device)
     return loss.mean() + options.aux_weight * aux, v_loss.detach(), aux.detach()
 
-# ---- One-step generation: a JiT learns where the path will lead ----------- (pMF: Lu et al. 2026, with time reversed)
-def average_velocity(net, z, t, r, y, config):
-    """u (B,C,H,W) in fp32: the mean of v from t to r >= t, each (B,), along the path through z; at r = t it is v."""
-    return model.convert(net(z, torch.stack([t, r], dim=1), y), config.pred, "v", z, t)
-
-def mean_flow_target(u, z, t, r, v, tangent, cap=1.5):
-    """v + (r-t) du/dt, the derivative taken along the path, dz/dt = tangent.                          (MeanFlow eq. 6)
-
-    Where u(z, t, r) equals it, (r-t) u is the integral of v: differentiate that by t.  departure: the second term's rms
-    is capped; at the solution it is u - v, about the data's std.  subtle: fused attention has no forward derivative.
-    """
-    with sdpa_kernel(SDPBackend.MATH):
-        _, du = torch.func.jvp(lambda z, t: u(z, t, r), (z, t), (tangent, torch.ones_like(t)))
-    correction = model.expand(r - t, z) * du
-    rms = correction.square().flatten(1).mean(dim=1).sqrt()
-    return v + correction * model.expand((cap / rms).clamp_max(1.0), z)
-
-def draw_spans(t):
-    """Times t (B,) -> (t, r).  Half stay plain JiT, r = t.  Of the rest half end at 1; 15 % begin at 0, the others at t
-    moved towards the noise.
-    """
-    n, chance = len(t) // 2, torch.rand(3, len(t) // 2, device=t.device)
-    begin = torch.where(chance[0] < 0.15, 0.0, model.shift_time(t[:n], 2.0))
-    end = begin + (1 - begin) * torch.where(chance[1] < 0.5, 1.0, chance[2])
-    return torch.cat([begin, t[n:]]), torch.cat([end, t[n:]])
-
-def mean_flow_loss(net, batch, options, config, autocast):
-    """training_loss of --objective meanflow: |u - target|^2, with guidance built into the target's v.    (pMF eq. 9)"""
-    batch["t"], r = draw_spans(batch["t"])
-    x, e, t, y, n = *(batch[key] for key in "xety"), len(r) // 2
-    z = model.mix("linear", x, e, t)
-    plain = next(part for part in net.modules() if type(part) in (model.JiT, model.WideHeadJiT, model.Cascade))
-    with torch.no_grad():                                 # without DDP and compile, in fp32
-        v = model.convert(x, "x", "v", z, t)
-        v_null = average_velocity(plain, z, t, t, torch.full_like(y, config.num_classes), config)
-        v += model.expand(y != config.num_classes, x) * (options.guidance - 1) * (v - v_null)
-        own = average_velocity(plain, z[:n], t[:n], t[:n], y[:n], config)
-        v[:n] = mean_flow_target(lambda z, t, r: average_velocity(plain, z, t, r, y[:n], config), z[:n], t[:n], r[:n],
-                                 v[:n], own)
-    with autocast:
-        error = (average_velocity(net, z, t, r, y, config) - v).square().flatten(1).mean(dim=1)
-    loss = error / (error.detach() + 0.01)                # MeanFlow's adaptive weight
-    return loss.mean(), error.detach(), torch.zeros((), device=x.device)
-
-OBJECTIVES = {"flow": training_loss, "meanflow": mean_flow_loss}
-
 # ---- The loop and the step: draw, predict, loss, gradient, step, average ---------------------------------------------
 BINS, MAX_BAD = 5, 10              # ranges of t that the log keeps apart; non-finite steps in a row that end a run
 
@@ -276,6 +230,52 @@ class Trainer:
             out = torch.func.functional_call(self.net, self.ema[0], (z, t, y))
         self.net.train()
         return model.convert(out, self.config.pred, "x", z, t, self.config.path)
+
+# ---- One-step generation: a JiT learns where the path will lead ----------- (pMF: Lu et al. 2026, with time reversed)
+def average_velocity(net, z, t, r, y, config):
+    """u (B,C,H,W) in fp32: the mean of v from t to r >= t, each (B,), along the path through z; at r = t it is v."""
+    return model.convert(net(z, torch.stack([t, r], dim=1), y), config.pred, "v", z, t)
+
+def mean_flow_target(u, z, t, r, v, tangent, cap=1.5):
+    """v + (r-t) du/dt, the derivative taken along the path, dz/dt = tangent.                          (MeanFlow eq. 6)
+
+    Where u(z, t, r) equals it, (r-t) u is the integral of v: differentiate that by t.  departure: the second term's rms
+    is capped; at the solution it is u - v, about the data's std.  subtle: fused attention has no forward derivative.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        _, du = torch.func.jvp(lambda z, t: u(z, t, r), (z, t), (tangent, torch.ones_like(t)))
+    correction = model.expand(r - t, z) * du
+    rms = correction.square().flatten(1).mean(dim=1).sqrt()
+    return v + correction * model.expand((cap / rms).clamp_max(1.0), z)
+
+def draw_spans(t):
+    """Times t (B,) -> (t, r).  Half stay plain JiT, r = t.  Of the rest half end at 1; 15 % begin at 0, the others at t
+    moved towards the noise.
+    """
+    n, chance = len(t) // 2, torch.rand(3, len(t) // 2, device=t.device)
+    begin = torch.where(chance[0] < 0.15, 0.0, model.shift_time(t[:n], 2.0))
+    end = begin + (1 - begin) * torch.where(chance[1] < 0.5, 1.0, chance[2])
+    return torch.cat([begin, t[n:]]), torch.cat([end, t[n:]])
+
+def mean_flow_loss(net, batch, options, config, autocast):
+    """training_loss of --objective meanflow: |u - target|^2, with guidance built into the target's v.    (pMF eq. 9)"""
+    batch["t"], r = draw_spans(batch["t"])
+    x, e, t, y, n = *(batch[key] for key in "xety"), len(r) // 2
+    z = model.mix("linear", x, e, t)
+    plain = next(part for part in net.modules() if type(part) in (model.JiT, model.WideHeadJiT, model.Cascade))
+    with torch.no_grad():                                 # without DDP and compile, in fp32
+        v = model.convert(x, "x", "v", z, t)
+        v_null = average_velocity(plain, z, t, t, torch.full_like(y, config.num_classes), config)
+        v += model.expand(y != config.num_classes, x) * (options.guidance - 1) * (v - v_null)
+        own = average_velocity(plain, z[:n], t[:n], t[:n], y[:n], config)
+        v[:n] = mean_flow_target(lambda z, t, r: average_velocity(plain, z, t, r, y[:n], config), z[:n], t[:n], r[:n],
+                                 v[:n], own)
+    with autocast:
+        error = (average_velocity(net, z, t, r, y, config) - v).square().flatten(1).mean(dim=1)
+    loss = error / (error.detach() + 0.01)                # MeanFlow's adaptive weight
+    return loss.mean(), error.detach(), torch.zeros((), device=x.device)
+
+OBJECTIVES = {"flow": training_loss, "meanflow": mean_flow_loss}
 
 # ---- Feeding: which images belong to which micro-batch, read ahead from the memory map -------------------------------
 @lru_cache(maxsize=4)
