@@ -558,9 +558,8 @@ def fill_defaults(options, network, meta, device, world):
     network: {field of JiTConfig: value} of preset, experiment and flags; they override the row of MODELS.
     """
     row, size, count, classes = model.MODELS[options.model], meta["size"], meta["counts"]["train"], len(meta["classes"])
-    patches = [p for p in range(1, size + 1) if size % p == 0]             # as many tokens as the row has, or nearly
-    patch = min(patches, key=lambda p: abs(p - row["patch_size"] * size / row["image_size"]))
-    found = dict(image_size=size, num_classes=classes, patch_size=patch, noise_scale=max(1.0, size / 256))
+    found = dict(image_size=size, num_classes=classes, patch_size=nearest_patch(row, size),
+                 noise_scale=max(1.0, size / 256))
     if coder := meta.get("coder"):
         found |= dict(patch_size=1, bottleneck_dim=0, in_channels=meta["channels"])
         options.flip = False                              # the mirror image of a latent is not a latent
@@ -570,8 +569,6 @@ def fill_defaults(options, network, meta, device, world):
         network["aux_dim"], options.teacher_id = teacher["channels"], teacher["id"]
     try:
         config = model.JiTConfig(**row | found | network)
-        if config.num_classes not in (0, classes):
-            raise ValueError(f"--num-classes {config.num_classes}: the data set has {classes}; 0: without classes")
         refuse_pairs(options, config, meta, teacher)
     except ValueError as error:
         raise data.UsageError(str(error)) from None
@@ -590,15 +587,22 @@ def fill_defaults(options, network, meta, device, world):
     options.lr = options.lr or 5e-5 * batch / 256
     options.amp = model.choose_precision(options.amp, device)
     options.compile = device.type == "cuda" if options.compile is None else options.compile
-    options.aux_weight = (options.aux_weight if options.aux_weight is not None else
-                          getattr(model.AUX_HEADS[config.aux], "weight", 0.1))
+    if options.aux_weight is None:
+        options.aux_weight = getattr(model.AUX_HEADS[config.aux], "weight", 0.1)
     options.shift = options.shift or model.latent_shift(coder, config.in_channels * size**2)
     options.classes, options.data_id, options.coder = meta["classes"], meta["id"], coder
     return config
 
+def nearest_patch(row, size):
+    """The patch size that gives as many tokens as a row of MODELS has, or nearly."""
+    patches = [p for p in range(1, size + 1) if size % p == 0]
+    return min(patches, key=lambda p: abs(p - row["patch_size"] * size / row["image_size"]))
+
 def refuse_pairs(options, config, meta, teacher):
     """Raise ValueError for settings that make no sense together."""
     for bad, message in (
+            (config.num_classes not in (0, len(meta["classes"])), f"--num-classes {config.num_classes}: the data set "
+             f"has {len(meta['classes'])}; 0: without classes"),
             ("coder" in meta and config.aux in ("rotation", "repa"), f"--aux {config.aux} is for images, not for "
              "latents"),
             ((config.aux == "repa") != bool(teacher), "--aux repa and --teacher go together"),
