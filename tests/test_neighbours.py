@@ -373,8 +373,8 @@ def test_cascade_presets_train_resume_and_sample(work, preset):
     assert call(train, *flags, "--steps", 20) == 0
     rows = list(csv.DictReader(open(f"runs/{preset}/log.csv")))
     assert all(math.isfinite(float(row["loss"])) for row in rows) and (float(rows[0]["aux"]) > 0) == (preset == "dimr")
-    assert call(sample, "--run", preset, "--num", 4, "--steps", 2) == 0
-    assert call(evaluate, "--run", preset, "--metrics", "fd") in (0, 1)
+    assert call(sample, "--run", preset, "--num", 30, "--steps", 2) == 0
+    assert call(evaluate, "--run", preset, "--metrics", "fd") == 0
 
 @pytest.mark.parametrize("flags", [["--mixer", "differential"], ["--mixer", "convnext", "--in-context-len", 0], ["--mixer", "dice", "--in-context-len", 0], ["--norm", "td"], ["--aux", "dispersive"],
                                    ["--norm", "td", "--objective", "meanflow"]])
