@@ -469,7 +469,7 @@ def run(main):
     except KeyboardInterrupt:
         again = " without --overwrite" if "--overwrite" in sys.argv else ""
         code, message = 130, f"stopped; the same command{again} goes on where it was"
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NotImplementedError) as error:
         code, message = 2 if isinstance(error, UsageError) else 1, error
     except (RuntimeError, MemoryError) as error:          # torch's own are known by name: this file does without torch
         code, message = 1, f"torch.compile failed ({str(error).strip().splitlines()[0][:100]}): pass --no-compile"

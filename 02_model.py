@@ -10,6 +10,7 @@ the other way round.)  With x the image in [-1, 1] and e ~ N(0, k^2 I) noise, k 
     z = t x + (1-t) e        the noised image the network sees                                      (JiT eq. 1)
     v = dz/dt = x - e        the velocity a sampler follows from noise to data                      (JiT eq. 2)
     z and t are known, so x, e and v say the same thing:  x = z + (1-t) v,  e = z - t v,  v = (x - z)/(1-t)
+    (the code divides by max(1-t, 0.05): at t = 1 the last of the three divides by zero)
 
 JiT predicts x and is trained with the loss on v: patches of real images fill a small part of the patch space, noise and
 velocity fill all of it, and a network narrower than the patch can hold images only (JiT sections 3.3 and 4.2).
@@ -61,7 +62,7 @@ def mix(path, x, e, t):
     return (alpha * x).addcmul_(sigma, e)
 
 def velocity_target(path, x, e, t):
-    """v = alpha' x + sigma' e, the derivative of mix by t: x - e on the linear path.                    (JiT eq. 2)"""
+    """The derivative of mix by t, v = alpha' x + sigma' e: x - e on the linear path.                    (JiT eq. 2)"""
     _, _, d_alpha, d_sigma = (expand(c, x) for c in path_coefficients(path, t))
     return d_alpha * x + d_sigma * e
 
@@ -73,7 +74,10 @@ def conversion(kind, to, t, path="linear", t_eps=T_EPS):
     the loss is choosing a weight over t.  For x to v on the linear path that weight is 1 / (1-t)^2.
     """
     alpha, sigma, d_alpha, d_sigma = path_coefficients(path, t)
-    det = alpha * d_sigma - sigma * d_alpha               # of the map (x, e) -> (z, v); -1 on the linear path
+    # (z, v) are two linear functions of (x, e); the inverse of that 2 x 2 map, det being -1 on the linear path:
+    #     z = alpha  x + sigma  e          x = (sigma' z - sigma  v) / det
+    #     v = alpha' x + sigma' e          e = (alpha  v - alpha' z) / det       det = alpha sigma' - sigma alpha'
+    det = alpha * d_sigma - sigma * d_alpha
     if kind == to:
         return torch.ones_like(alpha), torch.zeros_like(alpha)
     if kind == "v":                                       # the two that never divide by zero
@@ -161,7 +165,11 @@ def rotary_table(head_dim, side, context):
     return angles.cos(), angles.sin()
 
 def rotate(x, cos, sin):
-    """Turn adjacent channel pairs of x (B,h,L,d) by their angles: (x0 cos - x1 sin, x1 cos + x0 sin)."""
+    """Turn each pair of adjacent channels of x (B,h,L,d) by its angle: (x0 cos - x1 sin, x1 cos + x0 sin).
+
+    cos, sin: (L,d/2).  Lengths stay, and the product of a turned q and a turned k depends on the difference of their
+    angles alone, that is, on how far apart the two tokens are.
+    """
     if not (x.is_cuda or torch.compiler.is_compiling()):  # the same as one complex product: faster on a CPU
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                            # B h L d/2
         return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)                     # B h L d

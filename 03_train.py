@@ -81,6 +81,8 @@ def diffusion_loss(out, batch, config, *spaces):
     """
     x, e, t = batch["x"], batch["e"], batch["t"]
     truth = batch[config.pred] if config.pred != "v" else model.velocity_target(config.path, x, e, t)
+    # by the book: convert both, square the difference.  With to = u * value + w * z that is
+    #     (u out + w z - (u truth + w z))^2  =  u^2 (out - truth)^2:  z drops out, and one error serves every space
     error = F.mse_loss(out.float(), truth, reduction="none").flatten(1).mean(dim=1)                # B
     return [model.conversion(config.pred, space, t, config.path)[0]**2 * error for space in spaces]
 
@@ -141,35 +143,51 @@ class Trainer:
         self.sums = torch.zeros(BINS + 2, 2, dtype=torch.float64, device=device)
 
     def train_step(self, feed):
-        """One optimizer step: every micro-batch forward and backward, then AdamW, then the averages."""
-        micro_batches = len(self.indices())
+        """One optimizer step: every micro-batch forward and backward, then AdamW, then the averages.
+
+        feed yields (images, labels), a pair for each of this process's micro-batches.  A step whose gradient is not
+        finite leaves weights and averages as they are; it is counted in `skipped`, and in `bad`, those in a row.
+        """
+        indices = self.indices()
         self.optimizer.zero_grad(set_to_none=True)
-        for k, index in enumerate(self.indices()):
-            images, labels = next(feed)
-            seed_everything(self.options.seed, self.step, index)
-            batch = draw(images, labels, self.options, self.config)
-            if self.teacher:
-                batch["features"] = self.teacher.features(batch["x"])
-            last = k == micro_batches - 1                 # gradients are summed over processes once, with the last one
-            with nullcontext() if last or self.world == 1 else self.forward.no_sync():
-                loss, v_loss, aux = OBJECTIVES[self.options.objective](
-                    self.forward, batch, self.options, self.config, self.autocast)
-                self.scaler.scale(loss / micro_batches).backward()
-            self.add_to_log(v_loss, batch["t"], aux)
+        for index in indices:
+            with self.summing(last=index == indices[-1]):
+                loss = self.loss(index, *next(feed))
+                self.scaler.scale(loss / len(indices)).backward()
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         self.optimizer.param_groups[0]["lr"] = self.lr(self.step)
-        if finite := math.isfinite(norm.item()):          # the same on every process: gradients are summed by now
+        if finite := math.isfinite(self.gradient_norm()):  # the same on every process: gradients are summed by now
             self.scaler.step(self.optimizer)
             self.update_ema()
-            self.sums[-1] += torch.stack([norm, torch.ones_like(norm)])
         self.scaler.update()
         self.bad, self.skipped, self.step = (0 if finite else self.bad + 1), self.skipped + (not finite), self.step + 1
 
+    def loss(self, index, images, labels):
+        """The loss of micro-batch `index` of this step, to differentiate.  What the log keeps is added up here."""
+        seed_everything(self.options.seed, self.step, index)
+        batch = draw(images, labels, self.options, self.config)
+        if self.teacher:
+            batch["features"] = self.teacher.features(batch["x"])
+        loss, v_loss, aux = OBJECTIVES[self.options.objective](self.forward, batch, self.options, self.config,
+                                                               self.autocast)
+        self.add_to_log(v_loss, batch["t"], aux)
+        return loss
+
+    def gradient_norm(self):
+        """The norm of all gradients taken together, a float; the log gets it if it is finite."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        if math.isfinite(value := norm.item()):
+            self.sums[-1] += torch.stack([norm, torch.ones_like(norm)])
+        return value
+
+    def summing(self, last):
+        """Context of a backward pass: processes sum their gradients once a step, with the last micro-batch."""
+        return nullcontext() if last or self.world == 1 else self.forward.no_sync()
+
     @torch.no_grad()
     def update_ema(self):
-        """ema += (1 - decay) (weights - ema), all tensors in one call; biases and norms are averaged too."""
+        """Move every average towards the weights: ema += (1 - decay) (weights - ema).  Biases and norms, too."""
         weights = list(self.net.state_dict().values())
         for decay, average in zip(self.options.ema, self.ema):
             torch._foreach_lerp_(list(average.values()), weights, 1 - decay)

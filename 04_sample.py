@@ -39,7 +39,7 @@ def velocity(net, z, t, labels, t_eps):
     return model.convert(net(z, times, labels), pred, "v", z, times, path, t_eps)
 
 def guided_velocity(net, z, t, labels, cfg=1.0, interval=(0.0, 1.0), t_eps=0.05):
-    """v_uncond + w (v_class - v_uncond), with w = cfg inside the interval of time and 1 outside.     (JiT appendix A)
+    """The guided velocity, v_uncond + w (v_class - v_uncond): w = cfg inside the interval, 1 outside. (JiT appendix A)
 
     z: (B,C,H,W) state.  t: float.  labels: (B,) class ids.  Both halves go through the network as one batch; where w is
     1 the unconditional half is skipped, where w is 0 the other.  Inside is low < t < high; low = 0 includes t = 0.
@@ -57,7 +57,7 @@ def guided_velocity(net, z, t, labels, cfg=1.0, interval=(0.0, 1.0), t_eps=0.05)
 
 # ---- Solvers: one step from t to t_next, where v(z, t) is the guided velocity ----------------------------------------
 def euler_step(z, t, t_next, v):
-    """z + (t_next - t) v(z, t): first order.                                                      (JiT Algorithm 2)"""
+    """One step along the velocity, z + (t_next - t) v(z, t): first order.                         (JiT Algorithm 2)"""
     return z + (t_next - t) * v(z, t)
 
 def heun_step(z, t, t_next, v):
