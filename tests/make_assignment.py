@@ -1,71 +1,160 @@
-"""A week's assignment from this repository: the same code with the bodies of twelve functions taken out.
+"""A week's assignment from this repository: the same code with the bodies of some functions taken out.
 
-python tests/make_assignment.py OUT          copies everything to OUT, empties the functions of EXERCISES, writes OUT/tests/EXERCISES.md
-In OUT a student fills them in, in any order, and asks    python -m pytest -q --tb=line tests/test_exercises.py
-what is missing or wrong; when all are back, the whole suite passes again.  The working code carries no markers: an
-exercise is found by its name, its signature and docstring stay.
+python tests/make_assignment.py OUT                                 the folder for students: all exercises below
+python tests/make_assignment.py OUT --exercises 1-6,guidance        some of them, by number or name
+python tests/make_assignment.py --solutions solutions.md            the solution sheet, for teachers
+python tests/grade.py SUBMISSION                                    points, and the results.json that Gradescope reads
+
+In OUT a student fills the functions in, in any order, and asks  python -m pytest -q --tb=line tests/test_exercises.py
+what is missing or wrong.  Only files that git tracks are copied, and of tests/ only what a student needs: the other
+tests hold second implementations.  The working code carries no markers: an exercise is found by its functions' names.
 """
+import argparse
 import ast
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-EXERCISES = [  # file, function, minutes, what to do
-    ("01_data.py", "center_crop", 30, "halve with BOX while both sides stay at least `size`, BICUBIC to the short side, cut the centre, RGB first"),
-    ("02_model.py", "patchify", 20, "cut an image into square patches, row by row; inside a patch the channels come last"),
-    ("02_model.py", "rotate", 40, "turn each adjacent pair of channels by its angle: a 2-D rotation per pair"),
-    ("02_model.py", "Block.forward", 40, "six signals from the condition; norm, shift and scale, attention (with rope; dropout on its output), gate, add; the same again with the FFN"),
-    ("02_model.py", "conversion", 60, "solve z = a x + s e, v = a' x + s' e for what is asked; clamp denominators that vanish"),
-    ("03_train.py", "diffusion_loss", 40, "squared error of the prediction, weighted by the conversion's u^2 for every space asked for"),
-    ("03_train.py", "Trainer.update_ema", 20, "move every average towards the weights by 1 - decay, in place"),
-    ("04_sample.py", "guided_velocity", 40, "combine the velocities with and without class; skip the one that is not needed"),
-    ("04_sample.py", "euler_step", 10, "one step along the velocity"),
-    ("04_sample.py", "heun_step", 20, "the mean of the velocities at both ends; the last step is Euler's"),
-    ("05_eval.py", "frechet_distance", 45, "between two Gaussians; mind covariances that are singular"),
-    ("05_eval.py", "inception_score", 30, "exp of the mean KL from p(y given x) to p(y), over ten parts of the shuffle RandomState(2020).permutation(N)"),
-]
+HANDED_OUT = ("tests/test_exercises.py", "tests/conftest.py", "tests/requirements.txt")       # of tests/
 
-def find(text, name):
-    """The function `name` ("f" or "Class.f") of a source text, as an ast node."""
+class Exercise(NamedTuple):
+    number: int
+    name: str
+    file: str
+    functions: tuple
+    points: int
+    minutes: int
+    task: str
+    hide: tuple = ()               # phrases of the docstrings that are the answer
+
+EXERCISES = [Exercise(number, *row) for number, row in enumerate([
+    ("crop", "01_data.py", ("center_crop",), 6, 30,
+     "ADM's centre crop: halve with BOX while both sides stay at least `size`, BICUBIC to the short side, cut the centre; RGB"),
+    ("mix", "02_model.py", ("mix", "velocity_target"), 4, 20,
+     "the noised image, and its derivative by time, for any path: path_coefficients and expand are there",
+     (" = alpha x + sigma e", ", v = alpha' x + sigma' e")),
+    ("conversion", "02_model.py", ("conversion",), 12, 60,
+     "mix and velocity_target are two linear equations: solve them for what is asked; clamp denominators that vanish",
+     ("  For x to v on the linear path that weight is 1 / (1-t)^2.",)),
+    ("patchify", "02_model.py", ("patchify",), 5, 20,
+     "cut an image into square patches, row by row; inside a patch the channels come last"),
+    ("rotate", "02_model.py", ("rotate",), 9, 40,
+     "the rotary embedding: a 2-D rotation of each pair of adjacent channels", (": (x0 cos - x1 sin, x1 cos + x0 sin)",)),
+    ("block", "02_model.py", ("Block.forward",), 9, 40,
+     "six signals from adaLN_modulation(c), in the order shift, scale, gate for attention (rope goes there; dropout on its output), then for the FFN"),
+    ("loss", "03_train.py", ("diffusion_loss",), 9, 40,
+     "the squared error per image in every space asked for: a list with one tensor (B,) for each"),
+    ("ema", "03_train.py", ("Trainer.update_ema",), 5, 20,
+     "move every average towards the weights, in place; self.options.ema lists the decays", (": ema += (1 - decay) (weights - ema)",)),
+    ("step", "03_train.py", ("Trainer.train_step",), 12, 60,
+     "from loss to EMA: zero_grad; self.loss of each micro-batch inside self.summing, scaled by self.scaler, backward; unscale, self.lr into the optimizer, "
+     "gradient_norm; step and update_ema if that is finite; the counters"),
+    ("guidance", "04_sample.py", ("guided_velocity",), 9, 40,
+     "combine the velocities with and without class; leave out the pass that is not needed", (", v_uncond + w (v_class - v_uncond)",)),
+    ("euler", "04_sample.py", ("euler_step",), 3, 10, "one step along the velocity", (", z + (t_next - t) v(z, t)",)),
+    ("heun", "04_sample.py", ("heun_step",), 5, 20, "look ahead with Euler, then go with the mean of the two velocities; the last step is Euler's"),
+    ("frechet", "05_eval.py", ("frechet_distance",), 7, 45, "the distance between two Gaussians; mind covariances that are singular",
+     ("  The root's trace is the sum of the roots of the eigenvalues of R sigma2 R, R R = sigma1:\n"
+      "    symmetric, so two eigenvalue problems replace a general matrix root, and singular covariances do no harm.",)),
+    ("inception", "05_eval.py", ("inception_score",), 5, 30, "the score of each of ten equal parts of the shuffled images; mean and std of these"),
+], 1)]
+
+def choose(text):
+    """"1-6,guidance" -> the exercises meant, in order.  Raises ValueError."""
+    chosen, names = set(), [exercise.name for exercise in EXERCISES]
+    for part in text.split(","):
+        span = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        numbers = [names.index(part) + 1] if part in names else range(int(span[1]), int(span[2] or span[1]) + 1) if span else []
+        if not numbers or not set(numbers) <= set(range(1, len(names) + 1)):
+            raise ValueError(f"--exercises: {part!r} is neither a number from 1 to {len(names)}, nor two with a dash between, nor one of {', '.join(names)}")
+        chosen |= set(numbers)
+    return [exercise for exercise in EXERCISES if exercise.number in chosen]
+
+def find(text, function):
+    """The function ("f" or "Class.f") of a source text, as an ast node."""
     body = ast.parse(text).body
-    for part in name.split("."):
+    for part in function.split("."):
         node = next(n for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == part)
         body = node.body
     return node
 
-def empty(text, name, message):
-    """The source text with the function's body, docstring aside, replaced by one raise."""
-    node, lines = find(text, name), text.splitlines(keepends=True)
+def empty(text, function, message, hide=()):
+    """The source text with the function's body, docstring aside, replaced by one raise, and without the phrases of `hide`."""
+    node, lines = find(text, function), text.splitlines(keepends=True)
     documented = isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant)
-    first = node.body[0].end_lineno if documented else node.lineno + len(ast.unparse(node.args).splitlines()) - 1
+    first = node.body[0].end_lineno if documented else node.body[0].lineno - 1
+    head = "".join(lines[node.lineno - 1:first])
+    for phrase in hide:
+        head = head.replace(phrase, "")
     indent = " " * node.body[0].col_offset
-    return "".join(lines[:first] + [f"{indent}raise NotImplementedError({message!r})\n"] + lines[node.end_lineno:])
+    return "".join(lines[:node.lineno - 1] + [head, f"{indent}raise NotImplementedError({message!r})\n"] + lines[node.end_lineno:])
 
-def make(out, solved=()):
-    """Write the assignment to the new folder `out`; functions named in `solved` keep their bodies.  Raises ValueError."""
+def message(exercise):
+    """What an empty function says."""
+    return f"exercise {exercise.number}, {exercise.name} ({' and '.join(exercise.functions)} in {exercise.file}): {exercise.task}"
+
+def tracked():
+    """The files that git tracks and a student gets, as paths relative to ROOT.  Raises ValueError."""
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    names = [name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+    if done.returncode or not names:
+        raise ValueError(f"{ROOT} is not a git checkout, which says which files to copy: clone the repository")
+    return [name for name in names if name in HANDED_OUT or not name.startswith(("tests/", ".ci/"))]
+
+def make(out, exercises=EXERCISES, solved=()):
+    """Write the assignment to the new folder `out`; exercises in `solved` keep their bodies.  Raises ValueError."""
     if out.exists():
         raise ValueError(f"{out} exists: give a new folder")
-    shutil.copytree(ROOT, out, ignore=shutil.ignore_patterns(".*", "__pycache__", "data", "runs", Path(__file__).name, "test_assignment.py"))
-    shutil.copytree(ROOT / ".github", out / ".github")
-    shutil.copy(ROOT / ".gitignore", out)
-    for number, (file, name, minutes, task) in enumerate(EXERCISES, 1):
-        if name not in solved:
-            text = (out / file).read_text()
-            (out / file).write_text(empty(text, name, f"exercise {number}, {name} in {file}: {task}"))
-    rows = [f"| {i} | `{file}` | `{name}` | {minutes} min | {task} |" for i, (file, name, minutes, task) in enumerate(EXERCISES, 1)]
+    for name in tracked():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, out / name)
+    for exercise in exercises:
+        if exercise not in solved:
+            text = (out / exercise.file).read_text()
+            for function in exercise.functions:
+                text = empty(text, function, message(exercise), exercise.hide)
+            (out / exercise.file).write_text(text)
     (out / "tests" / "EXERCISES.md").write_text("\n".join([
         "# Exercises", "", "Read a function's docstring and what surrounds it, fill in the body, then ask what is missing or wrong:", "",
-        "    python -m pytest -q --tb=line tests/test_exercises.py", "", "| | file | function | time | what to do |", "|---|---|---|---|---|", *rows]) + "\n")
+        "    python -m pytest -q --tb=line tests/test_exercises.py", "",
+        "One exercise alone: add `-k exercise_05`. Each can be solved while the others are empty.", "",
+        "| | exercise | file | functions | points | time | what to do |", "|---|---|---|---|---|---|---|",
+        *(f"| {e.number} | {e.name} | `{e.file}` | {', '.join(f'`{f}`' for f in e.functions)} | {e.points} | {e.minutes} min | {e.task} |" for e in exercises)]) + "\n")
+
+def solutions(exercises):
+    """The solution sheet, Markdown."""
+    parts = ["# Solutions\n"]
+    for exercise in exercises:
+        text = (ROOT / exercise.file).read_text()
+        nodes = [find(text, function) for function in exercise.functions]
+        bodies = ["\n".join(text.splitlines()[node.lineno - 1:node.end_lineno]) for node in nodes]
+        parts.append(f"## {exercise.number}. {exercise.name} ({exercise.points} points, `{exercise.file}`)\n\n{exercise.task}\n\n```python\n" + "\n\n".join(bodies) + "\n```\n")
+    return "\n".join(parts)
 
 def main(arguments):
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        return print("usage: python tests/make_assignment.py OUT      (OUT: a new folder)", file=sys.stderr) or 2
+    parser = argparse.ArgumentParser(prog="make_assignment.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path, help="a new folder, for students")
+    parser.add_argument("--exercises", default=f"1-{len(EXERCISES)}", help="numbers, ranges, names, with commas between (default: all)")
+    parser.add_argument("--solutions", type=Path, metavar="FILE", help="write the solution sheet to this new file instead")
+    options = parser.parse_args(arguments)
+    if (options.out is None) == (options.solutions is None):
+        parser.error("give either OUT, a new folder, or --solutions FILE")
     try:
-        make(Path(arguments[0]))
+        exercises = choose(options.exercises)
+        if options.solutions:
+            with open(options.solutions, "x") as file:
+                file.write(solutions(exercises))
+        else:
+            make(options.out, exercises)
     except (ValueError, OSError) as error:
         return print(f"make_assignment.py: error: {error}", file=sys.stderr) or 1
-    print(f"{arguments[0]}: {len(EXERCISES)} exercises, about {sum(e[2] for e in EXERCISES) / 60:.0f} hours; they are listed in {arguments[0]}/tests/EXERCISES.md")
+    told = "the solutions" if options.solutions else f"listed in {options.out}/tests/EXERCISES.md"
+    print(f"{options.solutions or options.out}: {len(exercises)} exercises, {sum(e.points for e in exercises)} points, "
+          f"about {sum(e.minutes for e in exercises) / 60:.0f} hours; {told}")
     return 0
 
 if __name__ == "__main__":
