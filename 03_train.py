@@ -187,7 +187,10 @@ class Trainer:
 
     @torch.no_grad()
     def update_ema(self):
-        """Move every average towards the weights: ema += (1 - decay) (weights - ema).  Biases and norms, too."""
+        """Move every average towards the weights: ema += (1 - decay) (weights - ema).  Biases and norms, too.
+
+        The weights of k steps ago count decay^k: 0.998 averages over about 1 / (1 - 0.998) = 500 steps.
+        """
         weights = list(self.net.state_dict().values())
         for decay, average in zip(self.options.ema, self.ema):
             torch._foreach_lerp_(list(average.values()), weights, 1 - decay)

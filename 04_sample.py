@@ -12,8 +12,8 @@ class is then skipped.  Every image has its own random numbers, a function of (s
 the batch size, the number of processes, the order, or where a run was interrupted.  A killed run goes on where it was.
 
 The clamp: v = (x_pred - z) / max(1-t, t_eps).  At t_eps = 0.05 the last steps of 50 are shortened, and even a perfect
-network leaves noise: std 0.017 (Heun, even grid, k = 1; Euler 0.014), two grey levels.  --t-eps 0.02 (any value up to
-1/steps) ends exactly on x_pred.  The paper's FID is measured with the clamp, and is better with it.
+network leaves noise: std 0.017 k (Heun, even grid; Euler 0.014 k), two grey levels at k = 1.  --t-eps 0.02 (any value
+up to 1/steps) ends exactly on x_pred.  The paper's FID is measured with the clamp, and is better with it.
 """
 import sys
 import zipfile
@@ -67,16 +67,19 @@ def heun_step(z, t, t_next, v):
     return ahead if t_next == 1 else z + (t_next - t) * (first + v(ahead, t_next)) / 2
 
 def ddim_step(z, t, t_next, v, path="linear"):
-    """Take the current estimates of x and e and mix them anew for t_next: exact when they are right.  (DDIM eq. 12)
+    """Mix the current estimates of x and e anew: z_next = alpha_next x + sigma_next e.                  (DDIM eq. 12)
 
-    On the linear path this is Euler's step.
+    Exact when the estimates are right.  On the linear path this is Euler's step.
     """
     return model.mix(path, *estimates(z, t, v, path), torch.full((len(z),), t_next, device=z.device))
 
 def ddpm_step(z, t, t_next, v, path="linear", noise=0.0):
-    """Draw from q(z_next | z_t, x) with x the current estimate: ancestral sampling.          (DDPM eq. 7, for any path)
+    """Draw from q(z_next | z, x) with x the current estimate: ancestral sampling.            (DDPM eq. 7, for any path)
 
-    noise: (B,C,H,W) with the std of the path's noise, k.
+    Read towards the noise, z = r z_next + sqrt(var) n with r = alpha / alpha_next, var = sigma^2 - r^2 sigma_next^2;
+    Bayes' rule turns it round: a normal distribution about
+        (r sigma_next^2 z + var alpha_next x) / sigma^2    with the variance    var sigma_next^2 / sigma^2.
+    noise: (B,C,H,W) with the std of the path's noise, k, by which both standard deviations are multiplied.
     """
     x, _ = estimates(z, t, v, path)
     (alpha, sigma), (alpha_next, sigma_next) = (
@@ -99,8 +102,8 @@ def generate(net, noise, labels, *, solver="heun", steps=50, cfg=1.0, interval=(
     """Images (N,C,H,W), float in about [-1,1], from noise (N,C,H,W) with std k and labels (N,) int64.
 
     steps: of the time grid from 0 to 1; Heun-50 costs 99 network evaluations.  reuse: a network with a wide head runs
-    its backbone only every `reuse` steps.  step_noise(i) -> like noise, fresh for
-    step i (ddpm; else torch.randn_like).  trace: a dict that gets t -> (z, guided x).  Raises ValueError.
+    its backbone only every `reuse` steps.  step_noise(i) -> like noise, fresh for step i (ddpm; else torch.randn_like).
+    trace: a dict that gets t -> (z, guided x).  Raises ValueError.
     """
     if solver not in SOLVERS or steps < 1:
         raise ValueError(f"solver {solver!r}, {steps} steps: give one of {', '.join(SOLVERS)}, and at least 1 step")
