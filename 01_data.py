@@ -704,7 +704,7 @@ def build(options, folder):
         skipped += pack(split, make, jobs, labels, shape, dtype, part, workers)
     if skipped:
         (part / "skipped.txt").write_text("".join(skipped), errors="replace")
-        print(f"{len(skipped)} unreadable images left out; they are listed in {folder / 'skipped.txt'}")
+        print(f"{len(skipped)} unreadable images left out, listed in skipped.txt; the first: {skipped[0].strip()}")
     empty = sorted(set(range(len(names) or 1)) - set(np.load(part / "train_labels.npy").tolist()))
     if empty:
         raise ValueError((f"class {names[empty[0]]} has no readable image ({len(empty)} such classes)" if names else

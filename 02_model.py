@@ -69,7 +69,8 @@ def velocity_target(path, x, e, t):
 def conversion(kind, to, t, path="linear", t_eps=T_EPS):
     """A prediction of one kind ("x", "e", "v") is an affine map of another:  to = u * value + w * z.     (JiT Table 1)
 
-    Returns (u, w), each fp32 and shaped like t.  Denominators that vanish at an end of the path are clamped at t_eps.
+    Returns (u, w), each fp32 and shaped like t.  Both are fractions over sigma (from x) or over alpha (from e), which
+    vanish at an end of the path and are clamped at t_eps from below; from v nothing vanishes, nothing is clamped.
     Since z is known, a squared error in the space `to` is u^2 times the one in the space `kind`: choosing the space of
     the loss is choosing a weight over t.  For x to v on the linear path that weight is 1 / (1-t)^2.
     """
@@ -262,7 +263,7 @@ class Block(nn.Module):
     """One Transformer block with adaLN-Zero: x + gate * f(norm(x) * (1 + scale) + shift), for attention, then FFN.
 
     The "Zero" that matters is the gate's: all six start at zero, so every block starts as the identity.  The condition
-    c may be (B,1,D), the same for all tokens, or (B,L,D), one per token.
+    c may be (B,1,D), the same for all tokens, or (B,L,D), one per token.  adaLN_modulation(c) ends with 6 D signals.
     """
 
     def __init__(self, config, dropout, layer=0):

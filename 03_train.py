@@ -74,10 +74,11 @@ def draw(images, labels, options, config):
     return {"x": x, "y": y, "turns": turns, "t": t, "e": torch.randn_like(x).mul_(config.noise_scale)}
 
 def diffusion_loss(out, batch, config, *spaces):
-    """Squared error per image, one (B,) for each of the spaces "x", "e", "v" asked for, in fp32.   (JiT eq. 6, Table 1)
+    """Mean squared error of each image: a list, one (B,) in fp32 for each of the spaces "x", "e", "v" asked for.
 
-    Prediction and truth go through the same affine map (02_model.conversion), so their difference is only scaled by it:
-    a perfect prediction has loss zero at every t, and the space of the loss is a weight over t.
+    out: (B,C,H,W), the network's output, a config.pred.  Prediction and truth go through the same affine map
+    (02_model.conversion), so their difference is only scaled by it: a perfect prediction has loss zero at every t, and
+    the space of the loss is a weight over t.                                                       (JiT eq. 6, Table 1)
     """
     x, e, t = batch["x"], batch["e"], batch["t"]
     truth = batch[config.pred] if config.pred != "v" else model.velocity_target(config.path, x, e, t)
@@ -145,8 +146,9 @@ class Trainer:
     def train_step(self, feed):
         """One optimizer step: every micro-batch forward and backward, then AdamW, then the averages.
 
-        feed yields (images, labels), a pair for each of this process's micro-batches.  A step whose gradient is not
-        finite leaves weights and averages as they are; it is counted in `skipped`, and in `bad`, those in a row.
+        feed yields (images, labels), a pair for each of this process's micro-batches, step after step.  Their losses
+        count as a mean.  Every step is counted in `step`; one whose gradient is not finite leaves weights and averages
+        as they are, and is counted in `skipped`, and in `bad`, those in a row.
         """
         indices = self.indices()
         self.optimizer.zero_grad(set_to_none=True)

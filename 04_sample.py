@@ -41,8 +41,9 @@ def velocity(net, z, t, labels, t_eps):
 def guided_velocity(net, z, t, labels, cfg=1.0, interval=(0.0, 1.0), t_eps=0.05):
     """The guided velocity, v_uncond + w (v_class - v_uncond): w = cfg inside the interval, 1 outside. (JiT appendix A)
 
-    z: (B,C,H,W) state.  t: float.  labels: (B,) class ids.  Both halves go through the network as one batch; where w is
-    1 the unconditional half is skipped, where w is 0 the other.  Inside is low < t < high; low = 0 includes t = 0.
+    z: (B,C,H,W) state.  t: float.  labels: (B,) class ids; num_classes stands for "no class".  Both halves go through
+    the network as one batch; where w is 1 the unconditional half is skipped, where w is 0 the other.  Inside is
+    low < t < high; low = 0 includes t = 0.
     """
     low, high = interval
     # subtle: grid points such as 6/20 land a rounding error beside the ends 0.3 and 0.7; the margin says "outside"

@@ -38,6 +38,17 @@ def shell(*args, cwd, env=None, timeout=300):
     return subprocess.run([sys.executable, ROOT / args[0], *map(str, args[1:])], cwd=cwd, capture_output=True, text=True, timeout=timeout,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
 
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A function that an assignment has emptied says so in one line."""
+    try:
+        return (yield)
+    except NotImplementedError as error:
+        if not str(error).startswith("exercise "):
+            raise
+        empty = str(error)
+    pytest.fail(empty, pytrace=False)
+
 @pytest.fixture
 def there(tmp_path, monkeypatch):
     """Work in an empty folder."""

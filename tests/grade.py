@@ -26,7 +26,7 @@ def run_tests(kit, exercise, limit):
     """Run the exercise's tests in the folder.  Returns (share that passed, what is wrong)."""
     report = kit / "report.xml"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", f"--junitxml={report.name}",
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report.name}",
                "-k", f"exercise_{exercise.number:02d}_", "tests/test_exercises.py"]
     with open(kit / "output.txt", "w+", errors="replace") as output:
         process = subprocess.Popen(command, cwd=kit, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,

@@ -5,7 +5,7 @@ python tests/make_assignment.py OUT --exercises 1-6,guidance        some of them
 python tests/make_assignment.py --solutions solutions.md            the solution sheet, for teachers
 python tests/grade.py SUBMISSION                                    points, and the results.json that Gradescope reads
 
-In OUT a student fills the functions in, in any order, and asks  python -m pytest -q --tb=line tests/test_exercises.py
+In OUT a student fills the functions in, in any order, and asks  python -m pytest -q --tb=short -rN tests/test_exercises.py
 what is missing or wrong.  Only files that git tracks are copied, and of tests/ only what a student needs: the other
 tests hold second implementations.  The working code carries no markers: an exercise is found by its functions' names.
 """
@@ -45,18 +45,17 @@ EXERCISES = [Exercise(number, *row) for number, row in enumerate([
     ("rotate", "02_model.py", ("rotate",), 9, 40,
      "the rotary embedding: a 2-D rotation of each pair of adjacent channels", (": (x0 cos - x1 sin, x1 cos + x0 sin)",)),
     ("block", "02_model.py", ("Block.forward",), 9, 40,
-     "six signals from adaLN_modulation(c), in the order shift, scale, gate for attention (rope goes there; dropout on its output), then for the FFN"),
+     "six signals from adaLN_modulation(c): shift, scale, gate for norm1 and attention (rope goes there; dropout on its output), then for norm2 and the FFN"),
     ("loss", "03_train.py", ("diffusion_loss",), 9, 40,
      "the squared error per image in every space asked for: a list with one tensor (B,) for each"),
     ("ema", "03_train.py", ("Trainer.update_ema",), 5, 20,
      "move every average towards the weights, in place; self.options.ema lists the decays", (": ema += (1 - decay) (weights - ema)",)),
     ("step", "03_train.py", ("Trainer.train_step",), 12, 60,
-     "from loss to EMA: zero_grad; self.loss of each micro-batch inside self.summing, scaled by self.scaler, backward; unscale, self.lr into the optimizer, "
-     "gradient_norm; step and update_ema if that is finite; the counters"),
+     "one optimizer step, from loss to EMA; the trainer has loss, summing, scaler (a GradScaler), lr, gradient_norm and update_ema"),
     ("guidance", "04_sample.py", ("guided_velocity",), 9, 40,
      "combine the velocities with and without class; leave out the pass that is not needed", (", v_uncond + w (v_class - v_uncond)",)),
     ("euler", "04_sample.py", ("euler_step",), 3, 10, "one step along the velocity", (", z + (t_next - t) v(z, t)",)),
-    ("heun", "04_sample.py", ("heun_step",), 5, 20, "look ahead with Euler, then go with the mean of the two velocities; the last step is Euler's"),
+    ("heun", "04_sample.py", ("heun_step",), 5, 20, "look ahead with Euler, then go with the mean of the two velocities; the last step, to t_next = 1, is Euler's"),
     ("frechet", "05_eval.py", ("frechet_distance",), 7, 45, "the distance between two Gaussians; mind covariances that are singular",
      ("  The root's trace is the sum of the roots of the eigenvalues of R sigma2 R, R R = sigma1:\n"
       "    symmetric, so two eigenvalue problems replace a general matrix root, and singular covariances do no harm.",)),
@@ -120,8 +119,11 @@ def make(out, exercises=EXERCISES, solved=()):
             (out / exercise.file).write_text(text)
     (out / "tests" / "EXERCISES.md").write_text("\n".join([
         "# Exercises", "", "Read a function's docstring and what surrounds it, fill in the body, then ask what is missing or wrong:", "",
-        "    python -m pytest -q --tb=line tests/test_exercises.py", "",
-        "One exercise alone: add `-k exercise_05`. Each can be solved while the others are empty.", "",
+        "    python -m pytest -q --tb=short -rN tests/test_exercises.py", "",
+        "One exercise alone: add `-k exercise_05`. Each can be solved while the others are empty. Python, numpy and torch are all you need. The times are",
+        "for writing; reading what surrounds the functions takes about an hour more. Until all are back, a script stops at the first empty function that it",
+        "needs and names it; then README's first command runs. (`01_data.py` needs crop for `--source folder` only, `04_sample.py` takes euler and heun with",
+        "`--solver`.)", "",
         "| | exercise | file | functions | points | time | what to do |", "|---|---|---|---|---|---|---|",
         *(f"| {e.number} | {e.name} | `{e.file}` | {', '.join(f'`{f}`' for f in e.functions)} | {e.points} | {e.minutes} min | {e.task} |" for e in exercises)]) + "\n")
 

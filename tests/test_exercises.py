@@ -19,15 +19,19 @@ def must(holds, message):
 def close(found, wanted, message, atol=1e-5):
     """Compare two arrays and say how they differ."""
     must(found is not None, f"{message}; nothing was returned")
-    wanted = torch.as_tensor(wanted, dtype=torch.float64)
+    wanted, raw = torch.as_tensor(wanted, dtype=torch.float64), found
     try:
-        found = (found.detach() if torch.is_tensor(found) else torch.tensor(np.array(found, dtype=float))).double()
+        found = (raw.detach() if torch.is_tensor(raw) else torch.tensor(np.array(raw, dtype=float))).double()
     except (TypeError, ValueError):
-        must(False, f"{message}; numbers were expected, got {type(found).__name__} {str(found)[:60]}")
+        found = None
+    must(found is not None, f"{message}; numbers were expected, got {type(raw).__name__} {' '.join(str(raw).split())[:60]}")
     must(found.shape == wanted.shape, f"{message}; expected the shape {tuple(wanted.shape)}, got {tuple(found.shape)}")
-    shown = [f"{[round(v, 4) for v in value.flatten().tolist()]}" if wanted.numel() <= 8 else "" for value in (wanted, found)]
-    numbers = f"expected {shown[0]}, got {shown[1]}" if shown[0] else f"the largest difference is {(found - wanted).abs().max().item():.3g}"
+    shown = [[round(v, 4) for v in value.flatten().tolist()] for value in (wanted, found)]
+    numbers = f"expected {shown[0]}, got {shown[1]}" if wanted.numel() <= 8 else f"the largest difference is {(found - wanted).abs().max().item():.3g}"
     must(torch.allclose(found, wanted, atol=atol, rtol=0), f"{message}; {numbers}")
+
+def unchanged(value, before, name):
+    must(torch.equal(value, before), f"{name} must not be changed in place: the caller goes on with it")
 
 # ---- 1 centre crop ----------------------------------------------------------------------------------------------------
 def crop(array, size, mode="RGB"):
@@ -82,29 +86,37 @@ def test_exercise_02_mix_velocity():
 
 # ---- 3 conversion -----------------------------------------------------------------------------------------------------
 WORKED = {"linear": (0.25, {"x": 4.0, "e": 8.0, "v": -4.0}, 7.0),      # path: (t, an image, noise and velocity that belong together, their z)
-          "cosine": (1 / 3, {"x": 4.0, "e": 8.0, "v": -0.841787}, 8.928203)}
+          "cosine": (1 / 3, {"x": 4.0, "e": 8.0, "v": -0.841787}, 8.928203),
+          "ddpm-cosine": (1 / 3, {"x": 4.0, "e": 8.0, "v": -0.777982}, 8.930331)}
+ENDS = [("x", "v", 1.0, 20, -20), ("x", "v", 0.99, 20, -20), ("x", "e", 1.0, -20, 20), ("e", "x", 0.0, -20, 20), ("e", "v", 0.0, -20, 20),
+        ("e", "v", 0.01, -20, 20), ("v", "x", 1.0, 0, 1), ("v", "e", 0.0, 0, 1)]
+
+def converted(kind, to, t, *args):
+    """(u, w), looked at."""
+    pair = model.conversion(kind, to, torch.tensor(t), *args)
+    must(isinstance(pair, (tuple, list)) and len(pair) == 2, f"conversion returns two tensors, (u, w); from {kind} to {to} it returned {' '.join(str(pair).split())[:60]}")
+    for name, part in zip("uw", pair):
+        must(torch.is_tensor(part) and part.shape == (len(t),) and part.dtype == torch.float32,
+             f"conversion from {kind} to {to}: {name} is a tensor, fp32 and of the shape of t, ({len(t)},); got {' '.join(str(part).split())[:60]}")
+    return pair
 
 @pytest.mark.parametrize("path", WORKED)
 @pytest.mark.parametrize("kind", "xev")
 def test_exercise_03_conversion(kind, path):
     t, known, z = WORKED[path]
     for to in known:
-        answer = model.conversion(kind, to, torch.tensor([t]), path)
-        must(isinstance(answer, tuple) and len(answer) == 2, f"conversion returns a pair, (u, w); from {kind} to {to} it returned {answer}")
-        u, w = answer
+        u, w = converted(kind, to, [t], path)
         close(u * known[kind] + w * z, [known[to]], f"conversion from {kind} to {to} on the {path} path at t = {t:.2f}: {kind} is {known[kind]:g}, z is {z:g}, so u {kind} + w z", 1e-4)
 
 def test_exercise_03_conversion_of_many_times():
-    for kind, to in (("x", "v"), ("v", "x"), ("x", "x")):
-        for part in model.conversion(kind, to, torch.tensor([0.1, 0.5, 0.9]), "linear"):
-            must(torch.is_tensor(part) and part.shape == (3,) and part.dtype == torch.float32, f"conversion from {kind} to {to}: u and w are fp32 and have the shape of t, got {part}")
+    close(converted("x", "x", [0.1, 0.5, 0.9])[0], [1, 1, 1], "conversion from x to x at three times: u")
+    close(converted("v", "x", [0.1, 0.5, 0.9])[1], [1, 1, 1], "conversion from v to x on the linear path at three times: w")
 
 def test_exercise_03_conversion_clamps():
-    close(model.conversion("x", "v", torch.tensor([1.0]), "linear")[0], [20.0], "conversion from x to v at t = 1: the denominator that vanishes is clamped at t_eps = 0.05, so u")
-    close(model.conversion("e", "v", torch.tensor([0.0]), "linear")[0], [-20.0], "conversion from e to v at t = 0: the denominator that vanishes is clamped at t_eps = 0.05, so u")
-    close(model.conversion("x", "v", torch.tensor([1.0]), "linear", 0.1)[0], [10.0], "conversion from x to v at t = 1 with t_eps = 0.1: u")
-    for part in model.conversion("v", "x", torch.tensor([1.0]), "linear"):
-        must(bool(torch.isfinite(part).all()) and part.abs().max() < 1.01, "conversion from v to x: nothing is divided by a number that vanishes, so nothing is clamped")
+    for kind, to, t, u, w in ENDS:
+        close(torch.stack(converted(kind, to, [t])).flatten(), [u, w], f"conversion from {kind} to {to} on the linear path at t = {t:g}, t_eps = 0.05, near an end of the path: u and w "
+              "(each one fraction, whose denominator alone is clamped)" if kind != "v" else f"conversion from v to {to} at t = {t:g}: nothing vanishes, so nothing is clamped: u and w")
+    close(converted("x", "v", [1.0], "linear", 0.1)[0], [10.0], "conversion from x to v at t = 1 with t_eps = 0.1: u")
 
 # ---- 4 patchify -------------------------------------------------------------------------------------------------------
 IMAGE = torch.arange(2 * 2 * 4 * 6.).view(2, 2, 4, 6)                  # two images, two channels, four rows of six
@@ -123,7 +135,9 @@ def test_exercise_04_patchify_order():
 
 # ---- 5 rotary embedding -----------------------------------------------------------------------------------------------
 def turn(x, angle):
+    before = x.clone()
     found = model.rotate(x, torch.as_tensor(angle).cos(), torch.as_tensor(angle).sin())
+    unchanged(x, before, "rotate: x")
     must(torch.is_tensor(found) and found.shape == x.shape, f"rotate returns the shape of x, {tuple(x.shape)}, got {getattr(found, 'shape', found)}")
     return found
 
@@ -142,79 +156,103 @@ def test_exercise_05_rotate_any():
     close(turn(turn(x, a), b), turn(x, a + b), "rotate by one angle and then by another is rotate by their sum", 1e-4)
 
 # ---- 6 adaLN block ----------------------------------------------------------------------------------------------------
-def block(signals, attention=lambda h, rope=None: 3 * h, mlp=lambda h: h + 1, x=2.0):
-    """A block whose six signals are given, whose norms do nothing, and whose parts are simple functions; its output for x."""
+def block(signals, x=2.0, c=((1.0,), (1.0,)), attention=lambda h, rope=None: 3 * h, drop=1.0):
+    """A block whose parts are simple functions, and whose six signals are given, times c; its output, a number for each of two tokens."""
     part = model.Block(model.JiTConfig(**{**TINY, "rope": False}), 0.0).eval()
-    part.norm1, part.norm2 = torch.nn.Identity(), torch.nn.Identity()
-    part.adaLN_modulation.forward = lambda c: torch.tensor(signals, dtype=torch.float32).repeat_interleave(32).expand(1, 1, -1)
-    part.attn.forward, part.mlp.forward = attention, mlp
-    found = part(torch.full((1, 2, 32), x), torch.zeros(1, 1, 32), "the table")
+    part.norm1.forward, part.norm2.forward = (lambda h: 10 * h), (lambda h: h / 2)
+    vector = torch.tensor(signals, dtype=torch.float32).repeat_interleave(32)
+    part.adaLN_modulation.forward = lambda c: c[..., :1] * vector if torch.is_tensor(c) else vector
+    part.attn.forward, part.mlp.forward, part.dropout.forward = attention, lambda h: h + 1, lambda h: drop * h
+    before = torch.full((1, 2, 32), x)
+    given = before.clone()
+    found = part(given, torch.tensor(c).expand(-1, 32)[None] if c else None, "the table")
+    unchanged(given, before, "Block.forward: x")
     must(torch.is_tensor(found) and found.shape == (1, 2, 32), f"Block.forward returns the shape of x, got {getattr(found, 'shape', found)}")
-    return found[0, 0, :1]
+    return found[0, :, 0]
+
+PARTS = "Block.forward, input 2; the first norm multiplies by 10, attention triples, the second norm halves, the FFN adds 1"
 
 def test_exercise_06_block_starts_as_the_identity():
-    close(block([0, 0, 0, 0, 0, 0]), [2.0], "Block.forward: at initialisation all signals, the gates too, are zero, so a block returns its input, 2")
+    close(block([0, 0, 0, 0, 0, 0]), [2.0, 2.0], "Block.forward: at initialisation all signals, the gates too, are zero, so a block returns its input, 2")
 
 def test_exercise_06_block_attention():
-    close(block([0, 0, 1, 0, 0, 0]), [8.0], "Block.forward, input 2, attention triples: with the first gate 1, the others 0, input plus attention")
-    close(block([1, 0.5, 2, 0, 0, 0]), [26.0], "Block.forward, input 2, attention triples, first shift 1, scale 0.5, gate 2; the FFN's signals 0")
+    close(block([0, 0, 1, 0, 0, 0]), [62.0, 62.0], f"{PARTS}; the first gate is 1, the other signals 0")
+    close(block([1, 0.5, 2, 0, 0, 0]), [188.0, 188.0], f"{PARTS}; the first shift is 1, scale 0.5, gate 2, the FFN's signals 0")
 
 def test_exercise_06_block_ffn():
-    close(block([0, 0, 0, -1, 1, 0.5]), [4.0], "Block.forward, input 2, the FFN adds 1, its shift -1, scale 1, gate 0.5; attention's signals 0")
-    close(block([1, 0.5, 2, -1, 1, 0.5]), [52.0], "Block.forward, input 2: both together; the FFN sees what attention has made")
+    close(block([0, 0, 0, -1, 1, 0.5]), [3.0, 3.0], f"{PARTS}; the second shift is -1, scale 1, gate 0.5, attention's signals 0")
+    close(block([1, 0.5, 2, -1, 1, 0.5]), [282.0, 282.0], f"{PARTS}; first shift, scale and gate 1, 0.5, 2, second -1, 1, 0.5: the FFN sees what attention has made")
+
+def test_exercise_06_block_conditions():
+    close(block([0, 0, 1, 0, 0, 0], c=((1.0,), (0.0,))), [62.0, 2.0], f"{PARTS}; a condition for each token: the first token's first gate is 1, all other signals are 0")
+    close(block([0, 0, 1, 0, 0, 0], c=None), [62.0, 62.0], f"{PARTS}; adaLN_modulation gives one vector for all, (6 D,)")
 
 def test_exercise_06_block_rope_and_dropout():
     seen = []
     block([0, 0, 1, 0, 0, 0], attention=lambda h, rope=None: seen.append(rope) or h)
     must(seen == ["the table"], "Block.forward: the rotary tables, rope, must reach the attention")
-    part = model.Block(model.JiTConfig(**{**TINY, "rope": False, "mlp_ratio": 1.0}), 0.0)
-    part.norm1 = part.norm2 = torch.nn.Identity()
-    part.adaLN_modulation.forward = lambda c: torch.tensor([0, 0, 1, 0, 0, 0.0]).repeat_interleave(32).expand(1, 1, -1)
-    part.dropout.forward = lambda h: h * 0
-    close(part(torch.ones(1, 2, 32), torch.zeros(1, 1, 32)), torch.ones(1, 2, 32), "Block.forward: with a dropout that lets nothing through attention adds nothing")
+    close(block([0, 0, 1, 0, 0, 1], drop=0.0), [4.0, 4.0], f"{PARTS}; both gates are 1, and the block's dropout, for attention's output, lets nothing through")
 
 # ---- 7 loss -----------------------------------------------------------------------------------------------------------
-TIMES = torch.tensor([0.1, 0.5, 0.9, 0.99])
+TIMES, ERRORS, WORLD = torch.tensor([0.1, 0.5, 0.9, 0.99]), torch.tensor([0.1, 0.2, 0.3, 0.4]).view(4, 1, 1, 1), {"x": 4.0, "e": 8.0, "v": 2.0, "z": 10.0}
 
-def losses(monkeypatch, error, *spaces, pred="x", dtype=torch.float32):
-    """diffusion_loss of a prediction that is off by `error` everywhere; the functions it needs are stand-ins."""
-    unit = lambda t: (torch.ones_like(t), 0 * t)
-    scale = lambda t: (1 / (1 - t).clamp_min(0.05), -1 / (1 - t).clamp_min(0.05))
-    monkeypatch.setattr(model, "conversion", lambda kind, to, t, path="linear", t_eps=0.05: unit(t) if kind == to else scale(t))
-    monkeypatch.setattr(model, "velocity_target", lambda path, x, e, t: x * 0 + 7)
-    generator = torch.Generator().manual_seed(0)
-    batch = {"x": torch.randn(4, 3, 8, 8, generator=generator), "e": torch.randn(4, 3, 8, 8, generator=generator), "t": TIMES}
-    truth = batch[pred] if pred != "v" else torch.full((4, 3, 8, 8), 7.0)
-    found = train.diffusion_loss((truth + error).to(dtype), batch, model.JiTConfig(**TINY, pred=pred), *spaces)
+def conversion_stand_in(kind, to, t, path="linear", t_eps=0.05):
+    """An invented (u, w) under which the numbers of WORLD belong together, but for the last time, where it acts as if clamped."""
+    must(path == "cosine", f"diffusion_loss: the path is config.path, cosine here; conversion was asked for {path}")
+    u = {"xv": 1 + t, "vx": 1 / (1 + t), "xe": 3 + 0 * t, "ex": 1 / 3 + 0 * t, "ev": 5 + 0 * t, "ve": 0.2 + 0 * t}.get(kind + to, torch.ones_like(t))
+    return torch.where((t > 0.95) & (kind != to), u / 2, u), (WORLD[to] - u * WORLD[kind]) / WORLD["z"]
+
+def losses(monkeypatch, errors, *spaces, pred="x", x=4.0, out=None):
+    """diffusion_loss of a prediction that is off by `errors`, a number for each image; what it may call is replaced."""
+    full = lambda value: torch.full((4, 3, 8, 8), value)
+    monkeypatch.setattr(model, "conversion", conversion_stand_in)
+    monkeypatch.setattr(model, "velocity_target", lambda path, x, e, t: full(WORLD["v"]))
+    monkeypatch.setattr(model, "mix", lambda path, x, e, t: full(WORLD["z"]))
+    batch = {"x": full(x), "e": full(WORLD["e"]), "t": TIMES.clone()}
+    before = {name: value.clone() for name, value in batch.items()}
+    out = out if out is not None else full(WORLD[pred]) + errors
+    found = train.diffusion_loss(out, batch, model.JiTConfig(**TINY, pred=pred, path="cosine"), *spaces)
+    for name in batch:
+        unchanged(batch[name], before[name], f"diffusion_loss: batch[{name!r}]")
     must(found is not None, "diffusion_loss returned nothing")
     must(isinstance(found, (list, tuple)) and len(found) == len(spaces), f"diffusion_loss returns a list, one tensor for each of the {len(spaces)} spaces asked for; "
          f"it returned {'a tensor of the shape ' + str(tuple(found.shape)) if torch.is_tensor(found) else repr(found)[:60]}")
     return found
 
 def test_exercise_07_loss_of_a_perfect_prediction(monkeypatch):
-    for found in losses(monkeypatch, 0.0, "x", "v"):
-        close(found, torch.zeros(4), "diffusion_loss: a perfect prediction has loss zero at every t, one number per image")
+    for space, found in zip("xv", losses(monkeypatch, 0.0, "x", "v")):
+        close(found, torch.zeros(4), f"diffusion_loss in {space}-space of a perfect prediction, four images, t = 0.1, 0.5, 0.9, 0.99; the clamp acts at the last: prediction and truth must go through the same conversion")
 
 def test_exercise_07_loss_in_x(monkeypatch):
-    close(losses(monkeypatch, 0.1, "x")[0], [0.01] * 4, "diffusion_loss in x-space of an x-prediction off by 0.1 everywhere, four images")
+    close(losses(monkeypatch, ERRORS, "x")[0], [0.01, 0.04, 0.09, 0.16], "diffusion_loss in x-space of an x-prediction, four images off by 0.1, 0.2, 0.3, 0.4 everywhere")
 
 def test_exercise_07_loss_in_v(monkeypatch):
-    close(losses(monkeypatch, 0.1, "x", "v")[1], [0.0123457, 0.04, 1.0, 4.0], "diffusion_loss in v-space of an x-prediction off by 0.1 everywhere, at t = 0.1, 0.5, 0.9, 0.99")
+    close(losses(monkeypatch, ERRORS, "x", "v")[1], [0.0121, 0.09, 0.3249, 0.158404],
+          "diffusion_loss in v-space of an x-prediction, four images off by 0.1, 0.2, 0.3, 0.4; conversion's u from x to v is 1.1, 1.5, 1.9, 0.995 here")
 
 def test_exercise_07_loss_of_other_predictions(monkeypatch):
-    close(losses(monkeypatch, 0.1, "v", pred="v")[0], [0.01] * 4, "diffusion_loss in v-space of a v-prediction off by 0.1: what is it to be compared with?")
-    close(losses(monkeypatch, 0.1, "e", pred="e")[0], [0.01] * 4, "diffusion_loss in e-space of an e-prediction off by 0.1: what is it to be compared with?")
+    for pred in "ve":
+        close(losses(monkeypatch, ERRORS, pred, pred=pred)[0], [0.01, 0.04, 0.09, 0.16],
+              f"diffusion_loss in {pred}-space of an {pred}-prediction, four images off by 0.1, 0.2, 0.3, 0.4: what is it to be compared with?")
 
 def test_exercise_07_loss_is_fp32(monkeypatch):
-    found = losses(monkeypatch, 0.1, "x", dtype=torch.bfloat16)[0]
+    found = losses(monkeypatch, 0.0, "x", x=4.01, out=torch.full((4, 3, 8, 8), 4.0, dtype=torch.bfloat16))[0]
     must(found.dtype == torch.float32, f"diffusion_loss of a bf16 prediction: the loss is fp32, got {found.dtype}")
+    close(found, [1e-4] * 4, "diffusion_loss of a bf16 prediction, 4 instead of 4.01: the error, too, is computed in fp32", 1e-6)
+
+def test_exercise_07_loss_has_a_gradient(monkeypatch):
+    out = torch.full((4, 3, 8, 8), 5.0, requires_grad=True)
+    found = losses(monkeypatch, 0.0, "x", out=out)[0]
+    must(found.requires_grad, "diffusion_loss: no gradient reaches the prediction, so nothing could be learned")
+    found.sum().backward()
+    close(out.grad[0], torch.full((3, 8, 8), 2 / 192), "diffusion_loss in x-space of an x-prediction off by 1: the gradient at each of the 192 numbers of an image", 1e-6)
 
 # ---- 8 EMA ------------------------------------------------------------------------------------------------------------
 def averages():
     net = torch.nn.Linear(3, 2)
     ema = [{k: torch.zeros_like(v) for k, v in net.state_dict().items()} for _ in range(2)]
     kept = ema[0]["weight"]
-    trainer = types.SimpleNamespace(net=net, ema=ema, options=types.SimpleNamespace(ema=(0.9, 0.5)))
+    trainer = types.SimpleNamespace(net=net, ema=ema, parameters=list(net.parameters()), options=types.SimpleNamespace(ema=(0.9, 0.5)), step=1)
     train.Trainer.update_ema(trainer)
     train.Trainer.update_ema(trainer)
     must(trainer.ema is ema and ema[0]["weight"] is kept and bool(kept.abs().sum() > 0), "update_ema changes the averages in place, the tensors of self.ema stay the same objects")
@@ -231,18 +269,19 @@ def test_exercise_08_ema_of_all():
 
 # ---- 9 training step --------------------------------------------------------------------------------------------------
 class Scaler:
-    """GradScaler with a factor of 1024, which writes down when it is called."""
+    """GradScaler with a factor of 2, which writes down when it is called."""
 
     def __init__(self, parameters, done):
         self.parameters, self.done = parameters, done
 
     def scale(self, loss):
-        return loss * 1024.0
+        self.done.append("scale")
+        return loss * 2
 
     def unscale_(self, optimizer):
         self.done.append("unscale_")
         for p in self.parameters:
-            p.grad /= 1024.0
+            p.grad /= 2
 
     def step(self, optimizer):
         self.done.append("step")
@@ -255,53 +294,63 @@ class Toy(train.Trainer):
     """One weight, beginning at 1; the loss is weight * image, so the gradient is the image; plain SGD."""
 
     def __init__(self):
-        self.net, self.done, self.inside = torch.nn.Linear(1, 1, bias=False), [], False
+        self.net, self.done, self.inside, self.outside = torch.nn.Linear(1, 1, bias=False), [], False, False
         torch.nn.init.ones_(self.net.weight)
-        self.parameters = list(self.net.parameters())
+        self.forward, self.parameters, self.world, self.rank = self.net, list(self.net.parameters()), 2, 1
         self.optimizer, self.scaler = torch.optim.SGD(self.parameters, lr=100.0), Scaler(self.parameters, self.done)
         self.step, self.skipped, self.bad, self.sums = 0, 0, 0, torch.zeros(7, 2, dtype=torch.float64)
 
     def indices(self):
-        return range(self.micro_batches)
+        return range(1, 2 * self.micro_batches, 2)                     # every second one is another process's
 
     def lr(self, step):
         return 0.5 if step == 0 else 0.25
 
     def loss(self, index, images, labels):
-        must(index == labels, f"train_step: micro-batch {labels} of the step was given to self.loss as number {index}")
-        must(self.inside, "train_step: the forward and backward pass go inside `with self.summing(...)`")
-        return (self.net.weight * images).sum()
+        must(index == labels, f"train_step: self.loss needs the number of the micro-batch, {labels}, as self.indices() lists it; it got {index}")
+        must(self.inside, "train_step: the forward pass goes inside `with self.summing(...)`")
+        loss = (self.net.weight * images).sum()
+        loss.register_hook(self.look)
+        return loss
+
+    def look(self, gradient):
+        self.outside |= not self.inside
 
     @contextmanager
     def summing(self, last):
-        self.done.append(f"last={last}")
+        self.last.append(last)
         self.inside = True
         yield
         self.inside = False
 
     def update_ema(self):
-        self.done.append("ema")
-        self.averaged = self.net.weight.item()
+        self.averaged.append(self.net.weight.item())
 
     def run(self, *images):
-        """One step, each image a micro-batch of its own."""
-        self.micro_batches = len(images)
+        """One step, each image a micro-batch of its own; the next step's are already waiting."""
+        self.micro_batches, self.last, self.averaged, n = len(images), [], [], len(images)
+        self.options = types.SimpleNamespace(batch_size=2 * n, micro_batch=1)
         self.done.clear()
-        feed = iter([(torch.tensor([float(image)]), index) for index, image in enumerate(images)])
+        waiting = [(torch.tensor([float(image)]), index) for image, index in zip(images * 2, [*self.indices()] * 2)]
+        feed, finite = iter(waiting), all(math.isfinite(image) for image in images)
         self.train_step(feed)
-        must(next(feed, None) is None, f"train_step must take all {len(images)} micro-batches of the step from the feed")
+        left = len(list(feed))
+        must(left == n, f"train_step takes the {n} micro-batches of its step from the feed and leaves the next step's there; it took {2 * n - left}")
+        calls = ["scale"] * n + ["unscale_"] + ["step"] * finite + ["update"]
+        must(self.done == calls, f"train_step, {n} micro-batch{'es' * (n > 1)} with {'a finite gradient' if finite else 'a gradient that is not finite'}: "
+             f"self.scaler is called in the order {', '.join(calls)}; got {', '.join(self.done)}")
+        must(not self.outside, "train_step: the backward pass, too, goes inside `with self.summing(...)`")
         return self
 
 def test_exercise_09_step_moves_the_weights():
-    toy = Toy().run(1.0)
-    close(toy.net.weight.flatten(), [0.5], "train_step, weight 1, gradient 1, the learning rate self.lr gives is 0.5: the weight after the step")
+    toy = Toy().run(2.0)
+    close(toy.net.weight.flatten(), [0.0], "train_step, weight 1, gradient 2, the learning rate self.lr gives is 0.5: the weight after the step")
     must(toy.step == 1, f"train_step counts the step: self.step was 0 and is {toy.step}")
 
 def test_exercise_09_step_accumulates():
     toy = Toy().run(2.0, 1.0, 0.0)
-    close(toy.net.weight.flatten(), [0.5], "train_step, weight 1, three micro-batches with gradients 2, 1, 0, learning rate 0.5: the weight after the step")
-    must([entry for entry in toy.done if entry.startswith("last")] == ["last=False", "last=False", "last=True"],
-         "train_step: processes exchange gradients with the last micro-batch only, so self.summing(last) is True for that one")
+    close(toy.net.weight.flatten(), [0.5], "train_step, weight 1, three micro-batches with gradients 2, 1, 0, whose mean counts, learning rate 0.5: the weight after the step")
+    must(toy.last == [False, False, True], f"train_step: processes exchange gradients with the last micro-batch only, so self.summing(last) is given False, False, True; got {toy.last}")
 
 def test_exercise_09_step_begins_anew():
     toy = Toy().run(1.0).run(1.0)
@@ -309,67 +358,82 @@ def test_exercise_09_step_begins_anew():
 
 def test_exercise_09_step_averages():
     toy = Toy().run(1.0)
-    must(toy.done.count("ema") == 1, f"train_step calls update_ema once a step; it was called {toy.done.count('ema')} times")
-    close([toy.averaged], [0.5], "train_step: update_ema must see the weights after the step")
-    must([entry for entry in toy.done if entry in ("unscale_", "step", "update")] == ["unscale_", "step", "update"],
-         f"train_step: the scaler's calls come in the order unscale_, step, update; got {toy.done}")
-    close([toy.sums[-1, 0]], [1.0], "train_step: gradient_norm is taken of the unscaled gradients")
+    must(len(toy.averaged) == 1, f"train_step calls update_ema once a step; it was called {len(toy.averaged)} times")
+    close(toy.averaged, [0.5], "train_step: update_ema must see the weights after the step")
+    must(toy.sums[-1, 1] == 1, f"train_step calls gradient_norm once a step, it goes into the log; it was called {int(toy.sums[-1, 1])} times")
+    close(toy.sums[-1, 0], 1.0, "train_step, gradient 1: what gradient_norm has put into the log, taken after unscaling")
 
 def test_exercise_09_step_survives_a_bad_gradient():
     toy = Toy().run(math.inf).run(math.nan)
     close(toy.net.weight.flatten(), [1.0], "train_step: a gradient that is not finite must not reach the weights")
-    must("ema" not in toy.done, "train_step: after a gradient that is not finite the averages stay as they are")
+    must(not toy.averaged, "train_step: after a gradient that is not finite the averages stay as they are")
     must((toy.step, toy.skipped, toy.bad) == (2, 2, 2), f"train_step, two steps, both bad: step, skipped and bad are 2, 2, 2; got {toy.step}, {toy.skipped}, {toy.bad}")
     toy.run(1.0)
     must((toy.step, toy.skipped, toy.bad) == (3, 2, 0), f"train_step, a good step after two bad ones: step, skipped and bad are 3, 2, 0; got {toy.step}, {toy.skipped}, {toy.bad}")
 
 # ---- 10 guidance ------------------------------------------------------------------------------------------------------
-def guided(monkeypatch, *args):
-    """guided_velocity where the velocity is the label: 3 and 4 with class, 10 without.  Returns (it, images that went through)."""
-    seen = []
-    monkeypatch.setattr(sample, "velocity", lambda net, z, t, labels, t_eps: seen.append(len(z)) or labels.float().view(-1, 1) * z)
+def guided(monkeypatch, t, *args, t_eps=0.02):
+    """guided_velocity where the velocity is label times z: 3 and 8 with class, 10 and 20 without.  Returns (it, sizes of the batches)."""
+    seen, z = [], torch.tensor([[1.0], [2.0]])
+    def velocity(net, z, t, labels, t_eps=None):
+        must(isinstance(t, float), f"guided_velocity: velocity takes the time as a float, it got {type(t).__name__}")
+        must(t_eps == 0.02, f"guided_velocity: t_eps, 0.02 here, must reach velocity; it got {t_eps}")
+        seen.append(len(z))
+        return labels.float().view(-1, 1) * z
+    monkeypatch.setattr(sample, "velocity", velocity)
     net = types.SimpleNamespace(config=types.SimpleNamespace(num_classes=10))
-    return sample.guided_velocity(net, torch.ones(2, 1), args[0], torch.tensor([3, 4]), *args[1:]), sum(seen)
+    found = sample.guided_velocity(net, z, t, torch.tensor([3, 4]), *args, t_eps=t_eps)
+    unchanged(z, torch.tensor([[1.0], [2.0]]), "guided_velocity: z")
+    return found, seen
+
+OFF, ON, CASE = [[3.0], [8.0]], [[-11.0], [-16.0]], "guided_velocity of two images, whose velocities are 3 and 8 with class, 10 and 20 without (label num_classes)"
 
 def test_exercise_10_guidance(monkeypatch):
-    case = "guided_velocity, the velocity being 3 and 4 with class and 10 without (label num_classes)"
-    close(guided(monkeypatch, 0.5, 1.0)[0], [[3.0], [4.0]], f"{case}: with w = 1")
-    close(guided(monkeypatch, 0.5, 0.0)[0], [[10.0], [10.0]], f"{case}: with w = 0")
-    close(guided(monkeypatch, 0.5, 3.0)[0], [[-11.0], [-8.0]], f"{case}: with w = 3, beyond the class and away from what has none")
+    close(guided(monkeypatch, 0.5, 1.0)[0], OFF, f"{CASE}: with w = 1")
+    close(guided(monkeypatch, 0.5, 0.0)[0], [[10.0], [20.0]], f"{CASE}: with w = 0")
+    close(guided(monkeypatch, 0.5, 3.0)[0], ON, f"{CASE}: with w = 3, beyond the class and away from what has none")
 
-def test_exercise_10_guidance_skips(monkeypatch):
-    for w in (1.0, 0.0):
-        passed = guided(monkeypatch, 0.5, w)[1]
-        must(passed == 2, f"guided_velocity of 2 images with w = {w:g} needs one pass, 2 images; {passed} went through the network")
-    passed = guided(monkeypatch, 0.05, 3.0, (0.1, 1.0))[1]
-    must(passed == 2, f"guided_velocity of 2 images outside its interval needs one pass, 2 images; {passed} went through the network")
+def test_exercise_10_guidance_passes(monkeypatch):
+    for w, interval, why in ((1.0, (0.0, 1.0), "with w = 1"), (0.0, (0.0, 1.0), "with w = 0"), (3.0, (0.6, 1.0), "outside its interval")):
+        seen = guided(monkeypatch, 0.5, w, interval)[1]
+        must(seen == [2], f"guided_velocity of 2 images {why} needs one pass with 2 images; it made passes with {seen}")
+    seen = guided(monkeypatch, 0.5, 3.0)[1]
+    must(seen == [4], f"guided_velocity of 2 images with w = 3: both halves go through the network as one batch of 4; it made passes with {seen}")
 
 def test_exercise_10_guidance_interval(monkeypatch):
-    case, off, on = "guided_velocity with w = 3", [[3.0], [4.0]], [[-11.0], [-8.0]]
-    close(guided(monkeypatch, 0.05, 3.0, (0.1, 1.0))[0], off, f"{case} at t = 0.05, interval 0.1 to 1: outside, as with w = 1")
-    close(guided(monkeypatch, 0.9, 3.0, (0.1, 0.8))[0], off, f"{case} at t = 0.9, interval 0.1 to 0.8: outside, as with w = 1")
-    close(guided(monkeypatch, 0.5, 3.0, (0.1, 0.8))[0], on, f"{case} at t = 0.5, interval 0.1 to 0.8: inside")
+    close(guided(monkeypatch, 0.05, 3.0, (0.1, 1.0))[0], OFF, f"{CASE}: w = 3 at t = 0.05, interval 0.1 to 1: outside, as with w = 1")
+    close(guided(monkeypatch, 0.9, 3.0, (0.1, 0.8))[0], OFF, f"{CASE}: w = 3 at t = 0.9, interval 0.1 to 0.8: outside, as with w = 1")
+    close(guided(monkeypatch, 0.5, 3.0, (0.1, 0.8))[0], ON, f"{CASE}: w = 3 at t = 0.5, interval 0.1 to 0.8: inside")
     for t in (0.3, 0.7):
-        close(guided(monkeypatch, t, 3.0, (0.3, 0.7))[0], off, f"{case} at t = {t}, interval 0.3 to 0.7: an end is outside")
-    close(guided(monkeypatch, 0.0, 3.0, (0.0, 0.7))[0], on, f"{case} at t = 0, interval 0 to 0.7: an interval that begins at 0 includes t = 0")
+        close(guided(monkeypatch, t, 3.0, (0.3, 0.7))[0], OFF, f"{CASE}: w = 3 at t = {t}, interval 0.3 to 0.7: an end is outside")
+    close(guided(monkeypatch, 0.0, 3.0, (0.0, 0.7))[0], ON, f"{CASE}: w = 3 at t = 0, interval 0 to 0.7: an interval that begins at 0 includes t = 0")
 
 # ---- 11, 12 solvers ---------------------------------------------------------------------------------------------------
-def slope(times):
-    """v(z, t) = 4 z + t, and the times at which it was asked for."""
-    return lambda z, t: times.append(t) or z * 4 + t
+def stepped(step, t, t_next):
+    """A step from z = 2 where v(z, t) is 4 z + t: (the new z, the times at which v was asked for)."""
+    times, z = [], torch.tensor([2.0])
+    found = step(z, t, t_next, lambda z, t: times.append(t) or z * 4 + t)
+    unchanged(z, torch.tensor([2.0]), f"{step.__name__}: z")
+    return found, times
 
 def test_exercise_11_euler():
-    close(sample.euler_step(torch.tensor([2.0]), 0.25, 0.5, slope([])), [4.0625], "euler_step from z = 2 at t = 0.25 to 0.5, where v(z, t) is 4 z + t")
+    close(stepped(sample.euler_step, 0.25, 0.5)[0], [4.0625], "euler_step from z = 2 at t = 0.25 to 0.5, where v(z, t) is 4 z + t")
 
-def test_exercise_12_heun():
-    times = []
-    close(sample.heun_step(torch.tensor([2.0]), 0.25, 0.5, slope(times)), [5.125], "heun_step from z = 2 at t = 0.25 to 0.5, where v(z, t) is 4 z + t")
+def heun(monkeypatch, t, t_next):
+    monkeypatch.setattr(sample, "euler_step", lambda z, t, t_next, v: torch.lerp(z, z + v(z, t), t_next - t))
+    return stepped(sample.heun_step, t, t_next)
+
+def test_exercise_12_heun(monkeypatch):
+    found, times = heun(monkeypatch, 0.25, 0.5)
+    close(found, [5.125], "heun_step from z = 2 at t = 0.25 to 0.5, where v(z, t) is 4 z + t")
     must(sorted(times) == [0.25, 0.5], f"heun_step from t = 0.25 to 0.5 asks for the velocity twice, at both ends; it asked at {times}")
+    close(heun(monkeypatch, 0.9, 0.98)[0], [2.82912], "heun_step from z = 2 at t = 0.9 to 0.98, which is not the last step, where v(z, t) is 4 z + t")
 
-def test_exercise_12_heun_last_step():
-    times = []
-    close(sample.heun_step(torch.tensor([2.0]), 0.5, 1.0, slope(times)), [6.25], "heun_step from z = 2 at t = 0.5 to 1, the last step, where v(z, t) is 4 z + t")
-    must(times == [0.5], f"heun_step: at t = 1 the velocity is not defined, so the last step must not ask for it; it asked at {times}")
+def test_exercise_12_heun_last_step(monkeypatch):
+    found, times = heun(monkeypatch, 0.5, 1.0)
+    must(1.0 not in times, f"heun_step: at t = 1 the velocity is not defined, so the last step, to t_next = 1, must not ask for it; it asked at {times}")
+    close(found, [6.25], "heun_step from z = 2 at t = 0.5 to 1, the last step, where v(z, t) is 4 z + t")
+    must(times == [0.5], f"heun_step: the last step needs one velocity; it asked for it {len(times)} times")
 
 # ---- 13 Frechet distance ----------------------------------------------------------------------------------------------
 def distance(mu1, sigma1, mu2, sigma2):
@@ -390,6 +454,9 @@ def test_exercise_13_frechet_of_covariances():
 def test_exercise_13_frechet_of_singular_covariances():
     thin = np.outer([1, 2, 3], [1, 2, 3])
     close(distance(np.zeros(3), thin, np.ones(3), thin), 3.0, "frechet_distance, equal covariances of rank one, means that differ by (1,1,1)", 1e-4)
+    for seed in range(10):
+        few = np.random.default_rng(seed).normal(size=(4, 8))
+        close(distance(np.zeros(8), few.T @ few, np.ones(8), few.T @ few), 8.0, "frechet_distance, equal covariances, 8 x 8 but of rank 4, means that differ by 1 in each of the eight", 1e-4)
 
 # ---- 14 Inception score -----------------------------------------------------------------------------------------------
 def test_exercise_14_inception_ends():
