@@ -1150,7 +1150,7 @@ def walk(config, batch=2):
 
 @dataclass
 class Options:
-    model: str = option("JiT-S/16", "the network to walk through", choices=tuple(MODELS))
+    model: str = option("JiT-T/16", "the network to walk through", choices=tuple(MODELS))
 
 def main(argv=None):
     options = Options(**data.parse(argv, "Print the table of sizes and walk one batch through a network.", Options))

@@ -4,7 +4,7 @@ What this stage teaches: Euler and Heun on dz/dt = v, DDIM and DDPM for comparis
 an interval of time.  Reads runs/<name>/checkpoint.pt (ours or the official release's).
 Writes runs/<name>/samples/ (PNG files and samples.json; samples.npz with --npz) and runs/<name>/grid.png.
 Run it:   python 04_sample.py                               1,000 images of the shapes run, 29 s on two CPU cores
-          python 04_sample.py --labels star,3 --num 16 --cfg 4 --out stars
+          python 04_sample.py --labels star,3 --num 16 --cfg 2 --out stars
           torchrun --nproc_per_node 8 -- 04_sample.py --checkpoint jit-b-16.pth --num 50000 --cfg 2.9 --interval 0.1,1
 
 t = 0 is noise, t = 1 is data.  Guidance: v = v_uncond + w (v_class - v_uncond); w = 1 is off, and the pass without
@@ -80,7 +80,7 @@ def ddpm_step(z, t, t_next, v, path="linear", noise=0.0):
     Read towards the noise, z = r z_next + sqrt(var) n with r = alpha / alpha_next, var = sigma^2 - r^2 sigma_next^2;
     Bayes' rule turns it round: a normal distribution about
         (r sigma_next^2 z + var alpha_next x) / sigma^2    with the variance    var sigma_next^2 / sigma^2.
-    noise: (B,C,H,W) with the std of the path's noise, k, by which both standard deviations are multiplied.
+    That is for k = 1; else both variances are k^2 times as large, and noise (B,C,H,W) comes with the std k.
     """
     x, _ = estimates(z, t, v, path)
     (alpha, sigma), (alpha_next, sigma_next) = (

@@ -34,9 +34,10 @@ option = data.option
 
 # ---- The scores: arithmetic on features (N,D) or logits (N,classes) --------------------------------------------------
 def moments(sums):
-    """Mean (D,) and covariance (D,D), with N-1, of features f from sums (D+1,D+1) over F^T F with F = (1, f).
+    """Mean (D,) and covariance (D,D), with N-1, of features, from their sums (D+1,D+1) in fp64.
 
-    sums: N, sum f and sum f^T f in one matrix, fp64.  Raises ValueError for fewer than two images.
+    With a 1 in front of each feature vector, F = (1, f), the sum of F^T F holds N in its corner, the sum of f beside it
+    and the sum of f^T f in the rest; parts and processes just add theirs.  Raises ValueError for fewer than two images.
     """
     n, total = sums[0, 0], sums[0, 1:]
     if n < 2:
