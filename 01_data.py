@@ -451,7 +451,7 @@ def parse(argv, description, *classes):
         elif entry.type is list:
             kind = dict(nargs="+", metavar="FILE")
         text = about["text"] + ("; " + "|".join(filter(None, about["choices"])) if about["choices"] else "")
-        if default not in (None, "") and default is not False:
+        if default not in (None, "", False) and "(default" not in text:
             text += f" (default: {'on' if default is True else default})"
         group.add_argument("--" + name.replace("_", "-"), help=text.replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))

@@ -459,7 +459,7 @@ class DiceMixer(ConvMixer):
     """Two convolutions l and r; what they disagree on is faded out: (l + r) sigmoid(-softplus(a) (l-r)^2).       (DICE)
 
     departure: DICE's (l + r) / (1 + exp(a (l-r)^2)) is the same for a > 0, but where its exponential overflows (in half
-    precision from exp(11) on) its gradient is NaN.
+    precision above exp(11.09)) its gradient is NaN.
     """
     branches = 2
 
@@ -474,7 +474,7 @@ class DiceMixer(ConvMixer):
 class SpanEmbed(TimeEmbed):
     """Times t and r at which a step begins and ends, (B,2) -> (B,D), for pMF.  A single t, (B,), means r = t.
 
-    The map of the length starts at zero: the weights of a trained JiT give its own output for every length.
+    The map of the length starts at zero: with a trained JiT's weights the output is that JiT's, whatever the length.
     """
 
     def __init__(self, hidden):
@@ -701,7 +701,7 @@ class JiTConfig:
     two_times: bool = option(False, "it also knows where a step ends (--objective meanflow)", flag=False)
     pred: str = option("x", "what the output means", choices=("x", "e", "v"))
     path: str = option("linear", "how z is mixed", choices=tuple(PATHS))
-    noise_scale: float = option(1.0, "k, the noise's std; the paper: image_size / 256 from 256 pixels on", "(0, inf)")
+    noise_scale: float = option(1.0, "k, the noise's std (default: image size / 256, at least 1)", "(0, inf)")
 
     def __post_init__(self):
         for entry in fields(self):
@@ -832,6 +832,7 @@ class Coder(nn.Module):
 
     A coder has features(x), its latents before that normalisation, a decoder, and two losses, trained one after the
     other: encoder_loss(x, y), then decoder_loss(x, y) on latents that no longer change.  None: nothing to train.
+    departure: RAE normalises each place by itself, and its decoder is a ViT with perceptual and adversarial losses.
     """
     encoder_loss = decoder_loss = None
 
@@ -878,8 +879,8 @@ class VAE(Coder):
 class RAE(Coder):
     """Latents are the features of a frozen encoder that understands images; only the decoder learns to draw.      (RAE)
 
-    departure: RAE takes DINOv2's features, and so does the class below; this encoder is small and made here.  It learns
-    to name the class and to reconstruct masked patches: classes alone can be told without colours.
+    departure: RAE takes DINOv2's, SigLIP's or MAE's features, and the class below the first; this encoder is small and
+    made here.  It learns to name the class and to reconstruct masked patches: classes can be told without colours.
     """
 
     def __init__(self, size, classes, hidden=192):

@@ -158,7 +158,7 @@ class Trainer:
                 self.scaler.scale(loss / len(indices)).backward()
         self.scaler.unscale_(self.optimizer)
         self.optimizer.param_groups[0]["lr"] = self.lr(self.step)
-        if finite := math.isfinite(self.gradient_norm()):  # the same on every process: gradients are summed by now
+        if finite := math.isfinite(self.gradient_norm()):  # the same on every process: gradients are averaged
             self.scaler.step(self.optimizer)
             self.update_ema()
         self.scaler.update()
@@ -184,14 +184,14 @@ class Trainer:
         return value
 
     def summing(self, last):
-        """Context of a backward pass: processes sum their gradients once a step, with the last micro-batch."""
+        """Context of a backward pass: processes average their gradients once a step, with the last micro-batch."""
         return nullcontext() if last or self.world == 1 else self.forward.no_sync()
 
     @torch.no_grad()
     def update_ema(self):
         """Move every average towards the weights: ema += (1 - decay) (weights - ema).  Biases and norms, too.
 
-        The weights of k steps ago count decay^k: 0.998 averages over about 1 / (1 - 0.998) = 500 steps.
+        The weights of m steps ago count decay^m: 0.998 averages over about 1 / (1 - 0.998) = 500 steps.
         """
         weights = list(self.net.state_dict().values())
         for decay, average in zip(self.options.ema, self.ema):
@@ -272,8 +272,9 @@ def mean_flow_target(u, z, t, r, v, tangent, cap=1.5):
     return v + correction * model.expand((cap / rms).clamp_max(1.0), z)
 
 def draw_spans(t):
-    """Times t (B,) -> (t, r).  Half stay plain JiT, r = t.  Of the rest half end at 1; 15 % begin at 0, the others at t
-    moved towards the noise.
+    """Times t (B,) -> (t, r): half have r = t, as JiT; of the rest half end at 1.
+
+    15 % of the rest begin at 0, the others at t moved towards the noise.
     """
     n, chance = len(t) // 2, torch.rand(3, len(t) // 2, device=t.device)
     begin = torch.where(chance[0] < 0.15, 0.0, model.shift_time(t[:n], 2.0))
@@ -281,7 +282,7 @@ def draw_spans(t):
     return torch.cat([begin, t[n:]]), torch.cat([end, t[n:]])
 
 def mean_flow_loss(net, batch, options, config, autocast):
-    """training_loss of --objective meanflow: |u - target|^2, with guidance built into the target's v.    (pMF eq. 9)"""
+    """training_loss of --objective meanflow: |u - target|^2 over about itself, guidance built into v.    (pMF eq. 9)"""
     batch["t"], r = draw_spans(batch["t"])
     x, e, t, y, n = *(batch[key] for key in "xety"), len(r) // 2
     z = model.mix("linear", x, e, t)
@@ -336,9 +337,10 @@ def watch(trainer, images, labels, t, generator):
     return x, z, trainer.predict(z, t, y)
 
 def held_out_loss(trainer, images, labels):
-    """v-space loss of the averaged weights on fixed held-out images, times and noise: comparable between runs.
+    """v-space loss of the averaged weights on fixed held-out images, times and noise.
 
-    The times are quantiles of the paper's logit-normal (-0.8, 0.8), whatever the run itself draws.
+    The times are quantiles of the paper's logit-normal (-0.8, 0.8), whatever the run itself draws: runs on the same
+    data, path and noise scale can be compared.
     """
     generator, n, total = torch.Generator().manual_seed(0), len(images), 0.0
     times = torch.sigmoid(torch.special.ndtri((torch.arange(n) + 0.5) / n) * 0.8 - 0.8)
@@ -482,7 +484,7 @@ IMAGENET = {"data": "imagenet", "model": "JiT-B/16", "preview_every": 5000,
 SHAPES = {"data": "shapes", "model": "JiT-T/16", "batch_size": 32, "steps": 4600, "lr": 7e-3, "schedule": "cosine",
           "ema": (0.998,), "noise_scale": 2.0, "p_mean": -0.9, "p_std": 1.0,
           "sampling": {"solver": "ddpm", "cfg": 1.5, "steps": 25, "shift": 3.0}}
-# latents of 64 px shapes: fewer tokens or channels to relate, so fewer blocks
+# latents of 64 px shapes: fewer numbers a token, so fewer blocks
 LATENT = SHAPES | {"depth": 4, "in_context_start": 1, "steps": 1600, "noise_scale": 1.0}
 PRESETS = {
     "shapes": SHAPES,

@@ -137,8 +137,8 @@ def generate(net, noise, labels, *, solver="heun", steps=50, cfg=1.0, interval=(
 def noise_for(indices, shape, seed, scale, step=None):
     """Noise (len(indices), *shape), std scale: image i's depends on (seed, i) alone, and for ddpm on the step.
 
-    subtle: numpy mixes a whole tuple into its seed (torch's CPU generator keeps 32 bits) but ignores zeros at its end:
-    so the step comes last, or one image's noise would be another's.
+    subtle: numpy mixes a whole tuple into its seed (torch's CPU generator keeps 32 bits) but ignores zeros at its end,
+    (s, i) being (s, i, 0): so the noise at the start has 0 in the step's place, and step j has j + 1.
     """
     last = 0 if step is None else step + 1
     rows = [np.random.default_rng((seed, int(i), last)).standard_normal(shape, dtype=np.float32) for i in indices]

@@ -77,7 +77,8 @@ def kernel_distance(a, b, subsets=100, size=1000):
     """KID: unbiased MMD^2 with the kernel (<x,y>/D + 1)^3, mean and std over subsets.   (Binkowski et al. 2018, sec. 3)
 
     MMD^2 = E k(x,x') + E k(y,y') - 2 E k(x,y), x and x' being two different images of one set, y and y' of the other:
-    zero when both sets come from one distribution.  Unbiased: an image is never compared with itself.
+    zero when both come from one distribution.  Unbiased, since an image is never compared with itself: the estimate is
+    zero on average then, and now and then negative.
     a, b: (N,D) features.  Raises ValueError when a side holds fewer than `size`.
     """
     if min(len(a), len(b)) < size:
