@@ -120,10 +120,10 @@ def draw_shape(job):
 BLOCK, TODO = 1024, -1             # images between two entries into the record; the label of a row not packed yet
 
 def pack(split, make, jobs, labels, shape, dtype, folder, workers):
-    """Turn jobs into rows of <split>_images.npy by make(job); returns a line for each that is unreadable.
+    """Turn jobs into rows of <split>_images.npy by make(jobs); returns a line for each that is unreadable.
 
-    make returns an array of this shape, or a string: why not.  workers 0: make takes a list of jobs and yields arrays.
-    Called again, it goes on where it was; unreadable rows stay TODO, and are tried again.
+    make yields for each job an array of this shape, or a string: why not.  Called again, it goes on where it was;
+    unreadable rows stay TODO, and are tried again.
     """
     images_path, labels_path, skipped = folder / f"{split}_images.npy", folder / f"{split}_labels.npy", []
     if not labels_path.exists():
@@ -133,22 +133,31 @@ def pack(split, make, jobs, labels, shape, dtype, folder, workers):
     todo = np.flatnonzero(record == TODO)
     with ProcessPoolExecutor(max(1, workers), initializer=start_worker, initargs=[os.getpid()]) as pool, \
             Progress(len(jobs), split, " images", initial=len(jobs) - len(todo)) as bar:
-        make_all = make
-        if workers:
-            make_all = partial(pool.map, make, chunksize=16) if workers > 1 else partial(map, make)
+        fill = partial(fill_rows, make, images_path)
         for block in in_parts(todo, BLOCK):
-            done = []
-            for i, image in zip(block, make_all([jobs[i] for i in block])):
-                if isinstance(image, str):
-                    skipped.append(f"{jobs[i][0]}: {image}\n")
-                else:
-                    images[i] = image
-                    done.append(i)
+            parts, reasons = in_parts(block, 16) if workers > 1 else [block], {}
+            for found in (pool.map if workers > 1 else map)(fill, parts, [[jobs[i] for i in part] for part in parts]):
+                reasons |= found
+            skipped += [f"{jobs[i][0]}: {reason}\n" for i, reason in reasons.items()]
+            done = [i for i in block if i not in reasons]
             images.flush()                                # subtle: images first, so no label vouches for an empty row
             record[done] = [labels[i] for i in done]
             record.flush()
             bar.update(len(block))
     return skipped
+
+def fill_rows(make, path, rows, jobs):
+    """Write what make(jobs) yields to these rows of an array file; returns {row: why not} of the unreadable.
+
+    subtle: images do not go through the pool's pipe; a worker killed while it sends one would leave everyone waiting.
+    """
+    images, reasons = np.lib.format.open_memmap(path, "r+"), {}
+    for row, image in zip(rows.tolist(), make(jobs)):
+        if isinstance(image, str):
+            reasons[row] = image
+        else:
+            images[row] = image
+    return reasons
 
 def in_parts(rows, size=100):
     return np.split(rows, range(size, len(rows), size))
@@ -696,8 +705,9 @@ def build(options, folder):
     meta = begin(options, part, summary)
     latents = LatentSet(options, part, meta["id"]) if options.source == "latents" else None
     shape, dtype, workers = (options.size, options.size, 3), np.uint8, 1 if make is np.asarray else options.workers
+    make = partial(map, make)
     if latents:
-        make, shape, dtype, workers = latents.encode, latents.shape, np.float16, 0
+        make, shape, dtype, workers = latents.encode, latents.shape, np.float16, 1
     check_space(sum(meta["found"].values()) * math.prod(shape) * np.dtype(dtype).itemsize, part)
     skipped, counts, names = [], {}, meta["classes"]
     for split, (jobs, labels) in splits.items():

@@ -8,6 +8,7 @@ import sys
 import tarfile
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -201,8 +202,8 @@ def test_unreadable_rows_are_tried_again_after_a_kill(there, monkeypatch):
             raise KeyboardInterrupt
         return "bad" if job[0] % 3 == 0 and not (job[0] == 3 and len(count) > 9) else np.full((2, 2, 3), job[0], np.uint8)
     with pytest.raises(KeyboardInterrupt):
-        data.pack("train", make, [(i,) for i in range(12)], list(range(12)), (2, 2, 3), np.uint8, there, 1)
-    assert data.pack("train", make, [(i,) for i in range(12)], list(range(12)), (2, 2, 3), np.uint8, there, 1) == ["0: bad\n", "6: bad\n", "9: bad\n"]
+        data.pack("train", partial(map, make), [(i,) for i in range(12)], list(range(12)), (2, 2, 3), np.uint8, there, 1)
+    assert data.pack("train", partial(map, make), [(i,) for i in range(12)], list(range(12)), (2, 2, 3), np.uint8, there, 1) == ["0: bad\n", "6: bad\n", "9: bad\n"]
     assert count[9:] == [0, 3, 6, 8, 9, 10, 11]
     images, labels = np.load("train_images.npy"), np.load("train_labels.npy")
     labels = data.fill_holes(images, labels)
