@@ -7,7 +7,7 @@ features of a classifier.  Two sets of features, one arithmetic:
                           that classifier sees the requested class, and how often it is right on real images.
   --features inception    Inception-v3 of the original FID, its weights downloaded with their hash checked, or given.
 Reads runs/<name>/samples/, data/<name>/.   Writes runs/<name>/metrics.json; statistics are cached beside the data.
-Run it:   python 05_eval.py                                24 s on two CPU cores, the classifier's training included
+Run it:   python 05_eval.py                                23 s on two CPU cores, the classifier's training included
           python 05_eval.py --samples my_pngs --reference VIRTUAL_imagenet256_labeled.npz --features inception
           python 05_eval.py --table runs/shapes/cfg-*-metrics.json       a table and a curve of scores made before
 
