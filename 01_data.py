@@ -9,7 +9,7 @@ Reads a source:   shapes       ten named shapes, drawn here; a function of (seed
                   latents      a packed data set again, as the latents of a VAE, an RAE or DINOv2 (networks in 02)
 Writes data/<name>/:   train_images.npy (N,H,W,3) uint8, train_labels.npy (N,) int64, val_*.npy, meta.json, preview.png
                        latents: (N,h,w,C) float16, and the network that made them and turns them back, coder.pt
-Run it:   python 01_data.py          about 5 seconds on two cores; look at data/shapes/preview.png
+Run it:   python 01_data.py          about 3 seconds on two cores; look at data/shapes/preview.png
           python 01_data.py --source folder --root PHOTOS --size 256 --name photos
           python 01_data.py --source latents --root data/shapes --coder vae --name shapes-vae
 

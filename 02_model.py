@@ -44,7 +44,7 @@ T_EPS = 0.05                                              # denominators are cla
 
 # ---- The path from noise to data, and what an output means                               (JiT eq. 1, 2, Table 1) ----
 def path_coefficients(path, t):
-    """The mixing weights of a path (PATHS, below), z = alpha x + sigma e, at times t, and their derivatives by t.
+    """The weights of a path (PATHS, below), alpha of the image and sigma of the noise, and their derivatives by t.
 
     Returns (alpha, sigma, alpha', sigma'), each fp32 and shaped like t.  Raises ValueError.
     """

@@ -4,7 +4,7 @@ What this stage teaches: Euler and Heun on dz/dt = v, DDIM and DDPM for comparis
 an interval of time.  Reads runs/<name>/checkpoint.pt (ours or the official release's).
 Writes runs/<name>/samples/ (PNG files and samples.json; samples.npz with --npz) and runs/<name>/grid.png.
 Run it:   python 04_sample.py                               1,000 images of the shapes run, 26 s on two CPU cores
-          python 04_sample.py --labels star,3 --num 16 --cfg 2 --out stars
+          python 04_sample.py --labels star,7 --num 16 --cfg 2 --out stars
           torchrun --nproc_per_node 8 -- 04_sample.py --checkpoint jit-b-16.pth --num 50000 --cfg 2.9 --interval 0.1,1
 
 t = 0 is noise, t = 1 is data.  Guidance: v = v_uncond + w (v_class - v_uncond); w = 1 is off, and the pass without

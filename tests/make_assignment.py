@@ -8,6 +8,7 @@ python tests/grade.py SUBMISSION                                    points, and 
 In OUT a student fills the functions in, in any order, and asks  python -m pytest -q --tb=short -rN tests/test_exercises.py
 what is missing or wrong.  Only files that git tracks are copied, and of tests/ only what a student needs: the other
 tests hold second implementations.  The working code carries no markers: an exercise is found by its functions' names.
+With a part, hand out mix with conversion and euler with heun: each shows the other's answer.
 """
 import argparse
 import ast
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-HANDED_OUT = ("tests/test_exercises.py", "tests/conftest.py", "tests/requirements.txt")       # of tests/
+NEEDED = (*sorted(path.name for path in ROOT.glob("0?_*.py")), "tests/test_exercises.py", "tests/conftest.py")     # to run the tests
+HANDED_OUT = (*NEEDED, "tests/requirements.txt", "README.md", "requirements.txt", ".gitignore")                    # and .github/
 
 class Exercise(NamedTuple):
     number: int
@@ -41,7 +43,7 @@ EXERCISES = [Exercise(number, *row) for number, row in enumerate([
      "mix and velocity_target are two linear equations: solve them for what is asked; clamp denominators that vanish",
      ("  For x to v on the linear path that weight is 1 / (1-t)^2.",)),
     ("patchify", "02_model.py", ("patchify",), 5, 20,
-     "cut an image into square patches, row by row; inside a patch the channels come last"),
+     "cut an image into square patches, row by row; inside a patch the channels come last; unpatchify, below it, is the way back"),
     ("rotate", "02_model.py", ("rotate",), 9, 40,
      "the rotary embedding: a 2-D rotation of each pair of adjacent channels", (": (x0 cos - x1 sin, x1 cos + x0 sin)",)),
     ("block", "02_model.py", ("Block.forward",), 9, 40,
@@ -65,11 +67,11 @@ EXERCISES = [Exercise(number, *row) for number, row in enumerate([
 def choose(text):
     """"1-6,guidance" -> the exercises meant, in order.  Raises ValueError."""
     chosen, names = set(), [exercise.name for exercise in EXERCISES]
-    for part in text.split(","):
+    for part in text.replace(" ", "").split(","):
         span = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         numbers = [names.index(part) + 1] if part in names else range(int(span[1]), int(span[2] or span[1]) + 1) if span else []
         if not numbers or not set(numbers) <= set(range(1, len(names) + 1)):
-            raise ValueError(f"--exercises: {part!r} is neither a number from 1 to {len(names)}, nor two with a dash between, nor one of {', '.join(names)}")
+            raise ValueError(f"--exercises: {part!r} is neither a number from 1 to {len(names)}, nor a range like 1-6, nor one of {', '.join(names)}")
         chosen |= set(numbers)
     return [exercise for exercise in EXERCISES if exercise.number in chosen]
 
@@ -102,13 +104,16 @@ def tracked():
     names = [name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
     if done.returncode or not names:
         raise ValueError(f"{ROOT} is not a git checkout, which says which files to copy: clone the repository")
-    return [name for name in names if name in HANDED_OUT or not name.startswith(("tests/", ".ci/"))]
+    return [name for name in names if name in HANDED_OUT or name.startswith(".github/")]
 
-def make(out, exercises=EXERCISES, solved=()):
-    """Write the assignment to the new folder `out`; exercises in `solved` keep their bodies.  Raises ValueError."""
+def make(out, exercises=EXERCISES, solved=(), names=None):
+    """Write the assignment to the new folder `out`; exercises in `solved` keep their bodies.
+
+    names: the files to copy (default: all that a student gets).  Raises ValueError.
+    """
     if out.exists():
         raise ValueError(f"{out} exists: give a new folder")
-    for name in tracked():
+    for name in names or tracked():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, out / name)
     for exercise in exercises:
@@ -120,10 +125,10 @@ def make(out, exercises=EXERCISES, solved=()):
     (out / "tests" / "EXERCISES.md").write_text("\n".join([
         "# Exercises", "", "Read a function's docstring and what surrounds it, fill in the body, then ask what is missing or wrong:", "",
         "    python -m pytest -q --tb=short -rN tests/test_exercises.py", "",
-        "One exercise alone: add `-k exercise_05`. Each can be solved while the others are empty. Python, numpy and torch are all you need. The times are",
+        f"One exercise alone: add `-k exercise_{exercises[0].number:02d}`. Each can be solved while the others are empty. Python, numpy and torch are all you need. The times are",
         "for writing; reading what surrounds the functions takes about an hour more. Until all are back, a script stops at the first empty function that it",
-        "needs and names it; then README's first command runs. (`01_data.py` needs crop for `--source folder` only, `04_sample.py` takes euler and heun with",
-        "`--solver`.)", "",
+        "needs and names it; then README's first command runs. (It does not use crop, euler and heun: they are for `01_data.py --source folder` and",
+        "`04_sample.py --solver`.)", "",
         "| | exercise | file | functions | points | time | what to do |", "|---|---|---|---|---|---|---|",
         *(f"| {e.number} | {e.name} | `{e.file}` | {', '.join(f'`{f}`' for f in e.functions)} | {e.points} | {e.minutes} min | {e.task} |" for e in exercises)]) + "\n")
 
@@ -148,6 +153,8 @@ def main(arguments):
     try:
         exercises = choose(options.exercises)
         if options.solutions:
+            if options.solutions.exists():
+                raise ValueError(f"{options.solutions} exists: give a new file")
             with open(options.solutions, "x") as file:
                 file.write(solutions(exercises))
         else:
@@ -155,8 +162,8 @@ def main(arguments):
     except (ValueError, OSError) as error:
         return print(f"make_assignment.py: error: {error}", file=sys.stderr) or 1
     told = "the solutions" if options.solutions else f"listed in {options.out}/tests/EXERCISES.md"
-    print(f"{options.solutions or options.out}: {len(exercises)} exercises, {sum(e.points for e in exercises)} points, "
-          f"about {sum(e.minutes for e in exercises) / 60:.0f} hours; {told}")
+    print(f"{options.solutions or options.out}: {len(exercises)} exercise{'s' * (len(exercises) > 1)}, {sum(e.points for e in exercises)} points, "
+          f"{sum(e.minutes for e in exercises)} minutes; {told}")
     return 0
 
 if __name__ == "__main__":

@@ -419,8 +419,10 @@ def stepped(step, t, t_next):
 def test_exercise_11_euler():
     close(stepped(sample.euler_step, 0.25, 0.5)[0], [4.0625], "euler_step from z = 2 at t = 0.25 to 0.5, where v(z, t) is 4 z + t")
 
+EULER = {0.25: 4.0625, 0.9: 2.712, 0.5: 6.25}             # t: where euler_step arrives in the tests below
+
 def heun(monkeypatch, t, t_next):
-    monkeypatch.setattr(sample, "euler_step", lambda z, t, t_next, v: torch.lerp(z, z + v(z, t), t_next - t))
+    monkeypatch.setattr(sample, "euler_step", lambda z, t, t_next, v: v(z, t) * 0 + EULER.get(t, math.nan))
     return stepped(sample.heun_step, t, t_next)
 
 def test_exercise_12_heun(monkeypatch):

@@ -18,7 +18,7 @@ DIMENSIONS, STEPS = (2, 8, 16, 512), 1200
 OPTIONS = train.Options(p_mean=0.0, p_std=1.0, shift=1.0)
 
 def spiral(n, generator=None):
-    """n points (n,2) on one and a half turns of a spiral, and its tight neighbourhood none."""
+    """n points (n,2) on one and a half turns of a spiral."""
     angle = 1.5 * np.pi * (1 + 2 * torch.rand(n, 1, generator=generator))
     return torch.cat([angle * torch.cos(angle), angle * torch.sin(angle)], dim=1) / 8
 

@@ -1,6 +1,6 @@
 """The width experiment: in a space of 192 channels a network of width 48 can predict clean latents, and cannot predict velocities.
 
-python tests/test_width.py [data/shapes-rae]      four trainings of 600 steps, and the bound; about a minute and a half on two cores
+python tests/test_width.py [data/shapes-rae]      four trainings of 600 steps, and the bound; about a minute and three quarters on two cores
 The last layer is a linear map from the width to the channels, so all predictions lie in a space of `width` dimensions (and a constant).  Of a target
 with covariance S, whatever comes before that layer, at least the eigenvalues of S beyond the width are lost:
     error per channel >= (sum of the eigenvalues of S from the (width+1)-th on) / channels          S = Cov(x) for x, Cov(x) + I for v = x - e
