@@ -18,7 +18,7 @@ velocity fill all of it, and a network narrower than the patch can hold images o
 Letters of the shape column:  B images, C channels, H W pixels, p patch size, N = (H/p)(W/p) tokens, L = N + context
 tokens, D hidden size, h heads, d = D/h.     Paper: Li & He 2025, "Back to Basics: Let Denoising Generative Models
 Denoise", arXiv 2511.13720.  "Improved JiT" is the course paper whose variants are offered too (Siu 2025).
-Lines marked "departure:" differ from their source on purpose, "subtle:" marks a trap.
+"departure:" marks what differs from its source on purpose, "subtle:" a trap, "variant:" what plain JiT does not need.
 """
 import argparse
 import ctypes
@@ -362,7 +362,7 @@ class JiT(nn.Module):
                 x = torch.utils.checkpoint.checkpoint(block, x, c, self.rope(context), use_reentrant=False)
             else:
                 x = block(x, c, self.rope(context))                                                # B L D
-            if with_aux and i == self.aux_head.after % config.depth:           # -1 is the last block
+            if with_aux and i == self.aux_head.after % config.depth:           # variant: -1 is the last block
                 answer = self.aux_head(x[:, context:])
         return x[:, context:], answer
 

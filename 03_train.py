@@ -66,7 +66,7 @@ def draw(images, labels, options, config):
     if options.flip:
         images = torch.where(torch.rand(B, 1, 1, 1, device=device) < 0.5, images.flip(2), images)
     x, turns = model.to_float(images, device), torch.zeros(B, dtype=torch.long, device=device)     # B C H W, B
-    if config.aux == "rotation":
+    if config.aux == "rotation":                          # variant: Improved JiT
         turns = torch.randint(4, (B,), device=device)
         x = torch.stack([torch.rot90(x, k, (2, 3)) for k in range(4)])[turns, torch.arange(B, device=device)]
     y = torch.where(torch.rand(B, device=device) < options.label_drop, config.num_classes, labels)
@@ -92,7 +92,7 @@ def training_loss(net, batch, options, config, autocast):
     z, heads = model.mix(config.path, batch["x"], batch["e"], batch["t"]), config.aux != "none"
     with autocast:
         out = net(z, batch["t"], batch["y"], with_aux=heads)
-    out, answer = out if heads else (out, None)
+    out, answer = out if heads else (out, None)           # variant: an auxiliary head
     loss, v_loss = diffusion_loss(out, batch, config, options.loss, "v")
     aux = model.AUX_HEADS[config.aux].loss(answer, batch) if heads else torch.zeros((), device=loss.device)
     return loss.mean() + options.aux_weight * aux, v_loss.detach(), aux.detach()
@@ -123,7 +123,7 @@ class Trainer:
         self.forward = self.net.to(device)
         coder = model.load_coder(data.folder_of(options.data, "data"), options.coder)
         self.coder, self.teacher = coder and coder.to(device), None
-        if options.teacher:
+        if options.teacher:                               # variant: REPA
             folder = data.folder_of(options.teacher, "data")
             self.teacher = model.load_coder(folder, model.teacher_of(folder)["coder"]).to(device)
         for part in self.net.modules():                   # a wide head is a network in the network
@@ -168,7 +168,7 @@ class Trainer:
         """The loss of micro-batch `index` of this step, to differentiate.  What the log keeps is added up here."""
         seed_everything(self.options.seed, self.step, index)
         batch = draw(images, labels, self.options, self.config)
-        if self.teacher:
+        if self.teacher:                                  # variant: REPA
             batch["features"] = self.teacher.features(batch["x"])
         loss, v_loss, aux = OBJECTIVES[self.options.objective](self.forward, batch, self.options, self.config,
                                                                self.autocast)

@@ -111,7 +111,7 @@ def generate(net, noise, labels, *, solver="heun", steps=50, cfg=1.0, interval=(
     config = getattr(net, "config", None)
     path, k = (config.path, config.noise_scale) if config else ("linear", 1.0)
 
-    def step_aware(z, t, labels):                         # pMF: the network is told where the step ends, too
+    def step_aware(z, t, labels):                         # variant: pMF is told where the step ends, too
         return net(z, torch.stack([t, torch.full_like(t, t_next)], dim=1), labels)     # t_next: the loop's, below
     step_aware.config = config
 
@@ -125,7 +125,7 @@ def generate(net, noise, labels, *, solver="heun", steps=50, cfg=1.0, interval=(
     z = noise.float()
     grid = model.shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
     for i, (t, t_next) in enumerate(zip(grid, grid[1:])):
-        if hasattr(net, "reuse"):
+        if hasattr(net, "reuse"):                         # variant: a wide head
             net.reuse = i % reuse > 0
         more = {"path": path} if solver in ("ddim", "ddpm") else {}
         if solver == "ddpm":
