@@ -45,7 +45,7 @@ def run_tests(kit, exercise, limit):
     if process.returncode not in (0, 1) or not report.exists():            # 1: some failed; anything else: it did not get that far
         return 0.0, errors[-1][1:].strip() if errors else f"the tests did not come to an end (exit code {process.returncode})"
     cases = list(ET.parse(report).getroot().iter("testcase"))
-    wrong = [bad.get("message", "").splitlines()[0] for case in cases for bad in case if bad.tag in ("failure", "error", "skipped")]     # no test skips
+    wrong = [(bad.get("message") or bad.tag).splitlines()[0] for case in cases for bad in case if bad.tag in ("failure", "error", "skipped")]     # no test skips
     return (1 - len(wrong) / len(cases), "\n".join(dict.fromkeys(wrong))) if cases else (0.0, "no test was run")
 
 def grade(submission, exercises=EXERCISES, limit=60.0):

@@ -77,13 +77,13 @@ def test_untracked_files_stay(tmp_path):
     subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
     for name in tracked() + ["tests/make_assignment.py"]:  # as they are here, committed or not
         (clone / name).write_bytes((ROOT / name).read_bytes())
-    for name in ("assignment/02_model.py", "solved.py", ".venv/bin/python", "data/shapes/meta.json", "solutions.md"):
+    for name in ("assignment/02_model.py", "solved.py", ".venv/bin/python", "data/shapes/meta.json", "solutions.md", "09_mine.py"):
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
         (clone / name).write_text("secret")
     subprocess.run(["git", "add", "-f", "solutions.md"], cwd=clone, check=True)          # tracked, and still not for students
     subprocess.run([sys.executable, "tests/make_assignment.py", "out", "--exercises", "4"], cwd=clone, check=True, stdout=subprocess.DEVNULL)
     assert not any(b"secret" in p.read_bytes() for p in (clone / "out").rglob("*") if p.is_file() and p.suffix != ".png"), "an untracked file travelled"
-    assert not {"assignment", "solved.py", ".venv", "data", "out", "solutions.md"} & {p.name for p in (clone / "out").iterdir()}
+    assert not {"assignment", "solved.py", ".venv", "data", "out", "solutions.md", "09_mine.py"} & {p.name for p in (clone / "out").iterdir()}
 
 def test_choose():
     assert [e.number for e in choose("1-3, heun,5")] == [1, 2, 3, 5, 12]
@@ -135,6 +135,6 @@ def test_the_grader(tmp_path, monkeypatch, capsys):
     assert "SyntaxError" in wrong["euler"] and wrong["mix"] == "02_model.py is missing"
     # a test that is skipped is not passed; and git is not needed
     monkeypatch.setenv("PATH", "")
-    sampler.write_text(solved.replace("    return z + (t_next - t) * v(z, t)\n", "    import pytest; pytest.skip('too hard')\n"))
+    sampler.write_text(solved.replace("    return z + (t_next - t) * v(z, t)\n", "    import pytest; pytest.xfail()\n"))
     assert [test["score"] for test in grade(tmp_path / "work", choose("euler"), 60)["tests"]] == [0]
     assert grade_main(["nowhere"]) == 1
