@@ -1,6 +1,6 @@
 """The DSD experiment: encoder, denoiser and decoder trained together; what keeps the latents from collapsing.
 
-python tests/test_collapse.py [FILE.png]      six trainings of 300 steps, a figure and a table; two minutes on two cores
+python tests/test_collapse.py [FILE.png]      six trainings of 300 steps, a figure and a table; a minute and three quarters on two cores
 A diffusion loss that may change its own target has a cheap way down: latents of few directions are easy to predict.  Two remedies are compared, a
 target through which no gradient flows (from the encoder itself, or from its slow average), and asking for the clean latent instead of the velocity.
 Rank is exp(entropy of the normalised singular values) of held-out latents, at most 32; std is that of a channel, at most 1 after the LayerNorm.

@@ -1,6 +1,6 @@
 """The manifold experiment (JiT section 3.3, figure 2): a 2-D spiral put into D dimensions, x-, e- and v-prediction, one loss, one sampler.
 
-python tests/test_manifold.py [FILE.png]      trains the twelve networks and draws the figure; about a minute and a half on two cores
+python tests/test_manifold.py [FILE.png]      trains the twelve networks and draws the figure; about a minute and a quarter on two cores
 The network is a plain MLP; path, loss, conversion and sampler are the functions that the images use.
 """
 import sys
