@@ -24,7 +24,7 @@ def weights():
         for space in "xev":
             curve = model.conversion(pred, space, t)[0].double()**2 * density
             curves[f"{space}-loss"] = list(zip(t.tolist(), (curve / torch.trapezoid(curve, t)).numpy().round(3).tolist()))
-        charts.append(data.chart(f"the network predicts {pred}", "t", curves, width=330, height=240))
+        charts.append(model.chart(f"the network predicts {pred}", "t", curves, width=330, height=240))
     sheet = Image.new("RGB", (990, 240), "white")
     for i, chart in enumerate(charts):
         sheet.paste(chart, (330 * i, 0))
@@ -36,7 +36,7 @@ def balls():
     ring = lambda angle: np.stack([np.cos(angle), np.sin(angle)], axis=1) + random.normal(size=(len(angle), 2)) * 0.06
     real = torch.tensor(ring(np.linspace(0, 2 * np.pi, 40, endpoint=False)))
     made = torch.tensor(np.concatenate([ring(random.uniform(0, np.pi, 30)), random.uniform(-0.5, 0.5, size=(10, 2))]))
-    precision, recall = evaluate.precision_recall(made, real)
+    precision, recall = evaluate.coverage(made, real), evaluate.coverage(real, made)
     sheet = Image.new("RGB", (640, 330), "white")
     draw = ImageDraw.Draw(sheet)
     for panel, (title, centres, points) in enumerate([(f"precision {precision:.2f}: generated inside real balls", real, made),

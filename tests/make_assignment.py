@@ -32,30 +32,33 @@ class Exercise(NamedTuple):
     minutes: int
     task: str
     hide: tuple = ()               # phrases of the docstrings that are the answer
+    cut: tuple = ()                # functions that are the answer in another form; they are left out
 
 EXERCISES = [Exercise(number, *row) for number, row in enumerate([
     ("crop", "01_data.py", ("center_crop",), 6, 30,
      "ADM's centre crop: halve with BOX while both sides stay at least `size`, BICUBIC to the short side, cut the centre; RGB"),
     ("mix", "02_model.py", ("mix", "velocity_target"), 4, 20,
-     "the noised image, and its derivative by time, for any path: path_coefficients and expand are there",
-     (" = alpha x + sigma e", ", v = alpha' x + sigma' e")),
+     "the noised image, and its derivative by time; expand, below, makes one number per image fit a batch",
+     (" z = t x + (1-t) e,", " v = x - e,")),
     ("conversion", "02_model.py", ("conversion",), 12, 60,
      "mix and velocity_target are two linear equations: solve them for what is asked; clamp denominators that vanish",
-     ("  For x to v on the linear path that weight is 1 / (1-t)^2.",)),
+     ("  For x to v that weight is 1 / (1-t)^2.",)),
     ("patchify", "02_model.py", ("patchify",), 5, 20,
      "cut an image into square patches, row by row; inside a patch the channels come last; unpatchify, below it, is the way back"),
     ("rotate", "02_model.py", ("rotate",), 9, 40,
-     "the rotary embedding: a 2-D rotation of each pair of adjacent channels", (": (x0 cos - x1 sin, x1 cos + x0 sin)",)),
+     "the rotary embedding: a 2-D rotation of each pair of adjacent channels", (": (x0 cos - x1 sin, x1 cos + x0 sin)",), ("rotate_on_cpu",)),
     ("block", "02_model.py", ("Block.forward",), 9, 40,
      "six signals from adaLN_modulation(c): shift, scale, gate for norm1 and attention (rope goes there; dropout on its output), then for norm2 and the FFN"),
-    ("loss", "03_train.py", ("diffusion_loss",), 9, 40,
-     "the squared error per image in every space asked for: a list with one tensor (B,) for each"),
+    ("loss", "03_train.py", ("diffusion_loss", "grid_loss"), 9, 40,
+     "JiT's loss of each image; and the same for any prediction, space and path: model.PATHS[config.path] has velocity_target and conversion",
+     ("\n\n    By the book: convert prediction and truth, square the difference.  With to = u * value + w * z that is\n"
+      "    (u out + w z - (u truth + w z))^2 = u^2 (out - truth)^2: z drops out, and the space is a weight over t.",)),
     ("ema", "03_train.py", ("Trainer.update_ema",), 5, 20,
      "move every average towards the weights, in place; self.options.ema lists the decays", (": ema += (1 - decay) (weights - ema)",)),
     ("step", "03_train.py", ("Trainer.train_step",), 12, 60,
-     "one optimizer step, from loss to EMA; the trainer has loss, summing, scaler (a GradScaler), lr, gradient_norm and update_ema"),
-    ("guidance", "04_sample.py", ("guided_velocity",), 9, 40,
-     "combine the velocities with and without class; leave out the pass that is not needed", (", v_uncond + w (v_class - v_uncond)",)),
+     "one optimizer step, from loss to EMA; the trainer has indices, loss, summing, scaler (a GradScaler), lr, gradient_norm and update_ema"),
+    ("guidance", "04_sample.py", ("guided",), 9, 40,
+     "combine what predict() says with and without class; leave out the pass that is not needed", (", v_null + w (v_class - v_null)",)),
     ("euler", "04_sample.py", ("euler_step",), 3, 10, "one step along the velocity", (", z + (t_next - t) v(z, t)",)),
     ("heun", "04_sample.py", ("heun_step",), 5, 20, "look ahead with Euler, then go with the mean of the two velocities; the last step, to t_next = 1, is Euler's"),
     ("frechet", "05_eval.py", ("frechet_distance",), 7, 45, "the distance between two Gaussians; mind covariances that are singular",
@@ -94,6 +97,11 @@ def empty(text, function, message, hide=()):
     indent = " " * node.body[0].col_offset
     return "".join(lines[:node.lineno - 1] + [head, f"{indent}raise NotImplementedError({message!r})\n"] + lines[node.end_lineno:])
 
+def without(text, function):
+    """The source text without this function."""
+    node, lines = find(text, function), text.splitlines(keepends=True)
+    return "".join(lines[:node.lineno - 1] + lines[node.end_lineno + 1:])
+
 def message(exercise):
     """What an empty function says."""
     return f"exercise {exercise.number}, {exercise.name} ({' and '.join(exercise.functions)} in {exercise.file}): {exercise.task}"
@@ -121,6 +129,8 @@ def make(out, exercises=EXERCISES, solved=(), names=None):
             text = (out / exercise.file).read_text()
             for function in exercise.functions:
                 text = empty(text, function, message(exercise), exercise.hide)
+            for function in exercise.cut:
+                text = without(text, function)
             (out / exercise.file).write_text(text)
     (out / "tests" / "EXERCISES.md").write_text("\n".join([
         "# Exercises", "", "Read a function's docstring and what surrounds it, fill in the body, then ask what is missing or wrong:", "",

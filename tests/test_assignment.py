@@ -47,7 +47,7 @@ def flat(node):
     return " ".join(ast.unparse(node).split())
 
 # what gives a solution away: of the bodies, and of their second implementations in the other tests
-TELLTALES = (r"view_as_complex", r"_foreach_lerp", r"lerp_\(", r"eigvals", r"2020\)\.permutation\(len", r"x0 \* cos", r"null \+ w \*",
+TELLTALES = (r"view_as_complex", r"_foreach_lerp", r"lerp_\(", r"eigvals", r"2020\)\.permutation\(n\)", r"x0 \* cos", r"null \+ w \*",
              r"\(1 - decay\)", r"gate1 \*", r"modulate\([^(]*norm1", r"scaler\.scale\(", r"Image\.BICUBIC")
 
 def test_nothing_that_solves_travels(tmp_path):
@@ -99,7 +99,7 @@ def test_kit_on_the_command_line(there):
     assert again.returncode == 1 and again.stderr.count("\n") == 1
     assert shell("tests/make_assignment.py", cwd=there).returncode == 2
     assert shell("tests/make_assignment.py", "--solutions", "sheet.md", "--exercises", "rotate", cwd=there).returncode == 0
-    assert (there / "sheet.md").read_text() == solutions(choose("5")) and "view_as_complex" in solutions(choose("5"))
+    assert (there / "sheet.md").read_text() == solutions(choose("5")) and "x0 * cos" in solutions(choose("5"))
     script = subprocess.run([sys.executable, "02_model.py"], cwd=there / "out", capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert script.returncode == 1 and "Traceback" not in script.stderr and "error: exercise 5, rotate" in script.stderr
 
@@ -108,7 +108,7 @@ def test_the_grader(tmp_path, monkeypatch, capsys):
     make(tmp_path / "work", chosen)
     sampler, network = tmp_path / "work/04_sample.py", tmp_path / "work/02_model.py"
     solved, text = (ROOT / "04_sample.py").read_text(), sampler.read_text()
-    for name, body in (("euler_step", "    while True: pass\n"), ("guided_velocity", "    import os; os._exit(0)\n"), ("heun_step", "    return v(z, t)\n")):
+    for name, body in (("euler_step", "    while True: pass\n"), ("guided", "    import os; os._exit(0)\n"), ("heun_step", "    return v(z, t)\n")):
         node = find(text, name)
         lines = text.splitlines(keepends=True)
         text = "".join(lines[:node.end_lineno - 1] + [body] + lines[node.end_lineno:])

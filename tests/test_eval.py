@@ -70,8 +70,8 @@ def test_precision_and_recall_by_definition():
     radius = lambda x: [sorted(np.linalg.norm(x - p, axis=1))[3] for p in x]
     inside = lambda p, x, r: any(np.linalg.norm(p - q) <= s for q, s in zip(x, r))
     expected = np.mean([inside(p, b, radius(b)) for p in a]), np.mean([inside(p, a, radius(a)) for p in b])
-    assert evaluate.precision_recall(a, b, block=7) == pytest.approx(expected)
-    assert evaluate.precision_recall(a, a) == (1, 1) and evaluate.precision_recall(a, a + 100) == (0, 0)
+    assert (evaluate.coverage(a, b, block=7), evaluate.coverage(b, a, block=7)) == pytest.approx(expected)
+    assert evaluate.coverage(a, a) == 1 and evaluate.coverage(a, a + 100) == evaluate.coverage(a + 100, a) == 0
 
 def test_tf1_resize_by_definition():
     x = torch.rand(1, 2, 5, 7)
@@ -191,8 +191,8 @@ def test_scores_with_inception_end_to_end(work, inception, capsys):
     np.savez("stats.npz", **{k: real[k] for k in ("mu", "sigma", "mu_s", "sigma_s", "n")})
     assert call(evaluate, *flags, "--reference", "stats.npz", "--out", "again.json") == 0
     again = json.loads(Path("again.json").read_text())
-    assert again["fd"] == pytest.approx(first["fd"], rel=1e-4) and again["sfd"] == pytest.approx(first["sfd"], rel=1e-4) and "precision" not in again and again["left_out"]["pr"] == "the reference has no features"
-    assert call(evaluate, *flags, "--reference", "pngs", "--out", "self.json") == 0
+    assert again["fd"] == pytest.approx(first["fd"], rel=1e-4) and again["sfd"] == pytest.approx(first["sfd"], rel=1e-4) and "precision" not in again and again["left_out"]["precision"] == "the reference has no features"
+    assert call(evaluate, *flags, "--reference", "./pngs", "--out", "self.json") == 0
     own = json.loads(Path("self.json").read_text())
     assert own["fd"] < 1e-3 * first["fd"] and own["precision"] == own["recall"] == 1
 
@@ -211,30 +211,28 @@ def test_offline_score(scored, capsys):
     assert result["score"] == "FD (classifier features)" and result["fd_floor"] < result["fd"] and result["n_generated"] == result["n_floor"] == 30
     assert 0 <= result["class_accuracy"] <= 1 and result["class_accuracy_real"] > 0.3 and result["sampling"]["steps"] == 2 and result["sampling"]["weights"]
     assert "FID" not in out.out and "30 images are few" in out.err
-    assert call(evaluate) == 0 and "already there" in capsys.readouterr().out
+    first = Path("runs/shapes/metrics.json").read_text()
+    assert call(evaluate) == 0 and Path("runs/shapes/metrics.json").read_text() == first                    # computed again, and the same
     Image.new("RGB", (16, 16)).save("runs/shapes/samples/0000003.png")
-    assert call(evaluate) == 1 and "other samples" in capsys.readouterr().err                       # same number, other content
+    assert call(evaluate) == 0 and json.loads(Path("runs/shapes/metrics.json").read_text())["fd"] != result["fd"]
     assert call(sample, "--num", 30, "--steps", 3, "--amp", "off", "--overwrite") == 0
-    assert call(evaluate) == 1 and "--overwrite" in capsys.readouterr().err
-    Path("runs/shapes/checkpoint.pt").touch()
-    assert call(evaluate, "--overwrite") == 0 and "is newer than the samples" in capsys.readouterr().err
+    capsys.readouterr()
     assert call(data, "--size", 24, "--count", 100, "--workers", 1, "--out", "other", "--name", "d") == 0
     assert call(evaluate, "--reference", "other/d", "--out", "x.json") == 1 and "the right --reference" in capsys.readouterr().err
-    assert call(evaluate, "--metrics", "fd", "--overwrite") == 0 and call(evaluate) == 1 and "other options" in capsys.readouterr().err
-    assert call(evaluate, "--overwrite") == 0
-    state = torch.load("data/shapes/classifier.pt", weights_only=True)
-    torch.save({**state, "data": "other", "weights": {}}, "data/shapes/classifier.pt")                            # the data set was packed anew
-    capsys.readouterr()
-    assert call(evaluate) == 0 and "damaged" not in capsys.readouterr().err
-    state["weights"]["head.bias"] += 1                                                                            # another classifier: not a current score
-    torch.save(state, "data/shapes/classifier.pt")
-    assert call(evaluate) == 1 and "weights differs" in capsys.readouterr().err
+    Path("mine.json").write_text('{"my": "results"}')
+    assert call(evaluate, "--out", "mine.json") == 1 and Path("mine.json").read_text() == '{"my": "results"}' and "mine.json" in capsys.readouterr().err
+    classifier, = Path("data/shapes").glob("classifier-*.pt")
+    assert classifier.stem == "classifier-" + json.loads(Path("data/shapes/meta.json").read_text())["id"][:8]
     for cache in Path("data/shapes").glob("statistics-*.npz"):
         cache.write_bytes(cache.read_bytes()[:3000])                                                              # cut off: made again
-    torch.save({**state, "data": "other"}, "data/shapes/classifier.pt")
-    assert call(evaluate, "--overwrite") == 0 and "is damaged; making it again" in capsys.readouterr().err
-    Path("data/shapes/classifier.pt").write_bytes(b"damaged")
-    assert call(evaluate, "--overwrite") == 0 and "training the classifier again" in capsys.readouterr().err
+    assert call(evaluate) == 0 and "is damaged; making it again" in capsys.readouterr().err
+    classifier.write_bytes(b"damaged")
+    assert call(evaluate) == 0 and f"{classifier} is damaged; making it again" in capsys.readouterr().err
+    state = torch.load(classifier, weights_only=True)
+    state["head.bias"] += 1                               # another classifier has statistics of its own
+    torch.save(state, classifier)
+    before = len(list(Path("data/shapes").glob("statistics-*.npz")))
+    assert call(evaluate) == 0 and len(list(Path("data/shapes").glob("statistics-*.npz"))) == before + 1
 
 @pytest.mark.parametrize("order", ["sorted", "in turn"])
 def test_parts_of_a_set_hold_every_class(monkeypatch, order):
@@ -250,7 +248,7 @@ def test_parts_of_a_set_hold_every_class(monkeypatch, order):
     whole = evaluate.describe(images, net, "cpu", 7, "")
     assert whole["n"] == len(whole["seen"]) == 120 and np.unique(whole["features"][:, 0] // 60).tolist() == [0, 1, 2, 3] and len(whole["features"]) == 40
     monkeypatch.setattr(evaluate, "NEIGHBOURS", 30)
-    assert evaluate.compare(whole, whole, ["pr"], False)[0]["precision"] > 0.8       # the first 30 alone hold one class
+    assert evaluate.compare(whole, whole, ["precision"], False)[0]["precision"] > 0.8       # the first 30 alone hold one class
     part = evaluate.describe(images, net, "cpu", 7, "", evaluate.random_subset(12, 120))
     assert part["n"] == 12 and np.unique(part["features"][:, 0] // 60).tolist() == [0, 1, 2, 3]
 
@@ -259,23 +257,23 @@ def test_scores_of_nothing_are_left_out(work, capsys):
     np.savez("grey.npz", arr_0=np.full((30, 16, 16, 3), 128, np.uint8))
     assert call(evaluate, "--samples", "grey.npz", "--reference", "data/shapes") == 0
     out, result = capsys.readouterr(), json.loads(Path("grey.npz-metrics.json").read_text())
-    assert "precision" not in result and result["left_out"]["pr"] == "the generated images are all the same" and "all the same" in out.out
+    assert "precision" not in result and result["left_out"]["recall"] == "the generated images are all the same" and "all the same" in out.out
     result["class_accuracy_real"] = 0.2
     evaluate.report(result)
-    assert "right on 0.20 of held-out real images only" in capsys.readouterr().err
+    assert "right on 0.2 of held-out real images" in capsys.readouterr().err
     shutil.copytree("data/shapes", "d")
     meta = json.loads(Path("d/meta.json").read_text())
     Path("d/meta.json").write_text(json.dumps({**meta, "counts": {**meta["counts"], "val": 0}}))
     np.save("d/val_images.npy", np.zeros((0, 16, 16, 3), np.uint8)), np.save("d/val_labels.npy", np.zeros(0, np.int64))
-    assert call(evaluate, "--samples", "grey.npz", "--reference", "d", "--out", "g.json") == 0
-    assert "class_accuracy_real" not in json.loads(Path("g.json").read_text()) and "how good the classifier is nobody knows" in capsys.readouterr().err
+    assert call(evaluate, "--samples", "grey.npz", "--reference", "./d", "--out", "g.json") == 0
+    assert "class_accuracy_real" not in json.loads(Path("g.json").read_text()) and "right on None of held-out" in capsys.readouterr().err
 
-def test_a_reference_packed_again_is_not_a_current_score(there, capsys):
-    for _ in range(2):
-        assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--overwrite") == 0
-        np.savez("s.npz", arr_0=images_of(12)) if not Path("s.npz").exists() else None
-        code = call(evaluate, "--samples", "s.npz", "--reference", "data/shapes")
-    assert code == 1 and "reference_key differs" in capsys.readouterr().err
+def test_a_data_set_packed_again_is_said(scored, capsys):
+    shutil.copytree("data/shapes", "mine")
+    Path("data").unlink(), Path("data").mkdir(), Path("mine").rename("data/shapes")
+    assert call(data, "--size", 16, "--count", 200, "--workers", 1, "--overwrite") == 0
+    assert call(evaluate) == 1 and "was packed anew since" in capsys.readouterr().err
+    assert call(evaluate, "--reference", "shapes") == 0                                # as the line says
 
 def test_unlabelled_data_cannot_be_judged_offline(there, capsys):
     (there / "in").mkdir()
@@ -292,13 +290,12 @@ def test_table_of_results(scored, capsys):
         assert call(sample, "--num", 30, "--steps", 2, "--amp", "off", "--cfg", w, "--out", f"w{w}") == 0 and call(evaluate, "--samples", f"w{w}") == 0
         files.append(f"w{w}-metrics.json")
     capsys.readouterr()
-    assert call(evaluate, "--table", *files) == 0
+    assert call(evaluate, "--table", *files, "--out", "curve.png") == 0
     out = capsys.readouterr().out
-    assert out.startswith("file | cfg | N | fd | precision | recall | class_accuracy\nw3-metrics.json | 3 | 30 | ")
-    rows = list(csv.reader(open("table.csv")))
-    assert [row[1] for row in rows] == ["cfg", "3.0", "1.0", "2.0"] and Image.open("table.png").width > 100
+    assert out.startswith("file | cfg | n_generated | fd | sfd | is | kid | precision | recall | class_accuracy\nw3-metrics.json | 3 | 30 | ") and Image.open("curve.png").width > 100
+    assert call(evaluate, "--table", *files, "--out", "curve.png") == 2 and "exists" in capsys.readouterr().err
     Path("other.json").write_text("[]")
-    assert call(evaluate, "--table", *files, "other.json") == 1 and "other.json are not results" in capsys.readouterr().err
+    assert call(evaluate, "--table", *files, "other.json") == 1 and "other.json is damaged" in capsys.readouterr().err
 
 def bad_sets():
     Path("mixed").mkdir()
@@ -323,8 +320,8 @@ def bad_sets():
 @pytest.mark.parametrize("flags,words,code", [
     (["--samples", "mixed"], "must have one size", 1), (["--samples", "void"], "no images at void", 1), (["--samples", "float.npz"], "must be uint8", 1), (["--samples", "nothing.npz"], "neither images", 1),
     (["--samples", "none.npz"], "must be uint8", 1), (["--samples", "onehot.npz"], "one class id per image", 1), (["--samples", "short.npz"], "one class id per image", 1), (["--samples", "cut.npz"], "not a readable npz", 1),
-    (["--samples", "list"], "labels for 0", 1), (["--samples", "nolabels"], "labels for 0", 1), (["--samples", "cutjson"], "samples.json is damaged", 1), (["--samples", "far.npz"], "labels outside 0..9", 1), (["--samples", "big.npz"], "the right --reference", 1),
-    (["--samples", "few.npz", "--reference", "nan.npz", "--features", "inception", "--inception-weights", "gone.pth"], "must be finite", 1), (["--samples", "few.npz", "--reference", "odd.npz", "--features", "inception", "--inception-weights", "gone.pth"], "must be finite", 1),
+    (["--samples", "list"], "samples.json is damaged", 1), (["--samples", "nolabels"], "labels is not a list", 1), (["--samples", "cutjson"], "samples.json is damaged", 1), (["--samples", "far.npz"], "labels outside 0..9", 1), (["--samples", "big.npz"], "the right --reference", 1),
+    (["--samples", "few.npz", "--reference", "nan.npz", "--features", "inception", "--inception-weights", "gone.pth"], "all of them finite", 1), (["--samples", "few.npz", "--reference", "odd.npz", "--features", "inception", "--inception-weights", "gone.pth"], "all of them finite", 1),
     (["--samples", "few.npz", "--reference", "small.npz"], "is not a packed data set", 1), (["--samples", "small.npz"], "statistics only", 1), (["--device", "gpu"], "give cuda or cpu", 2),
     (["--samples", "pickled.npz"], "not a readable npz", 1), (["--samples", "broken.npz"], "not a readable npz", 1), (["--samples", "few.npz", "--reference", ""], "pass --reference", 1),
     (["--samples", "nowhere"], "no images at nowhere", 1), (["--metrics", "psnr"], "unknown", 2), (["--run", "nope"], "make samples first", 1), (["--table", "gone.json"], "gone.json", 1),
@@ -340,7 +337,7 @@ def test_the_n_of_statistics_is_not_that_of_the_images_beside_them(there):
     """ADM's reference files: mu and sigma of the whole data set, 10,000 images for precision and recall, and no n."""
     np.savez("r.npz", arr_0=images_of(30), mu=np.zeros(3), sigma=np.eye(3))
     net = lambda x: {"features": x.float().mean(dim=(1, 2)), "logits": x[:, 0, 0].float()}
-    real = evaluate.describe_reference(evaluate.ImageSet("r.npz"), net, "f", "d", torch.device("cpu"), 7)
+    real = evaluate.describe_reference(evaluate.ImageSet("r.npz"), net, "d", torch.device("cpu"), 7)
     assert real["n"] == 0 and len(real["features"]) == 30 and (real["mu"] == 0).all()
 
 def test_statistics_of_another_feature_size(work, inception, capsys):
@@ -351,27 +348,27 @@ def test_statistics_of_another_feature_size(work, inception, capsys):
 
 def test_statistics_are_cached_by_weights_and_data(work):
     real, nets = evaluate.ImageSet("data/shapes"), [lambda x, k=k: {"features": x.float().mean(dim=(1, 2)) * k, "logits": x[:, 0, 0].float()} for k in (1, 2)]
-    first, same, other = (evaluate.describe_reference(real, nets[k], "f", digest, "cpu", 50) for k, digest in ((0, "a"), (1, "a"), (1, "b")))
+    first, same, other = (evaluate.describe_reference(real, nets[k], digest, "cpu", 50) for k, digest in ((0, "a"), (1, "a"), (1, "b")))
     assert np.array_equal(first["mu"], same["mu"]) and np.allclose(other["mu"], 2 * first["mu"])
-    real.key = "packed anew"
-    assert np.allclose(evaluate.describe_reference(real, nets[1], "f", "a", "cpu", 50)["mu"], 2 * first["mu"])
+    real.record["id"] = "packed anew"
+    assert np.allclose(evaluate.describe_reference(real, nets[1], "a", "cpu", 50)["mu"], 2 * first["mu"])
 
 def test_a_cache_that_cannot_be_written_is_only_said(work, monkeypatch, capsys):
     """torch reports a folder that is read-only as a RuntimeError, numpy as an OSError."""
     monkeypatch.setattr(evaluate.torch, "save", lambda *args: (_ for _ in ()).throw(RuntimeError("cannot be opened")))
     monkeypatch.setattr(evaluate.np, "savez", lambda *args, **more: (_ for _ in ()).throw(OSError("read-only")))
-    with evaluate.cached(Path("x.npz")) as part, open(part, "wb") as file:
-        evaluate.np.savez(file)
-    Path("data/shapes/classifier.pt").unlink(missing_ok=True)
+    assert evaluate.remembered(Path("x.npz"), None, lambda: 3, lambda value, path: evaluate.np.savez(path)) == 3
+    for path in Path("data/shapes").glob("classifier-*.pt"):
+        path.unlink()
     evaluate.load_classifier("data/shapes", "cpu")
     error = capsys.readouterr().err
-    assert "x.npz is not kept (read-only)" in error and "classifier.pt is not kept (cannot be opened)" in error and not Path("data/shapes/classifier.pt").exists()
+    assert "x.npz is not kept (read-only)" in error and ".pt is not kept (cannot be opened)" in error and not list(Path("data/shapes").glob("classifier-*.pt"))
 
 def test_which_side_is_precise():
     """Samples in a corner of the real ones: all precise, little recalled; and the spatial score uses the spatial moments."""
     real, fake = features(300, 2), features(300, 2) * 0.1
     side = lambda x, k: {"features": x, "mu": x.mean(0), "sigma": np.cov(x.T), "mu_s": x.mean(0) + k, "sigma_s": np.cov(x.T)}
-    scores, _ = evaluate.compare(side(fake, 0), side(real, 3), ["pr", "fd", "sfd"], True)
+    scores, _ = evaluate.compare(side(fake, 0), side(real, 3), ["precision", "recall", "fd", "sfd"], True)
     assert scores["precision"] > 0.9 > 0.5 > scores["recall"] and scores["sfd"] > scores["fd"] + 10
 
 def test_the_classifier_is_mirrored_left_to_right_and_judges_in_eval_mode(work, monkeypatch):
@@ -386,5 +383,5 @@ def test_the_classifier_is_mirrored_left_to_right_and_judges_in_eval_mode(work, 
 def test_memory_of_precision_and_recall_is_not_quadratic():
     """10,000 x 10,000 distances in fp64 alone would be 800 MB."""
     code = ("import sys, resource, numpy as np; sys.path.insert(0, %r); from importlib import import_module; e = import_module('05_eval'); x = np.random.rand(10000, 16);"
-            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; e.precision_recall(x, x[::-1].copy()); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)" % str(ROOT))
+            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; e.coverage(x, x[::-1].copy()); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)" % str(ROOT))
     assert int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) < 600_000

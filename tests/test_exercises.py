@@ -69,25 +69,23 @@ def test_exercise_01_crop_last_scale():
 # ---- 2 mix and velocity_target ----------------------------------------------------------------------------------------
 X, E = torch.full((2, 3, 4, 4), 4.0), torch.full((2, 3, 4, 4), 8.0)
 
-def test_exercise_02_mix_linear():
-    found = model.mix("linear", X, E, torch.tensor([0.25, 1.0]))
+def test_exercise_02_mix():
+    found = model.mix(X, E, torch.tensor([0.25, 1.0]))
     must(found is not None and found.shape == X.shape, f"mix returns the shape of x, {tuple(X.shape)}, got {getattr(found, 'shape', found)}")
-    close(found[:, 0, 0, 0], [7.0, 4.0], "mix on the linear path, image 4 and noise 8, at t = 0.25 and, for the second image, at t = 1")
-    close(model.mix("linear", X, E, torch.zeros(2)), E, "mix at t = 0 is the noise")
+    close(found[:, 0, 0, 0], [7.0, 4.0], "mix of image 4 and noise 8, at t = 0.25 and, for the second image, at t = 1")
+    close(model.mix(X, E, torch.zeros(2)), E, "mix at t = 0 is the noise")
     must(bool((X == 4).all() and (E == 8).all()), "mix must not change the image and the noise it was given")
 
-def test_exercise_02_mix_cosine():
-    close(model.mix("cosine", X, E, torch.full((2,), 1 / 3))[:, 0, 0, 0], [8.9282, 8.9282], "mix on the cosine path at t = 1/3, image 4 and noise 8", 1e-3)
+def test_exercise_02_mix_of_other_shapes():
+    points = model.mix(torch.tensor([[4.0, 0.0], [4.0, 2.0]]), torch.tensor([[8.0, 8.0], [8.0, 8.0]]), torch.tensor([0.5, 0.25]))
+    close(points, [[6.0, 4.0], [7.0, 6.5]], "mix of two points in the plane, (4,0) and (4,2), with the noise (8,8), at t = 0.5 and 0.25: any shape (B,...)")
 
 def test_exercise_02_mix_velocity():
-    close(model.velocity_target("linear", X, E, torch.tensor([0.25, 0.75]))[:, 0, 0, 0], [-4.0, -4.0], "velocity_target on the linear path, image 4 and noise 8, at any t")
-    close(model.velocity_target("cosine", X, E, torch.full((2,), 1 / 3))[:, 0, 0, 0], [-0.8418, -0.8418], "velocity_target on the cosine path at t = 1/3", 1e-3)
+    close(model.velocity_target(X, E, torch.tensor([0.25, 0.75]))[:, 0, 0, 0], [-4.0, -4.0], "velocity_target of image 4 and noise 8, at any t")
     must(bool((X == 4).all() and (E == 8).all()), "velocity_target must not change the image and the noise it was given")
 
 # ---- 3 conversion -----------------------------------------------------------------------------------------------------
-WORKED = {"linear": (0.25, {"x": 4.0, "e": 8.0, "v": -4.0}, 7.0),      # path: (t, an image, noise and velocity that belong together, their z)
-          "cosine": (1 / 3, {"x": 4.0, "e": 8.0, "v": -0.841787}, 8.928203),
-          "ddpm-cosine": (1 / 3, {"x": 4.0, "e": 8.0, "v": -0.777982}, 8.930331)}
+KNOWN, AT, MIXED = {"x": 4.0, "e": 8.0, "v": -4.0}, 0.25, 7.0           # an image, noise and velocity that belong together, t, and their z
 ENDS = [("x", "v", 1.0, 20, -20), ("x", "v", 0.99, 20, -20), ("x", "e", 1.0, -20, 20), ("e", "x", 0.0, -20, 20), ("e", "v", 0.0, -20, 20),
         ("e", "v", 0.01, -20, 20), ("v", "x", 1.0, 0, 1), ("v", "e", 0.0, 0, 1)]
 
@@ -100,23 +98,21 @@ def converted(kind, to, t, *args):
              f"conversion from {kind} to {to}: {name} is a tensor, fp32 and of the shape of t, ({len(t)},); got {' '.join(str(part).split())[:60]}")
     return pair
 
-@pytest.mark.parametrize("path", WORKED)
+@pytest.mark.parametrize("to", "xev")
 @pytest.mark.parametrize("kind", "xev")
-def test_exercise_03_conversion(kind, path):
-    t, known, z = WORKED[path]
-    for to in known:
-        u, w = converted(kind, to, [t], path)
-        close(u * known[kind] + w * z, [known[to]], f"conversion from {kind} to {to} on the {path} path at t = {t:.2f}: {kind} is {known[kind]:g}, z is {z:g}, so u {kind} + w z", 1e-4)
+def test_exercise_03_conversion(kind, to):
+    u, w = converted(kind, to, [AT])
+    close(u * KNOWN[kind] + w * MIXED, [KNOWN[to]], f"conversion from {kind} to {to} at t = {AT}: {kind} is {KNOWN[kind]:g}, z is {MIXED:g}, so u {kind} + w z", 1e-4)
 
 def test_exercise_03_conversion_of_many_times():
     close(converted("x", "x", [0.1, 0.5, 0.9])[0], [1, 1, 1], "conversion from x to x at three times: u")
-    close(converted("v", "x", [0.1, 0.5, 0.9])[1], [1, 1, 1], "conversion from v to x on the linear path at three times: w")
+    close(converted("v", "x", [0.1, 0.5, 0.9])[1], [1, 1, 1], "conversion from v to x at three times: w")
 
 def test_exercise_03_conversion_clamps():
     for kind, to, t, u, w in ENDS:
-        close(torch.stack(converted(kind, to, [t])).flatten(), [u, w], f"conversion from {kind} to {to} on the linear path at t = {t:g}, t_eps = 0.05, near an end of the path: u and w "
+        close(torch.stack(converted(kind, to, [t])).flatten(), [u, w], f"conversion from {kind} to {to} at t = {t:g}, t_eps = 0.05, near an end of the path: u and w "
               "(each one fraction, whose denominator alone is clamped)" if kind != "v" else f"conversion from v to {to} at t = {t:g}: nothing vanishes, so nothing is clamped: u and w")
-    close(converted("x", "v", [1.0], "linear", 0.1)[0], [10.0], "conversion from x to v at t = 1 with t_eps = 0.1: u")
+    close(converted("x", "v", [1.0], 0.1)[0], [10.0], "conversion from x to v at t = 1 with t_eps = 0.1: u")
 
 # ---- 4 patchify -------------------------------------------------------------------------------------------------------
 IMAGE = torch.arange(2 * 2 * 4 * 6.).view(2, 2, 4, 6)                  # two images, two channels, four rows of six
@@ -158,7 +154,7 @@ def test_exercise_05_rotate_any():
 # ---- 6 adaLN block ----------------------------------------------------------------------------------------------------
 def block(signals, x=2.0, c=((1.0,), (1.0,)), attention=lambda h, rope=None: 3 * h, drop=1.0):
     """A block whose parts are simple functions, and whose six signals are given, times c; its output, a number for each of two tokens."""
-    part = model.Block(model.JiTConfig(**{**TINY, "rope": False}), 0.0).eval()
+    part = model.Block(model.JiTConfig(**{**TINY, "rope": False})).eval()
     part.norm1.forward, part.norm2.forward = (lambda h: 10 * h), (lambda h: h / 2)
     vector = torch.tensor(signals, dtype=torch.float32).repeat_interleave(32)
     part.adaLN_modulation.forward = lambda c: c[..., :1] * vector if torch.is_tensor(c) else vector
@@ -196,56 +192,64 @@ def test_exercise_06_block_rope_and_dropout():
 # ---- 7 loss -----------------------------------------------------------------------------------------------------------
 TIMES, ERRORS, WORLD = torch.tensor([0.1, 0.5, 0.9, 0.99]), torch.tensor([0.1, 0.2, 0.3, 0.4]).view(4, 1, 1, 1), {"x": 4.0, "e": 8.0, "v": 2.0, "z": 10.0}
 
-def conversion_stand_in(kind, to, t, path="linear", t_eps=0.05):
-    """An invented (u, w) under which the numbers of WORLD belong together, but for the last time, where it acts as if clamped."""
-    must(path == "cosine", f"diffusion_loss: the path is config.path, cosine here; conversion was asked for {path}")
-    u = {"xv": 1 + t, "vx": 1 / (1 + t), "xe": 3 + 0 * t, "ex": 1 / 3 + 0 * t, "ev": 5 + 0 * t, "ve": 0.2 + 0 * t}.get(kind + to, torch.ones_like(t))
-    return torch.where((t > 0.95) & (kind != to), u / 2, u), (WORLD[to] - u * WORLD[kind]) / WORLD["z"]
-
-def losses(monkeypatch, errors, *spaces, pred="x", x=4.0, out=None):
-    """diffusion_loss of a prediction that is off by `errors`, a number for each image; what it may call is replaced."""
-    full = lambda value: torch.full((4, 3, 8, 8), value)
-    monkeypatch.setattr(model, "conversion", conversion_stand_in)
-    monkeypatch.setattr(model, "velocity_target", lambda path, x, e, t: full(WORLD["v"]))
-    monkeypatch.setattr(model, "mix", lambda path, x, e, t: full(WORLD["z"]))
-    batch = {"x": full(x), "e": full(WORLD["e"]), "t": TIMES.clone()}
-    before = {name: value.clone() for name, value in batch.items()}
-    out = out if out is not None else full(WORLD[pred]) + errors
-    found = train.diffusion_loss(out, batch, model.JiTConfig(**TINY, pred=pred, path="cosine"), *spaces)
-    for name in batch:
-        unchanged(batch[name], before[name], f"diffusion_loss: batch[{name!r}]")
-    must(found is not None, "diffusion_loss returned nothing")
-    must(isinstance(found, (list, tuple)) and len(found) == len(spaces), f"diffusion_loss returns a list, one tensor for each of the {len(spaces)} spaces asked for; "
-         f"it returned {'a tensor of the shape ' + str(tuple(found.shape)) if torch.is_tensor(found) else repr(found)[:60]}")
+def jit_loss(out=4.0, x=4.0):
+    """diffusion_loss of four images x and predictions `out`, numbers or tensors, with z = 10."""
+    full = lambda value: value if torch.is_tensor(value) else torch.full((4, 3, 8, 8), value)
+    given = [full(out), full(x), full(10.0), TIMES.clone()]
+    before = [value.clone() for value in given]
+    found = train.diffusion_loss(*given)
+    for name, value, was in zip(("x_pred", "x", "z", "t"), given, before):
+        unchanged(value, was, f"diffusion_loss: {name}")
+    must(torch.is_tensor(found) and found.shape == (4,), f"diffusion_loss returns one number per image, (4,); got {tuple(found.shape) if torch.is_tensor(found) else repr(found)[:60]}")
     return found
 
-def test_exercise_07_loss_of_a_perfect_prediction(monkeypatch):
-    for space, found in zip("xv", losses(monkeypatch, 0.0, "x", "v")):
-        close(found, torch.zeros(4), f"diffusion_loss in {space}-space of a perfect prediction, four images, t = 0.1, 0.5, 0.9, 0.99; the clamp acts at the last: prediction and truth must go through the same conversion")
+def test_exercise_07_loss():
+    close(jit_loss(), torch.zeros(4), "diffusion_loss of a perfect prediction, four images, t = 0.1, 0.5, 0.9, 0.99; the clamp acts at the last: prediction and truth must be divided by the same")
+    close(jit_loss(4.0 + ERRORS.expand(4, 3, 8, 8)), [0.012346, 0.16, 9.0, 64.0], "diffusion_loss of predictions off by 0.1, 0.2, 0.3, 0.4 at t = 0.1, 0.5, 0.9, 0.99: squared errors of the velocity; 1-t is at least 0.05", 2e-3)
 
-def test_exercise_07_loss_in_x(monkeypatch):
-    close(losses(monkeypatch, ERRORS, "x")[0], [0.01, 0.04, 0.09, 0.16], "diffusion_loss in x-space of an x-prediction, four images off by 0.1, 0.2, 0.3, 0.4 everywhere")
+def test_exercise_07_loss_is_fp32():
+    found = jit_loss(torch.full((4, 3, 8, 8), 4.0, dtype=torch.bfloat16), 4.01)
+    must(found.dtype == torch.float32, f"diffusion_loss of a bf16 prediction: the loss is fp32, got {found.dtype}")
+    close(found[:2], [1.2346e-4, 4e-4], "diffusion_loss of a bf16 prediction, 4 instead of 4.01, at t = 0.1 and 0.5: the error, too, is computed in fp32", 1e-5)
 
-def test_exercise_07_loss_in_v(monkeypatch):
-    close(losses(monkeypatch, ERRORS, "x", "v")[1], [0.0121, 0.09, 0.3249, 0.158404],
-          "diffusion_loss in v-space of an x-prediction, four images off by 0.1, 0.2, 0.3, 0.4; conversion's u from x to v is 1.1, 1.5, 1.9, 0.995 here")
+def test_exercise_07_loss_has_a_gradient():
+    out = torch.full((4, 3, 8, 8), 5.0, requires_grad=True)
+    found = jit_loss(out)
+    must(found.requires_grad, "diffusion_loss: no gradient reaches the prediction, so nothing could be learned")
+    found.sum().backward()
+    close(out.grad[1], torch.full((3, 8, 8), 2 / 192 * 4), "diffusion_loss of a prediction off by 1 at t = 0.5: the gradient at each of the 192 numbers of an image", 1e-6)
+
+class Invented:
+    """A path with an invented (u, w) under which the numbers of WORLD belong together, but for the last time, where it acts as if clamped."""
+
+    def velocity_target(self, x, e, t):
+        return torch.full((4, 3, 8, 8), WORLD["v"])
+
+    def conversion(self, kind, to, t, t_eps=0.05):
+        u = {"xv": 1 + t, "vx": 1 / (1 + t), "xe": 3 + 0 * t, "ex": 1 / 3 + 0 * t, "ev": 5 + 0 * t, "ve": 0.2 + 0 * t}.get(kind + to, torch.ones_like(t))
+        return torch.where((t > 0.95) & (kind != to), u / 2, u), (WORLD[to] - u * WORLD[kind]) / WORLD["z"]
+
+def cell(monkeypatch, errors, space, pred="x"):
+    """grid_loss of a prediction that is off by `errors`, a number for each image, on an invented path."""
+    monkeypatch.setitem(model.PATHS, "invented", Invented())
+    full = lambda value: torch.full((4, 3, 8, 8), value)
+    batch = {"x": full(WORLD["x"]), "e": full(WORLD["e"]), "t": TIMES.clone()}
+    before = {name: value.clone() for name, value in batch.items()}
+    found = train.grid_loss(full(WORLD[pred]) + errors, batch, model.JiTConfig(**TINY, pred=pred, path="invented"), space)
+    for name in batch:
+        unchanged(batch[name], before[name], f"grid_loss: batch[{name!r}]")
+    return found
+
+def test_exercise_07_loss_of_the_table(monkeypatch):
+    for space in "xv":
+        close(cell(monkeypatch, 0.0, space), torch.zeros(4), f"grid_loss in {space}-space of a perfect prediction: prediction and truth go through the same conversion")
+    close(cell(monkeypatch, ERRORS, "x"), [0.01, 0.04, 0.09, 0.16], "grid_loss in x-space of an x-prediction, four images off by 0.1, 0.2, 0.3, 0.4 everywhere")
+    close(cell(monkeypatch, ERRORS, "v"), [0.0121, 0.09, 0.3249, 0.158404],
+          "grid_loss in v-space of an x-prediction, four images off by 0.1, 0.2, 0.3, 0.4; the path's u from x to v is 1.1, 1.5, 1.9, 0.995 here")
 
 def test_exercise_07_loss_of_other_predictions(monkeypatch):
     for pred in "ve":
-        close(losses(monkeypatch, ERRORS, pred, pred=pred)[0], [0.01, 0.04, 0.09, 0.16],
-              f"diffusion_loss in {pred}-space of an {pred}-prediction, four images off by 0.1, 0.2, 0.3, 0.4: what is it to be compared with?")
-
-def test_exercise_07_loss_is_fp32(monkeypatch):
-    found = losses(monkeypatch, 0.0, "x", x=4.01, out=torch.full((4, 3, 8, 8), 4.0, dtype=torch.bfloat16))[0]
-    must(found.dtype == torch.float32, f"diffusion_loss of a bf16 prediction: the loss is fp32, got {found.dtype}")
-    close(found, [1e-4] * 4, "diffusion_loss of a bf16 prediction, 4 instead of 4.01: the error, too, is computed in fp32", 1e-6)
-
-def test_exercise_07_loss_has_a_gradient(monkeypatch):
-    out = torch.full((4, 3, 8, 8), 5.0, requires_grad=True)
-    found = losses(monkeypatch, 0.0, "x", out=out)[0]
-    must(found.requires_grad, "diffusion_loss: no gradient reaches the prediction, so nothing could be learned")
-    found.sum().backward()
-    close(out.grad[0], torch.full((3, 8, 8), 2 / 192), "diffusion_loss in x-space of an x-prediction off by 1: the gradient at each of the 192 numbers of an image", 1e-6)
+        close(cell(monkeypatch, ERRORS, pred, pred), [0.01, 0.04, 0.09, 0.16], f"grid_loss in {pred}-space of an {pred}-prediction, four images off by 0.1, 0.2, 0.3, 0.4: what is it to be compared with?")
 
 # ---- 8 EMA ------------------------------------------------------------------------------------------------------------
 def averages():
@@ -298,7 +302,7 @@ class Toy(train.Trainer):
         torch.nn.init.ones_(self.net.weight)
         self.forward, self.parameters, self.world, self.rank = self.net, list(self.net.parameters()), 2, 1
         self.optimizer, self.scaler = torch.optim.SGD(self.parameters, lr=100.0), Scaler(self.parameters, self.done)
-        self.step, self.skipped, self.bad, self.sums = 0, 0, 0, torch.zeros(7, 2, dtype=torch.float64)
+        self.step, self.skipped, self.bad, self.log = 0, 0, 0, train.Log("cpu")
 
     def indices(self):
         return range(1, 2 * self.micro_batches, 2)                     # every second one is another process's
@@ -360,8 +364,8 @@ def test_exercise_09_step_averages():
     toy = Toy().run(1.0)
     must(len(toy.averaged) == 1, f"train_step calls update_ema once a step; it was called {len(toy.averaged)} times")
     close(toy.averaged, [0.5], "train_step: update_ema must see the weights after the step")
-    must(toy.sums[-1, 1] == 1, f"train_step calls gradient_norm once a step, it goes into the log; it was called {int(toy.sums[-1, 1])} times")
-    close(toy.sums[-1, 0], 1.0, "train_step, gradient 1: what gradient_norm has put into the log, taken after unscaling")
+    must(toy.log.sums[-1, 1] == 1, f"train_step calls gradient_norm once a step, it goes into the log; it was called {int(toy.log.sums[-1, 1])} times")
+    close(toy.log.sums[-1, 0], 1.0, "train_step, gradient 1: what gradient_norm has put into the log, taken after unscaling")
 
 def test_exercise_09_step_survives_a_bad_gradient():
     toy = Toy().run(math.inf).run(math.nan)
@@ -372,33 +376,34 @@ def test_exercise_09_step_survives_a_bad_gradient():
     must((toy.step, toy.skipped, toy.bad) == (3, 2, 0), f"train_step, a good step after two bad ones: step, skipped and bad are 3, 2, 0; got {toy.step}, {toy.skipped}, {toy.bad}")
 
 # ---- 10 guidance ------------------------------------------------------------------------------------------------------
-def guided(monkeypatch, t, *args, t_eps=0.02):
-    """guided_velocity where the velocity is label times z: 3 and 8 with class, 10 and 20 without.  Returns (it, sizes of the batches)."""
+def guided(monkeypatch, t, *args, **more):
+    """guided() where the velocity is label times z: 3 and 8 with class, 10 and 20 without.  Returns (it, sizes of the batches)."""
     seen, z = [], torch.tensor([[1.0], [2.0]])
-    def velocity(net, z, t, labels, t_eps=None):
-        must(isinstance(t, float), f"guided_velocity: velocity takes the time as a float, it got {type(t).__name__}")
-        must(t_eps == 0.02, f"guided_velocity: t_eps, 0.02 here, must reach velocity; it got {t_eps}")
+    def predict(net, z, t, labels, to="v", t_eps=None):
+        must(isinstance(t, float), f"guided: predict takes the time as a float, it got {type(t).__name__}")
+        must(t_eps == 0.02 and to == more.get("to", "v"), f"guided: `to` and t_eps, {more.get('to', 'v')!r} and 0.02 here, must reach predict; it got {to!r} and {t_eps}")
         seen.append(len(z))
         return labels.float().view(-1, 1) * z
-    monkeypatch.setattr(sample, "velocity", velocity)
+    monkeypatch.setattr(sample, "predict", predict)
     net = types.SimpleNamespace(config=types.SimpleNamespace(num_classes=10))
-    found = sample.guided_velocity(net, z, t, torch.tensor([3, 4]), *args, t_eps=t_eps)
-    unchanged(z, torch.tensor([[1.0], [2.0]]), "guided_velocity: z")
+    found = sample.guided(net, z, t, torch.tensor([3, 4]), *args, t_eps=0.02, **more)
+    unchanged(z, torch.tensor([[1.0], [2.0]]), "guided: z")
     return found, seen
 
-OFF, ON, CASE = [[3.0], [8.0]], [[-11.0], [-16.0]], "guided_velocity of two images, whose velocities are 3 and 8 with class, 10 and 20 without (label num_classes)"
+OFF, ON, CASE = [[3.0], [8.0]], [[-11.0], [-16.0]], "guided of two images, whose velocities are 3 and 8 with class, 10 and 20 without (label num_classes)"
 
 def test_exercise_10_guidance(monkeypatch):
     close(guided(monkeypatch, 0.5, 1.0)[0], OFF, f"{CASE}: with w = 1")
     close(guided(monkeypatch, 0.5, 0.0)[0], [[10.0], [20.0]], f"{CASE}: with w = 0")
     close(guided(monkeypatch, 0.5, 3.0)[0], ON, f"{CASE}: with w = 3, beyond the class and away from what has none")
+    close(guided(monkeypatch, 0.5, 3.0, to="x")[0], ON, f"{CASE}: with w = 3 and to='x': images mix as velocities do")
 
 def test_exercise_10_guidance_passes(monkeypatch):
     for w, interval, why in ((1.0, (0.0, 1.0), "with w = 1"), (0.0, (0.0, 1.0), "with w = 0"), (3.0, (0.6, 1.0), "outside its interval")):
         seen = guided(monkeypatch, 0.5, w, interval)[1]
-        must(seen == [2], f"guided_velocity of 2 images {why} needs one pass with 2 images; it made passes with {seen}")
+        must(seen == [2], f"guided of 2 images {why} needs one pass with 2 images; it made passes with {seen}")
     seen = guided(monkeypatch, 0.5, 3.0)[1]
-    must(seen == [4], f"guided_velocity of 2 images with w = 3: both halves go through the network as one batch of 4; it made passes with {seen}")
+    must(seen == [4], f"guided of 2 images with w = 3: both halves go through the network as one batch of 4; it made passes with {seen}")
 
 def test_exercise_10_guidance_interval(monkeypatch):
     close(guided(monkeypatch, 0.05, 3.0, (0.1, 1.0))[0], OFF, f"{CASE}: w = 3 at t = 0.05, interval 0.1 to 1: outside, as with w = 1")

@@ -1,5 +1,6 @@
 """Sampling as a user sees it: the same pictures whatever the batches, processes, order or interruption; nothing overwritten."""
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -47,17 +48,16 @@ def test_no_two_images_share_noise():
 
 def test_the_sampler_passes_on_what_it_was_asked(run, monkeypatch):
     """Fresh noise by step, noise of std k, the shift of the grid; ancestral noise has the posterior's std, and none at the end."""
-    net, steps, trace = randomised(model.JiTConfig(**{**TINY, "noise_scale": 2.0})), [], {}
-    noise, y, v = torch.randn(2, 3, 16, 16), torch.tensor([0, 1]), lambda z, t: z * 0.3
+    net, steps, scales = randomised(model.JiTConfig(**{**TINY, "noise_scale": 2.0})), [], model.PATHS["linear"].scales
+    noise, y, x = torch.randn(2, 3, 16, 16), torch.tensor([0, 1]), lambda z, t: z * 0.3
     sample.generate(net, noise, y, solver="ddpm", steps=3, step_noise=lambda i: steps.append(i) or noise)
-    sample.generate(net, noise, y, solver="euler", steps=2, shift=3.0, trace=trace)
-    assert steps == [0, 1, 2] and list(trace) == pytest.approx([0, 0.25])
-    assert torch.equal(sample.ddpm_step(noise, 0.9, 1.0, v, noise=noise), sample.ddpm_step(noise, 0.9, 1.0, v))
+    assert steps == [0, 1, 2] and [t for t, _ in sample.walk(net, noise, y, solver="euler", steps=2, shift=3.0)] == pytest.approx([0, 0.25, 1])
+    assert torch.equal(sample.ddpm_step(noise, 0.9, 1.0, x, lambda: noise, scales), sample.ddpm_step(noise, 0.9, 1.0, x, lambda: 0.0, scales))
     t, u = 0.5, 0.75                                      # std^2 = (sigma_t^2 - (alpha_t/alpha_u)^2 sigma_u^2) sigma_u^2 / sigma_t^2
-    added = sample.ddpm_step(noise, t, u, v, noise=torch.ones_like(noise)) - sample.ddpm_step(noise, t, u, v)
+    added = sample.ddpm_step(noise, t, u, x, lambda: torch.ones_like(noise), scales) - sample.ddpm_step(noise, t, u, x, lambda: 0.0, scales)
     assert torch.allclose(added, torch.full_like(added, ((0.5**2 - (0.5 / 0.75)**2 * 0.25**2) * 0.25**2 / 0.5**2)**0.5), atol=1e-6)
-    monkeypatch.setattr(sample, "generate", lambda net, noise, labels, **more: noise)
-    assert abs(sample.Sampler(net, [0], 0, sample.HOW, "off", torch.device("cpu")).draw(range(50)).std() - 2) < 0.05
+    monkeypatch.setattr(sample, "walk", lambda net, noise, labels, **more: iter([(1.0, noise)]))
+    assert abs(sample.Sampler(net, [0], 0, asdict(sample.Settings()), "off", torch.device("cpu")).images(range(50)).std() - 2) < 0.05
     before = sample.fingerprint(net)
     next(net.parameters()).data += 1
     assert sample.fingerprint(net) != before
@@ -65,23 +65,23 @@ def test_the_sampler_passes_on_what_it_was_asked(run, monkeypatch):
 def test_an_image_of_another_size_is_not_packed(run, capsys):
     assert call(sample, "--run", "r", "--num", 9, "--amp", "off") == 0
     Image.new("RGB", (8, 8)).save("runs/r/samples/0000004.png")
-    assert call(sample, "--run", "r", "--num", 9, "--amp", "off", "--npz") == 1 and "0000004.png is not of 16 x 16" in capsys.readouterr().err
+    assert call(sample, "--run", "r", "--num", 9, "--amp", "off", "--npz") == 1 and "has the shape (8, 8, 3), not (16, 16, 3)" in capsys.readouterr().err
     assert not Path("runs/r/samples/samples.npz").exists()
 
 def test_a_killed_run_goes_on(run, monkeypatch):
     whole = draw("whole", "--batch-size", 10)
-    real, count = sample.generate, []
+    real, count = sample.walk, []
 
     def dies(*args, **kwargs):
         count.append(1)
         if len(count) > 3:
             raise KeyboardInterrupt
         return real(*args, **kwargs)
-    monkeypatch.setattr(sample, "generate", dies)
+    monkeypatch.setattr(sample, "walk", dies)
     assert call(sample, "--run", "r", "--num", 64, "--amp", "off", "--out", "half", "--batch-size", 10) == 130
     assert len(list(Path("half").glob("0*.png"))) == 30
     Path("half/0000003.png").unlink()                      # a hole, in any order
-    monkeypatch.setattr(sample, "generate", real)
+    monkeypatch.setattr(sample, "walk", real)
     assert np.array_equal(draw("half", "--batch-size", 10), whole)
 
 @pytest.mark.parametrize("solver", ["ddpm", "ddim", "euler"])
@@ -92,7 +92,7 @@ def test_two_ranks_make_the_images_of_one(run, monkeypatch):
     """Each rank takes its share of the batches; what they leave is the same folder."""
     whole = draw("whole", "--batch-size", 7)
     net, info = model.load_network("runs/r/checkpoint.pt")
-    how = sample.settings_of(sample.Options(), info, net.config)
+    how = sample.settings_of({}, info, net.config)
     sampler = sample.Sampler(net, [i % 3 for i in range(64)], 0, how, "off", torch.device("cpu"))
     Path("parts").mkdir()
     for rank, share in ((1, 4 * 7 + 1), (0, 5 * 7)):                   # ten batches, the last of one image
@@ -111,7 +111,7 @@ def test_samples_are_neither_overwritten_nor_ignored(run, capsys):
     draw("out", num=4)
     assert call(sample, "--run", "r", "--num", 4, "--amp", "off", "--out", "out") == 0 and "0 new" in capsys.readouterr().out
     assert call(sample, "--run", "r", "--num", 4, "--amp", "off", "--out", "out", "--cfg", 3) == 1
-    assert "cfg: 2.0, now 3.0" in capsys.readouterr().err
+    assert "cfg 2.0, now 3.0" in capsys.readouterr().err
     assert call(sample, "--run", "r", "--num", 4, "--amp", "off", "--out", "out", "--cfg", 3, "--overwrite") == 0 and np.array_equal(pictures("out"), draw("fresh", "--cfg", 3, num=4))
     Path("mine").mkdir()
     Image.new("RGB", (9, 9)).save("mine/holiday.png")
@@ -145,11 +145,8 @@ def test_pictures_of_the_process(work, monkeypatch, capsys):
     assert call(sample, "--run", "p", "--solver", "heun", "--steps", 50, "--shift", 1, "--trajectory", "--labels", "star,3") == 0
     rows, titles, names = drawn.pop()
     assert titles[0] == "t = 0.00" and titles[-2:] == ["t = 0.98", "result"] and len(titles) == len(rows[0]) == 10 and names == ["z", "x_pred"] * 4
-    assert call(sample, "--run", "p", "--steps", 2, "--evolution") == 0 and drawn.pop()[2] == ["step 2", "step 4", "step 6"]
-    assert call(sample, "--run", "p", "--steps", 2, "--trajectory", "--out", "here") == 0 and Path("here-trajectory.png").exists()
-    for name in ("trajectory", "evolution"):
-        assert Image.open(f"runs/p/{name}.png").width > 100
-    assert call(sample, "--run", "p", "--evolution", "--ema", -1) == 1 and "-1 is for raw ones" in capsys.readouterr().err
+    assert call(sample, "--run", "p", "--steps", 2, "--trajectory", "--out", "here.png") == 0
+    assert Image.open("runs/p/trajectory.png").width > 100 and Image.open("here.png").width > 100
 
 def test_the_network_shift_of_training_is_recommended(work):
     assert call(train, *TINY_FLAGS, "--steps", 2, "--shift", 2.5, "--preset", "cifar10", "--data", "shapes", "--run", "s") == 0
@@ -171,7 +168,7 @@ def broken(change):
 
 BROKEN = {"image size": (lambda s: s["config"].update(image_size="16"), "broken.pt cannot be used"), "list config": (lambda s: s.update(config=[1]), "broken.pt cannot be used"),
           "dict ema": (lambda s: s.update(ema={"a": 1}), "broken.pt cannot be used"), "scalar weight": (lambda s: s["ema"][0].update({"pos_embed": 3.0}), "broken.pt cannot be used"),
-          "NaN": (lambda s: s["ema"][0]["final_layer.linear.bias"].fill_(float("nan")), "holds NaN"), "no raw": (lambda s: None, "-1 is for raw ones")}
+          "NaN": (lambda s: s["ema"][0]["final_layer.linear.bias"].fill_(float("nan")), "holds NaN"), "no raw": (lambda s: None, "raw weights, which it does not hold")}
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_checkpoints_are_refused_in_one_line(run, capsys, name):
@@ -183,13 +180,13 @@ def test_broken_checkpoints_are_refused_in_one_line(run, capsys, name):
 def test_another_ema_than_there_is_is_refused(work, capsys):
     """One set of averages: --ema 1 would be the raw weights."""
     assert call(train, *TINY_FLAGS, "--steps", 2, "--ema", "0.9") == 0
-    assert call(sample, "--ema", 1) == 1 and "--ema goes from 0 to 0" in capsys.readouterr().err
+    assert call(sample, "--ema", 1) == 1 and "numbered 0 to 0" in capsys.readouterr().err
     assert call(sample, "--ema", -1, "--num", 2, "--steps", 2) == 0
 
 @pytest.mark.parametrize("flags,words,code", [
     (["--steps", -1], "[1, 100000]", 2), (["--interval", "0.5"], "two times", 2), (["--interval", "0.9,0.1"], "two times", 2), (["--interval", "0,2"], "in [0, 1]", 2), (["--solver", "rk4"], "is unknown", 2),
-    (["--labels", "moon"], "is not a class", 2), (["--ema", 3], "sets of averaged weights", 1), (["--run", "nope"], "train one first", 1), (["--checkpoint", "x.pth"], "no checkpoint at x.pth", 1), (["--seed", -1], "[0, inf)", 2),
-    (["--evolution"], "no snapshots", 1), (["--device", "gpu"], "give cuda or cpu", 2), (["--num", 0], "[1, 10000000]", 2), (["--num", "9999999999"], "[1, 10000000]", 2), (["--cfg", "nan"], "give a number", 2),
+    (["--labels", "moon"], "is not a class", 2), (["--ema", 3], "averaged weights are numbered 0 to 0", 1), (["--run", "nope"], "train one first", 1), (["--checkpoint", "x.pth"], "no checkpoint at x.pth", 1), (["--seed", -1], "[0, inf)", 2),
+    (["--device", "gpu"], "give cuda or cpu", 2), (["--num", 0], "[1, 10000000]", 2), (["--num", "9999999999"], "[1, 10000000]", 2), (["--cfg", "nan"], "give a number", 2),
     (["--t-eps", "inf"], "in (0, 1)", 2), (["--shift", "inf"], "in (0, inf)", 2), (["--checkpoint", "notes.txt"], "notes.txt is not a checkpoint: damaged, not written by torch.save", 1)])
 def test_wrong_requests(run, capsys, flags, words, code):
     Path("notes.txt").write_text("remember the milk")

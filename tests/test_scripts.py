@@ -3,15 +3,21 @@ import ast
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from conftest import ROOT, TINY_FLAGS, call, data, evaluate, model, sample, shell, train
 
 SCRIPTS = ["01_data.py", "02_model.py", "03_train.py", "04_sample.py", "05_eval.py"]
+READMES = ("README.md", "tests/experiments/README.md")
 
 def test_the_five_scripts_in_sequence(there):
     """By subprocess, tiny; the second time each says that its work is done."""
@@ -23,7 +29,6 @@ def test_the_five_scripts_in_sequence(there):
             done = shell(*command, cwd=there)
             assert done.returncode == 0, done.stderr
             assert "Traceback" not in done.stderr and "%|" not in done.stderr           # bars only on a terminal
-            assert again or command[0] != "03_train.py" or "step 5 of 10, loss" in done.stdout            # no terminal: lines
             if again and command[0] in ("01_data.py", "03_train.py"):
                 assert "nothing to do" in done.stdout
     for file in ("data/shapes/preview.png", "data/shapes/meta.json", "runs/shapes/config.json", "runs/shapes/log.csv", "runs/shapes/checkpoint.pt", "runs/shapes/samples/0000019.png", "runs/shapes/loss.png",
@@ -44,7 +49,8 @@ def test_help_has_a_line_for_every_option(module, capsys):
         call(module, "--help")
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 118
-    for entry in [*fields(module.Options), *(fields(model.JiTConfig) if module is train else [])]:
+    text = " ".join(text.split())
+    for entry in [*fields(module.Options), *(fields(model.JiTConfig) if module is train else fields(sample.Settings) if module is sample else [])]:
         assert not entry.metadata["flag"] or f"--{entry.name.replace('_', '-')}" in text and entry.metadata["text"][:20] in text
 
 def test_help_on_a_terminal_without_unicode(there):
@@ -65,7 +71,7 @@ def test_importing_a_stage_has_no_effect(there):
 
 def test_stages_import_only_earlier_ones_and_four_packages():
     allowed = {"torch", "numpy", "PIL", "tqdm"} | set(sys.stdlib_module_names)
-    stages = {"01_data": ["02_model"], "02_model": ["01_data"], "03_train": ["01_data", "02_model"], "04_sample": ["01_data", "02_model"], "05_eval": ["01_data", "02_model"]}
+    stages = {"01_data": [], "02_model": ["01_data"], "03_train": ["01_data", "02_model"], "04_sample": ["01_data", "02_model"], "05_eval": ["01_data", "02_model"]}
     for stage, earlier in stages.items():
         text = (ROOT / f"{stage}.py").read_text()
         names = {n.name.split(".")[0] for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import) for n in node.names}
@@ -74,7 +80,7 @@ def test_stages_import_only_earlier_ones_and_four_packages():
         assert re.findall(r'import_module\("(\w+)"\)', text) == earlier
     code = "import importlib, sys; importlib.import_module('01_data'); print('torch' in sys.modules or '02_model' in sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
-    assert loaded == "False\n"                            # 01 needs the network for latents only
+    assert loaded == "False\n"                            # 01 does without torch
 
 def test_layout():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()     # what is tracked: a user's own folders do not count
@@ -84,29 +90,68 @@ def test_layout():
     assert shown == {"README.md", "requirements.txt", "tests", *SCRIPTS}
 
 def readme_commands():
-    """Every python or torchrun line of the README's code blocks, as argument lists."""
-    text = (ROOT / "README.md").read_text()
-    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            for part in re.split(r"&&|;", re.sub(r"(^|\s)#.*", "", line)):
-                words = shlex.split(re.sub(r"^\s*do\s", "", part))
-                if words and words[0] in ("python", "torchrun") and (script := next((w for w in words if w in SCRIPTS), None)):
-                    yield script, words[words.index(script) + 1:]
+    """Every command of the code blocks and in backquotes of both READMEs that runs python or torchrun: (script, arguments)."""
+    text = "".join((ROOT / name).read_text() for name in READMES)
+    lines = [line for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S) for line in block.splitlines()]
+    lines += [" ".join(words.split()) for words in re.findall(r"`(python3? [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))]
+    for line in lines:
+        for part in re.split(r"&&|;", re.sub(r"(^|\s)#.*", "", line)):
+            words = shlex.split(re.sub(r"^\s*do\s", "", part))
+            script = next((w for w in words if w.endswith(".py") and words[0] in ("python", "torchrun")), None)
+            if script:
+                yield script, words[words.index(script) + 1:]
 
-@pytest.mark.parametrize("script,args", [pytest.param(*c, id=" ".join([c[0], *c[1]])) for c in readme_commands()])
-def test_every_command_of_the_readme_parses(script, args):
+STAGES = sorted({(script, *args) for script, args in readme_commands() if script in SCRIPTS and not {"NAME", "FLAGS", "X"} & {*args}})
+OTHERS = {  # the commands that are not stages: what makes them short; those without a list are run by another test
+    "tests/benchmark.py train": ["--model", "JiT-T/8", "--batch-size", 4, "--seconds", 0.1, "--amp", "off"],
+    "tests/benchmark.py sample": ["--model", "JiT-T/8", "--batch-size", 4, "--steps", 2, "--amp", "off"],
+    "tests/benchmark.py data": ["--root", "PHOTOS", "--size", 16, "--seconds", 0.1],
+    "tests/benchmark.py scores": ["--count", 500],
+    "tests/figures.py": ["."],
+    "tests/make_assignment.py": None, "tests/grade.py": None, "tests/test_exercises.py": None,
+    **{f"tests/experiments/{path.name}": None for path in (ROOT / "tests" / "experiments").glob("[a-z]*.py")},
+}
+
+def test_every_other_command_of_the_readme_is_run_by_a_test():
+    for script, args in readme_commands():
+        assert script in SCRIPTS or script == "tests/experiments/NAME.py" or any(" ".join([script, *args]).startswith(known) for known in OTHERS), script
+
+@pytest.mark.parametrize("command", [command for command, short in OTHERS.items() if short])
+def test_other_commands_at_short_length(there, command):
+    (there / "PHOTOS").mkdir()
+    Image.fromarray(np.zeros((40, 30, 3), np.uint8)).save(there / "PHOTOS" / "a.png")
+    done = shell(*command.split(), *OTHERS[command], cwd=there)
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+@pytest.mark.parametrize("mode", [["--compile"], ["--plain", "--checkpointing"], ["--amp", "fp16"], ["--amp", "bf16"]], ids=" ".join)
+def test_every_way_to_train_in_the_benchmark(there, capsys, monkeypatch, mode):
+    if "--compile" in mode and not shutil.which("c++"):
+        pytest.skip("no compiler")
+    monkeypatch.setattr(model, "attend", model.attend)    # given back
+    import_module("benchmark").main(["train", *map(str, OTHERS["tests/benchmark.py train"]), *mode])
+    assert "utilisation" in capsys.readouterr().out
+
+@pytest.mark.parametrize("script,args", [pytest.param(c[0], list(c[1:]), id=" ".join(c)) for c in STAGES])
+def test_every_command_of_the_readme_parses(there, script, args):
+    shutil.copy(ROOT / "tests" / "experiments" / "mean_colour.py", "my_head.py")
     module = {"01_data.py": data, "02_model.py": model, "03_train.py": train, "04_sample.py": sample, "05_eval.py": evaluate}[script]
     args = [re.sub(r"\$\{?\w+\}?", "1", a) if "$" in a and "=" not in a else a for a in args]
     args = ["baseline" if a == "1" and args[i - 1] == "--experiment" else "x" if a == "1" and args[i - 1] in ("--pred", "--loss") else "heun" if a == "1" and args[i - 1] == "--solver" else a for i, a in enumerate(args)]
     if script == "03_train.py":
-        train.resolve(data.parse(args, "", train.Options, model.JiTConfig))
+        train.gather(train.read_flags(args))
+    elif script == "04_sample.py":
+        data.parse(args, "", sample.Options, sample.Settings)
     else:
         module.Options(**data.parse(args, "", module.Options))
 
 def test_the_readme_has_commands_and_repeats_no_error_of_the_reading():
-    assert len(list(readme_commands())) > 10
-    text = (ROOT / "README.md").read_text()
-    for section in ("Questions", "How to cite", "What the reading gets wrong"):
-        assert section in text
-    for path in re.findall(r"\]\((\.github/[^)]+)\)|src=\"(\.github/[^\"]+)\"", text):
-        assert (ROOT / (path[0] or path[1])).is_file(), path
+    assert len(STAGES) > 30
+    texts = [(ROOT / name).read_text() for name in READMES]
+    assert "## Questions" in texts[0] and "## How to cite" in texts[0] and "## What the reading gets wrong" in texts[1]
+    assert len(texts[0].splitlines()) <= 450
+    linked = set()
+    for name, text in zip(READMES, texts):
+        for path in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+            assert "://" in path or (ROOT / name).parent.joinpath(path).is_file(), path
+            linked.add(Path(path).name)
+    assert {path.name for path in (ROOT / ".github" / "figures").iterdir()} <= linked

@@ -1,0 +1,642 @@
+"""The experiment files: one-step generation, REPA, mixers, cascades, the wide head, and the door they come in by; each against a closed form
+or a rewrite.  Latent spaces are in test_latents.py, paths in test_paths.py."""
+import csv
+import json
+import math
+import shutil
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import ROOT, TINY, TINY_FLAGS, call, data, evaluate, model, sample, shell, train
+from test_train import torchrun, weights
+
+FOLDER = ROOT / "tests" / "experiments"
+NAMES = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
+one_step, repa, differential, convnext, td_norm, dimr, dice, ddt, collapse, manifold, width = (
+    model.load_experiment(name) for name in ("one_step", "repa", "differential", "convnext", "td_norm", "dimr", "dice", "ddt", "collapse", "manifold", "width"))
+
+def config_with(**more):
+    settings = TINY | more
+    return model.NETWORKS[settings.get("network", "jit")][0](**settings)
+
+def shaken(config, seed=0):
+    """A network in which everything reaches the output: gates, head and zero maps are not zero."""
+    torch.manual_seed(seed)
+    net = model.build(config).eval()
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    return net
+
+def inputs(n=3, size=16):
+    torch.manual_seed(1)
+    return torch.randn(n, 3, size, size), torch.tensor([0.1, 0.5, 0.8, 0.3])[:n], torch.arange(n) % 4
+
+# ---- pMF: Gaussian data has an exact mean velocity ---------------------------------------------------------------------
+S = 0.5                                                   # std of the data; the path from noise scales by sd(r) / sd(t)
+
+def sd(t):
+    return (t**2 * S**2 + (1 - t)**2).sqrt()
+
+def exact_v(z, t):
+    return z * ((t * S**2 - (1 - t)) / sd(t)**2)[:, None]
+
+def exact_u(z, t, r):
+    """(z_r - z_t) / (r - t), and its limit v at r = t."""
+    moved = (z * (sd(r) / sd(t))[:, None] - z) / (r - t).clamp_min(1e-12)[:, None]
+    return torch.where((r > t)[:, None], moved, exact_v(z, t))
+
+def test_the_mean_velocity_of_a_gaussian_is_its_own_target():
+    t, r = torch.tensor([0.0, 0.2, 0.5, 0.4]).double(), torch.tensor([1.0, 0.7, 0.9, 0.4]).double()
+    z = torch.randn(4, 6).double()
+    target = one_step.mean_flow_target(exact_u, z, t, r, exact_v(z, t), exact_v(z, t), cap=1e9)
+    assert (target - exact_u(z, t, r)).abs().max() < 1e-6
+    wrong = one_step.mean_flow_target(exact_u, z, t, r, exact_v(z, t), 0 * z, cap=1e9)                       # not along the path
+    assert (wrong - exact_u(z, t, r)).abs().max() > 0.01
+
+def test_one_step_of_a_gaussian_ends_where_the_path_does():
+    def net(z, t, y):                                     # predicts x(z, t, r) = z + (1-t) u
+        t, r = (time.double() for time in t.unbind(1))
+        flat = z.double().flatten(1)
+        return (flat + (1 - t)[:, None] * exact_u(flat, t, r)).view_as(z).float()
+    class Net(one_step.OneStepJiT):                       # begin_step and forward are the network's own, the answer is exact
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self.config = types.SimpleNamespace(pred="x", path="linear", noise_scale=1.0, num_classes=0)
+
+        def forward(self, z, t, y):
+            return net(z, torch.stack([t, torch.full_like(t, self.t_next)], dim=1), y)
+    noise = torch.randn(5, 3, 4, 4)
+    for steps in (1, 2, 5):
+        images = sample.generate(Net(), noise, torch.zeros(5).long(), solver="euler", steps=steps, t_eps=1e-3)
+        assert (images - S * noise).abs().max() < 1e-6 * max(1, 10 * (steps - 1)), steps
+
+def test_the_second_term_is_capped_per_image():
+    u = lambda z, t, r: z * (t * torch.tensor([1.0, 100.0]))[:, None]
+    z, t, r = torch.ones(2, 4), torch.zeros(2), torch.ones(2)
+    assert torch.allclose(one_step.mean_flow_target(u, z, t, r, 0 * z, 0 * z), torch.tensor([[1.0], [1.5]]).expand(2, 4))
+
+def test_spans():
+    torch.manual_seed(0)
+    times = torch.rand(40_000)
+    t, r = one_step.draw_spans(times)
+    first, rest = slice(0, 20_000), slice(20_000, None)
+    assert torch.equal(t[rest], times[rest]) and torch.equal(r[rest], t[rest]) and (r >= t).all() and (r <= 1).all()
+    assert abs((r[first] == 1).float().mean() - 0.5) < 0.02 and abs((t[first] == 0).float().mean() - 0.15) < 0.02
+    where = (t[first] > 0) & (r[first] < 1)
+    assert abs(((r - t) / (1 - t))[first][where].mean() - 0.5) < 0.02          # the ends in between are uniform
+
+def small_batch(config):
+    x, t, y = inputs(4)
+    return {"x": x.clamp(-1, 1), "e": torch.randn_like(x), "t": t, "y": torch.tensor([0, 1, 3, 2]), "turns": y}
+
+PAIR = TINY | dict(network="one_step")
+
+def trainer_of(net, **options):
+    """What an objective asks of a trainer."""
+    return types.SimpleNamespace(net=net, forward=net, config=net.config, options=train.Options(**options), autocast=model.autocast("off", torch.device("cpu")))
+
+def test_without_spans_and_guidance_it_is_the_jit_loss(monkeypatch):
+    monkeypatch.setattr(one_step, "draw_spans", lambda t: (t, t))
+    net, batch = shaken(config_with(**PAIR, guidance=1.0)), small_batch(None)
+    loss, error = one_step.one_step_objective(trainer_of(net), dict(batch))
+    _, wanted = train.jit_objective(trainer_of(net), batch)
+    assert torch.allclose(error, wanted, rtol=1e-5) and torch.allclose(loss, (error / (error + 0.01)).mean())
+    net.config.guidance = 2.0
+    _, guided = one_step.one_step_objective(trainer_of(net), dict(batch))
+    assert guided[2] == error[2] and (guided[[0, 1, 3]] != error[[0, 1, 3]]).all()                         # index 2 has no class
+    with pytest.raises(data.UsageError, match="label-drop above 0"):
+        one_step.one_step_objective(trainer_of(net, label_drop=0.0), dict(batch))
+
+def test_guidance_is_built_into_the_target(monkeypatch):
+    """v_null + w (v - v_null), v the true velocity and v_null the network's own."""
+    monkeypatch.setattr(one_step, "draw_spans", lambda t: (t, t))
+    net, batch = shaken(config_with(**PAIR, guidance=1.7)), small_batch(None)
+    _, error = one_step.one_step_objective(trainer_of(net), dict(batch))
+    z = model.mix(batch["x"], batch["e"], batch["t"])
+    ask = lambda y: (net(z, batch["t"], y) - z) / (1 - batch["t"]).clamp_min(0.05)[:, None, None, None]
+    null = ask(torch.full((4,), 3))
+    target = null + 1.7 * (batch["x"] - batch["e"] - null)
+    wanted = (ask(batch["y"]) - target).square().flatten(1).mean(1)
+    assert torch.allclose(error[[0, 1, 3]], wanted[[0, 1, 3]].detach(), rtol=1e-4)
+
+def test_derivative_against_a_difference():
+    """Forward mode through attention, rotation and norms; the tangent reaches both z and t."""
+    net = shaken(config_with(**PAIR))
+    z, t, y = (part[:2] for part in inputs())
+    t, r, h = torch.tensor([0.2, 0.5]), torch.tensor([1.0, 0.8]), 1e-3
+    u = lambda z, t, r: one_step.average_velocity(net, z, t, r, y)
+    tangent = torch.randn_like(z)
+    with torch.no_grad():
+        turn = one_step.mean_flow_target(u, z, t, r, 0 * z, tangent, cap=1e9)
+        difference = (u(z + h * tangent, t + h, r) - u(z - h * tangent, t - h, r)) / (2 * h) * (r - t).view(2, 1, 1, 1)
+    assert (turn - difference).square().mean().sqrt() < 0.02 * difference.square().mean().sqrt()
+    assert turn.abs().max() > 0.01
+
+def test_a_trained_jit_begins_as_itself():
+    plain = shaken(model.JiTConfig(**TINY))
+    net = model.build(config_with(**PAIR)).eval()
+    assert {name.split(".")[1] for name in train.fill_in(net, plain.state_dict())} == {"span", "span_out"}
+    z, t, y = inputs()
+    for r in (t, torch.ones(3), (t + 1) / 2):
+        assert torch.equal(net(z, torch.stack([t, r], dim=1), y), plain(z, t, y))
+    assert torch.equal(net(z, t, y), plain(z, t, y))
+    with torch.no_grad():
+        net.t_embedder.span_out.add_(0.1)
+    assert not torch.equal(net(z, torch.stack([t, torch.ones(3)], dim=1), y), net(z, t, y))
+
+@pytest.mark.parametrize("more", [[], ["--checkpointing"]])
+def test_from_a_jit_to_one_step(work, capsys, more):
+    """Also accumulation, resuming, sampling; a flag stored in the checkpoint is never asked again."""
+    assert call(train, *TINY_FLAGS, "--steps", 8, "--run", "jit") == 0
+    flags = ["--experiment", "one_step", "--init", "jit", "--batch-size", 8, "--micro-batch", 4, "--amp", "off", "--preview-every", 0, "--snapshots", 0, "--log-every", 2, *more]
+    assert call(train, *flags, "--steps", 6, "--run", "whole") == 0 and "t_embedder.span" in capsys.readouterr().out
+    assert call(train, *flags, "--steps", 6, "--run", "whole") == 0 and "is finished" in capsys.readouterr().out
+    config = json.loads(Path("runs/whole/config.json").read_text())
+    assert config["config"]["network"] == "one_step" and config["config"]["hidden_size"] == 32 and config["options"]["lr"] == 1.2e-3 and config["config"]["guidance"] == 1.5
+    real = train.Recorder.after_step
+    with pytest.MonkeyPatch.context() as patch:           # stopped at step 3, the same command goes on
+        patch.setattr(train.Recorder, "after_step", lambda self: (self.asked.append(1) if self.trainer.step == 3 else None, real(self)))
+        assert call(train, *flags, "--steps", 6, "--run", "half") == 130
+    assert call(train, *flags, "--steps", 6, "--run", "half") == 0
+    assert all(torch.equal(a, b) for a, b in zip(weights("runs/whole/checkpoint.pt"), weights("runs/half/checkpoint.pt"), strict=True))
+    Path("runs/jit/checkpoint.pt").rename("start.pt")     # what it began with is not needed to go on, and may be a file
+    assert call(train, *flags, "--steps", 6, "--run", "half") == 0 and call(train, *[{"jit": "start.pt"}.get(flag, flag) for flag in flags], "--steps", 1, "--run", "file") == 0
+    losses = [float(row["loss"]) for row in csv.DictReader(open("runs/whole/log.csv"))]
+    assert all(map(math.isfinite, losses))
+    for steps in (None, 2):
+        out = Path(f"runs/whole/{steps}")
+        assert call(sample, "--run", "whole", "--num", 4, "--out", out, *(["--steps", steps] if steps else [])) == 0
+        record = json.loads((out / "samples.json").read_text())
+        assert (record["solver"], record["steps"], record["cfg"]) == ("euler", steps or 1, 1.0)
+    capsys.readouterr()
+    assert call(sample, "--run", "whole", "--num", 4, "--solver", "heun", "--out", "x") == 2 and "one of euler," in capsys.readouterr().err
+
+def test_one_step_is_one_evaluation(work):
+    net, calls = shaken(config_with(**PAIR)), []
+    net.t_embedder.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0]))
+    noise = torch.randn(2, 3, 16, 16)
+    out = sample.generate(net, noise, torch.tensor([0, 1]), solver="euler", steps=1)
+    assert len(calls) == 1 and torch.equal(calls[0], torch.tensor([[0.0, 1.0]] * 2))
+    with torch.no_grad():
+        assert torch.allclose(out, net(noise, calls[0], torch.tensor([0, 1])), atol=1e-5)                  # the image is x(z_0, 0, 1)
+
+def test_init_that_does_not_fit_is_refused_in_one_line(work, capsys):
+    assert call(train, *TINY_FLAGS, "--steps", 1, "--run", "jit") == 0
+    assert call(data, "--size", 32, "--count", 100, "--workers", 1, "--name", "big") == 0
+    capsys.readouterr()
+    for more, words in ((["--init", "nowhere"], "no checkpoint"), (["--init", "jit", "--hidden-size", 64], "do not fit this network"), (["--init", "jit", "--patch-size", 4], "do not fit this network"),
+                        (["--init", "jit", "--experiment", "dit"], "do not fit this network"), (["--init", ""], "no checkpoint"),
+                        (["--init", "jit", "--data", "big"], "do not fit this network (pos_embed"), (["--init", "jit", "--experiment", "one_step", "--aux", "time"], "no auxiliary head"),
+                        (["--experiment", "one_step,paths"], "linear path")):
+        assert call(train, *more, "--batch-size", 8, "--run", "new") in (1, 2)
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and words in error, error
+    assert not Path("runs/new").exists()
+
+def test_fine_tuning_on_other_classes_makes_the_label_table_anew(work, capsys):
+    assert call(train, *TINY_FLAGS, "--steps", 3, "--run", "jit") == 0
+    folder = Path("three")
+    for k, name in enumerate("abc"):
+        (folder / name).mkdir(parents=True)
+        for i in range(8):
+            data.Image.fromarray(data.draw_shape(0, 10 * i + k, 16)).save(folder / name / f"{i}.png")
+    assert call(data, "--source", "folder", "--root", "three", "--size", 16, "--name", "mine", "--out", "sets", "--workers", 1) == 0
+    capsys.readouterr()
+    assert call(train, *TINY_FLAGS[:0], "--init", "jit", "--data", "sets/mine", "--batch-size", 8, "--amp", "off", "--steps", 2, "--run", "fine") == 0
+    assert "y_embedder.embedding_table.weight" in capsys.readouterr().out
+    state, old = model.read_checkpoint("runs/fine/checkpoint.pt"), model.read_checkpoint("runs/jit/checkpoint.pt")
+    assert state["model"]["y_embedder.embedding_table.weight"].shape[0] == 4 and state["config"]["num_classes"] == 3
+    assert (state["model"]["blocks.0.attn.qkv.weight"] - old["ema"][0]["blocks.0.attn.qkv.weight"]).abs().max() < 0.05
+
+def test_two_processes_fine_tune_as_one(work):
+    """one_step asks the bare network for its targets, beside DDP's forward."""
+    assert call(train, *TINY_FLAGS, "--steps", 4, "--run", "jit") == 0
+    flags = ["--experiment", "one_step", "--init", "jit", "--batch-size", 8, "--micro-batch", 4, "--amp", "off", "--preview-every", 0, "--snapshots", 0, "--log-every", 2, "--no-compile"]
+    assert call(train, *flags, "--steps", 4, "--run", "one") == 0
+    done = torchrun("03_train.py", *flags, "--steps", 4, "--run", "two", cwd=work)
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(weights("runs/one/checkpoint.pt"), weights("runs/two/checkpoint.pt")):
+        assert (a - b).abs().max() < 1e-5
+
+# ---- REPA --------------------------------------------------------------------------------------------------------------
+def test_repa_loss_is_minus_the_mean_cosine():
+    answer, features = torch.randn(2, 16, 8), torch.randn(2, 8, 4, 4)
+    total = sum(float(a @ f / a.norm() / f.norm()) for image, grid in zip(answer, features) for a, f in zip(image, [grid[:, i // 4, i % 4] for i in range(16)]))
+    assert abs(repa.RepaHead.loss(None, answer, {"features": features}) + total / 32) < 1e-6
+    finer = features.repeat_interleave(2, 2).repeat_interleave(2, 3)           # another grid is averaged
+    assert abs(repa.RepaHead.loss(None, answer, {"features": finer}) + total / 32) < 1e-6
+
+def test_repa_learns_from_a_frozen_encoder_and_leaves_no_trace(work, capsys):
+    from test_latents import make
+    assert make("rae") == 0 and make("vae") == 0
+    flags = [*TINY_FLAGS, "--experiment", "repa", "--teacher", "latents/rae", "--micro-batch", 4, "--log-every", 20]
+    assert call(train, *flags, "--steps", 20, "--run", "repa") == 0
+    row, config = list(csv.DictReader(open("runs/repa/log.csv")))[-1], json.loads(Path("runs/repa/config.json").read_text())
+    assert -1 < float(row["aux"]) < 0.5 and config["options"]["aux_weight"] == 0.5 and config["config"]["features"] == 192
+    assert call(sample, "--run", "repa", "--num", 4, "--steps", 1) == 0
+    net, _ = model.load_network("runs/repa/checkpoint.pt")
+    assert net.state_dict().keys() == model.JiT(net.config).state_dict().keys()
+    gathered = train.gather(train.read_flags(list(map(str, [*flags, "--steps", 1]))))
+    meta, arrays = data.open_data("data/shapes")
+    for depth, after in ((3, 0), (12, 3), (24, 7)):       # after block 4 of 12, 8 of 24
+        assert repa.RepaHead(train.settle(gathered | {"depth": depth}, meta, torch.device("cpu"), 1)[1]).after == after
+    trainer = train.Trainer(*train.settle(gathered, meta, torch.device("cpu"), 1), torch.device("cpu"))
+    teacher = trainer.head.frozen[0]
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    trainer.train_step(train.read_ahead(*arrays["train"], trainer))
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items()) and not any("frozen" in name for name in trainer.head.state_dict())
+    x = model.to_float(np.array(arrays["val"][0][:4]))
+    assert torch.allclose(trainer.head.prepare({"x": x})["features"], teacher.features(x), atol=1e-4)
+    done = torchrun("03_train.py", *flags, "--steps", 4, "--run", "two", cwd=work)
+    assert done.returncode == 0, done.stderr
+    capsys.readouterr()
+    assert make("rae", "--overwrite") == 0
+    capsys.readouterr()
+    assert call(train, *flags, "--steps", 20, "--run", "repa") == 1 and "teacher_id" in capsys.readouterr().err
+    for more, words in ((["--teacher", "latents/vae"], "no encoder"), (["--teacher", "nowhere"], "no data set"), (["--teacher", "latents/rae", "--data", "latents/vae", "--patch-size", 1], "not for latents")):
+        assert call(train, *TINY_FLAGS, "--experiment", "repa", *more, "--run", "new") in (1, 2)
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and words in error, error
+
+# ---- Mixers, the time-dependent norm --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("layer", [0, 3])
+def test_differential_attention_against_a_rewrite(layer):
+    torch.manual_seed(0)
+    config = config_with(num_heads=4, hidden_size=64)
+    mixer, x, d = differential.DifferentialAttention(config, layer), torch.randn(2, 16, 64), 16
+    cos, sin = model.rotary_table(d, 4, 0)
+    q, k, v = mixer.qkv(x).chunk(3, dim=-1)
+    out, start = [], 0.8 - 0.6 * math.exp(-0.3 * layer)
+    a1, b1, a2, b2 = mixer.lambdas
+    weight = torch.exp((a1 * b1).sum()) - torch.exp((a2 * b2).sum()) + start
+    for pair in range(2):
+        maps = []
+        for head in (2 * pair, 2 * pair + 1):
+            part = slice(head * d, (head + 1) * d)
+            qh, kh = (model.rotate(norm(value[..., part])[:, None], cos, sin)[:, 0] for norm, value in ((mixer.q_norm, q), (mixer.k_norm, k)))
+            maps.append((qh @ kh.transpose(1, 2) / d**0.5).softmax(dim=-1))
+        y = (maps[0] - weight * maps[1]) @ v[..., pair * 2 * d:(pair + 1) * 2 * d]
+        out.append(y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * mixer.out_norm.weight * (1 - start))
+    assert (mixer(x, (cos, sin)) - mixer.proj(torch.cat(out, dim=-1))).abs().max() < 1e-5
+
+@pytest.mark.parametrize("kind", ["convnext", "dice"])
+def test_convolutions_against_a_rewrite(kind):
+    torch.manual_seed(0)
+    config = config_with(in_context_len=0)
+    mixer, x = model.MIXERS[kind](config, 0), torch.randn(2, 16, 32)
+    with torch.no_grad():
+        mixer.proj.weight.copy_(torch.eye(32)), mixer.proj.bias.zero_()
+        if kind == "dice":
+            mixer.strictness.fill_(0.7)
+    padded = F.pad(x.view(2, 4, 4, 32), (0, 0, 3, 3, 3, 3))
+    branches = {"convnext": 1, "dice": 2}[kind]
+
+    def convolved(hand, channel, row, column):
+        place = channel * branches + hand
+        return (padded[:, row:row + 7, column:column + 7, channel] * mixer.conv.weight[place, 0]).sum((1, 2)) + mixer.conv.bias[place]
+    out = mixer(x).view(2, 4, 4, 32)
+    for channel, row, column in ((0, 0, 0), (5, 1, 3), (31, 3, 2)):
+        left, right = convolved(0, channel, row, column), convolved(branches - 1, channel, row, column)
+        wanted = left if kind == "convnext" else (left + right) / (1 + torch.exp(math.log(1 + math.exp(0.7)) * (left - right)**2))
+        assert (out[:, row, column, channel] - wanted).abs().max() < 1e-5
+
+def test_dice_agrees_fades_and_never_overflows():
+    mixer = dice.DiceMixer(config_with(in_context_len=0), 0)
+    left = torch.randn(1, 32, 4, 4)
+    both = lambda l, r: torch.stack([l, r], dim=2).flatten(1, 2)
+    assert torch.allclose(mixer.combine(both(left, left)), left)               # f(l, l) = l
+    y = both(left.clamp(-1, 1) * 6e4, -left.clamp(-1, 1) * 6e4).half().requires_grad_()
+    out = mixer.combine(y)
+    out.float().sum().backward()
+    assert torch.isfinite(out).all() and torch.isfinite(y.grad).all() and torch.isfinite(mixer.strictness.grad).all()
+
+def test_time_norm_against_a_rewrite():
+    torch.manual_seed(0)
+    net = shaken(config_with(norm="td", network="td_norm"))
+    z, t, y = inputs()
+    seen = {}
+    norm = net.blocks[2].norm2
+    norm.register_forward_hook(lambda module, args, out: seen.update(x=args[0], out=out))
+    net(z, t, y)
+    s = torch.sigmoid(norm.time_map[0] * t + norm.time_map[1])[:, None, None]
+    x = seen["x"]
+    wanted = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (s * norm.weight + (1 - s) * norm.weight1)
+    assert (seen["out"] - wanted).abs().max() < 1e-5
+
+def test_parameters_by_hand():
+    D, base = 32, model.count_parameters(config_with(in_context_len=0))
+    d = D // 2
+    count = lambda **more: model.count_parameters(config_with(in_context_len=0, **more)) - base
+    attention = 3 * D * D + 3 * D + 2 * d + D * D + D
+    assert count(mixer="differential") == 4 * (4 * d + 2 * d)                  # four layers
+    assert count(mixer="convnext") == 4 * (49 * D + D + D * D + D - attention)
+    assert count(mixer="dice") == 4 * (2 * (49 * D + D) + D * D + D + 1 - attention)
+    assert count(norm="td", network="td_norm") == 9 * (D + 2)                  # two a block, and the final one
+    assert count(network="one_step") == D * D + 256 * D + D + D * D + D
+
+def test_a_convolution_keeps_the_variance_whatever_the_width():
+    """Initialised as a map of 49 inputs; with D as fan-in the output's variance was 0.12 at width 768."""
+    torch.manual_seed(0)
+    for kind in ("convnext", "dice"):
+        mixer = model.MIXERS[kind](config_with(in_context_len=0, hidden_size=256, image_size=64), 0)
+        y = mixer.conv(torch.randn(8, 256, 16, 16))[:, :, 4:12, 4:12]
+        assert 0.85 < y.var() < 1.15
+
+def test_layers_are_counted_through_all_stages():
+    """lambda0 = 0.8 - 0.6 exp(-0.3 layer), of the cascade's layers and of the wide head's."""
+    net = model.build(config_with(network="dimr", mixer="differential", depth=6, in_context_len=0))
+    found = [block.attn.start for stage in net.stages for block in stage.blocks if hasattr(block.attn, "start")]
+    assert found == [0.8 - 0.6 * math.exp(-0.3 * layer) for layer in (3, 4, 5)]
+    head = model.build(config_with(network="ddt", mixer="differential")).head
+    assert [block.attn.start for block in head.blocks] == [0.8 - 0.6 * math.exp(-0.3 * layer) for layer in (4, 5)]
+
+# ---- The cascade ------------------------------------------------------------------------------------------------------------
+COARSE = dict(in_context_len=0, depth=6)
+
+def test_subtractive_cascade_with_silent_lower_stages_is_the_plain_network():
+    net = shaken(config_with(network="dice", **COARSE))
+    z, t, y = inputs()
+    plain = net.stages[2]
+    assert [len(stage.blocks) for stage in net.stages] == [3, 2, 1] and [stage.config.image_size for stage in net.stages] == [4, 8, 16]
+    assert not torch.equal(net(z, t, y), plain(z, t, y))
+    with torch.no_grad():
+        for stage in net.stages[:2]:
+            stage.final_layer.linear.weight.zero_(), stage.final_layer.linear.bias.zero_()
+    assert torch.equal(net(z, t, y), plain(z, t, y))
+
+@pytest.mark.parametrize("kind", ["dice", "dimr"])
+def test_cascade_against_a_rewrite(kind):
+    net = shaken(config_with(network=kind, mixer="convnext", **COARSE))
+    z, t, y = inputs()
+    pool = lambda x, f: x.unflatten(2, (-1, f)).unflatten(4, (-1, f)).mean((3, 5))
+    kinds = [type(stage.blocks[0].attn).__name__ for stage in net.stages]
+    assert kinds == ["Attention" if kind == "dimr" else "ConvMixer", "ConvMixer", "ConvMixer"]
+    outs, tokens = [], None
+    for k, stage in enumerate(net.stages):
+        part = pool(z, 4 >> k)
+        if kind == "dice":
+            outs.append(stage(part - (F.interpolate(outs[-1], scale_factor=2, mode="bilinear") if k else 0), t, y))
+            continue
+        x = stage.x_embedder(part) + stage.pos_embed
+        if k:
+            side = math.isqrt(tokens.shape[1])
+            grown = net.up[k - 1](tokens).view(3, side, side, 2, 2, 32).permute(0, 1, 3, 2, 4, 5).reshape(3, 4 * side**2, 32)
+            x = x + grown
+        c = (stage.t_embedder(t) + stage.y_embedder(y))[:, None]
+        for block in stage.blocks:
+            x = block(x, c, stage.rope(0))
+        tokens = x
+        outs.append(model.unpatchify(stage.final_layer(x, c), 4))
+    assert (net(z, t, y) - outs[-1]).abs().max() < 1e-5
+    if kind == "dimr":
+        out, coarse = net(z, t, y, tap=0)
+        assert torch.equal(out, net(z, t, y)) and len(coarse) == 2 and all((a - b).abs().max() < 1e-5 for a, b in zip(coarse, outs))
+
+def test_multiscale_loss_is_zero_for_perfect_stages_and_counts_pixels():
+    batch = small_batch(None)
+    x, t = batch["x"], batch["t"]
+    perfect = [F.avg_pool2d(x, 4), F.avg_pool2d(x, 2)]
+    assert dimr.MultiScale.loss(None, perfect, batch) == 0
+    off = [perfect[0] + 1, perfect[1] + 1]
+    weight = (1 / (1 - t).clamp_min(0.05)**2).mean()
+    assert torch.allclose(dimr.MultiScale.loss(None, off, batch), (1 / 16 + 1 / 4) * weight, rtol=1e-4)
+
+# ---- The wide head -----------------------------------------------------------------------------------------------------
+WIDE = TINY | dict(network="ddt", head_depth=2, head_width=48)
+
+def test_wide_head_against_a_rewrite():
+    """Backbone on z; s = W SiLU(t_emb + tokens); blocks on z embedded again, with s per token; final layer conditioned on s too."""
+    torch.manual_seed(0)
+    net = model.build(config_with(**WIDE)).eval()
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if "pos_embed" not in name:
+                p.copy_(torch.randn(p.shape) * 0.1 + ("norm" in name and name.endswith("weight")))
+    z, t, y = torch.randn(2, 3, 16, 16), torch.tensor([0.3, 0.8]), torch.tensor([1, 3])
+    t_emb, y_emb = net.t_embedder(t), net.y_embedder(y)
+    x = net.x_embedder(z) + net.pos_embed
+    for i, block in enumerate(net.blocks):
+        if i == 1:
+            x = torch.cat([y_emb[:, None] + net.in_context_posemb, x], dim=1)
+        x = block(x, (t_emb + y_emb)[:, None], net.rope(x.shape[1] - 16))
+    s = net.head_condition(F.silu(t_emb[:, None] + x[:, 2:]))
+    x = net.head.x_embedder(z) + model.position_table(48, 4)
+    for block in net.head.blocks:
+        six = block.adaLN_modulation(s).chunk(6, dim=-1)
+        assert six[0].shape == (2, 16, 48)                # one condition per token
+        x = x + six[2] * block.attn(block.norm1(x) * (1 + six[1]) + six[0], model.rotary_table(16, 4, 0))
+        x = x + six[5] * block.mlp(block.norm2(x) * (1 + six[4]) + six[3])
+    shift, scale = net.head.final_layer.adaLN_modulation(s).chunk(2, dim=-1)
+    wanted = model.unpatchify(net.head.final_layer.linear(net.head.final_layer.norm_final(x) * (1 + scale) + shift), 4)
+    assert (net(z, t, y) - wanted).abs().max() < 1e-5
+    assert not torch.equal(net(z, t, torch.tensor([0, 3]))[0], wanted[0])      # the class acts, through s alone
+
+def test_wide_head_counts():
+    D, W, d = 32, 48, 16                                  # head dim 16: 3 heads of the head
+    plain, wide = (model.count_parameters(config_with(**row)) for row in (TINY, WIDE))
+    inner = int(4 * W * 2 / 3)
+    block = 2 * W + (3 * W * W + 3 * W) + (W * W + W) + 2 * d + (2 * inner * W + 2 * inner) + (inner * W + W) + 6 * (W * W + W)
+    head = 8 * 3 * 16 + 8 * W + W + 2 * block + (W + (2 * W * W + 2 * W) + 48 * W + 48)
+    assert wide == plain - (D + 2 * D * D + 2 * D + 48 * D + 48) + (D * W + W) + head
+
+def test_a_fresh_wide_head_predicts_zero_and_every_parameter_learns():
+    net = model.build(config_with(**WIDE))
+    z, t, y = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 1])
+    assert net(z, t, y).abs().max() == 0
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    net(z, t, y).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters() if p.requires_grad)
+
+@pytest.mark.parametrize("solver, evaluations, begin", [("euler", 1, 0.4), ("heun", 2, 0.6)])
+def test_reuse(solver, evaluations, begin):
+    torch.manual_seed(0)
+    net = model.build(config_with(**WIDE)).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    noise, labels, calls = torch.randn(2, 3, 16, 16), torch.tensor([0, 1]), []
+    net.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+
+    def images(reuse, **how):
+        calls.clear()
+        net.config.reuse = reuse
+        return sample.generate(net, noise, labels, solver=solver, steps=6, **how), len(calls)
+    plain, count = images(1)
+    assert count == 6 * evaluations - (solver == "heun")
+    fewer, halved = images(2)
+    assert halved == 3 * evaluations and not torch.equal(plain, fewer) and (plain - fewer).std() < 0.5 * plain.std()
+    assert images(2, cfg=2.0, interval=(begin, 1.0))[1] > halved               # where guidance begins, the batch is another
+    assert torch.equal(images(1)[0], plain)
+    if solver == "euler":                                 # the class' tokens do not serve the null class
+        assert (images(2, cfg=0.0, interval=(0.4, 1.0))[0] - images(2, cfg=1e-4, interval=(0.4, 1.0))[0]).abs().max() < 0.01
+
+def test_wide_head_trains_resumes_and_samples(work):
+    flags = [*TINY_FLAGS, "--experiment", "ddt", "--head-depth", 1, "--head-width", 64, "--reuse", 2, "--aux", "time", "--checkpointing", "--micro-batch", 4, "--save-minutes", 0]
+    assert call(train, *flags, "--steps", 6, "--run", "whole") == 0
+    assert call(train, *flags, "--steps", 3, "--warmup", 0, "--run", "half") == 0
+    assert call(train, "--resume", "--run", "half", "--steps", 6, "--preview-every", 0, "--snapshots", 0) == 0
+    assert call(sample, "--run", "whole", "--num", 4, "--steps", 4) == 0
+    net, _ = model.load_network("runs/whole/checkpoint.pt")
+    assert type(net).__name__ == "WideHeadJiT" and net.head.config.hidden_size == 64 and net.config.reuse == 2
+
+# ---- The door: rows, files, paths; what they bring, and what is refused -------------------------------------------------
+GRID = ["--patch-size", 4, "--depth", 4, "--num-heads", 2, "--hidden-size", 32]           # a cascade halves a grid of 4 twice
+
+@pytest.mark.parametrize("name", [name for name in NAMES if getattr(model.load_experiment(name), "SETTINGS", None) and name not in ("one_step", "repa", "vae", "rae")])
+def test_every_experiment_trains_resumes_and_samples(work, name):
+    """The same command goes on in the middle; 04 needs no flag."""
+    flags = [*TINY_FLAGS, *GRID, "--experiment", name, "--micro-batch", 4, "--log-every", 2, "--run", "e"]
+    real = train.Recorder.after_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Recorder, "after_step", lambda self: (self.asked.append(1) if self.trainer.step == 4 else None, real(self)))
+        assert call(train, *flags, "--steps", 8) == 130
+    assert call(train, *flags, "--steps", 8) == 0
+    rows = list(csv.DictReader(open("runs/e/log.csv")))
+    assert [row["step"] for row in rows] == ["2", "4", "6", "8"] and all(math.isfinite(float(row["loss"])) for row in rows)
+    assert (float(rows[0]["aux"]) > 0) == (name in ("dimr", "mean_colour"))
+    assert call(sample, "--run", "e", "--num", 4, "--steps", 2) == 0
+    saved = json.loads(Path("runs/e/config.json").read_text())
+    wanted = model.load_experiment(name).SETTINGS
+    assert all(saved["config"].get(k, saved["options"].get(k)) == v for k, v in wanted.items() if k not in ("sampling", "steps", "num_heads", "ema", "model"))
+
+def test_experiments_combine_and_rows_too(work):
+    assert call(train, *TINY_FLAGS, "--experiment", "exp3,ddt,mean_colour", "--steps", 2, "--num-heads", 2) == 0
+    config = json.loads(Path("runs/shapes-exp3-ddt-mean_colour/config.json").read_text())["config"]
+    assert (config["patch_embed"], config["network"], config["aux"]) == ("nonlinear", "ddt", "mean_colour")
+    assert model.load_network("runs/shapes-exp3-ddt-mean_colour/checkpoint.pt")[1]["experiments"] == ["ddt", "mean_colour"]
+
+def test_a_file_of_ones_own(work, capsys):
+    """By its path; flags of its own stand in --help; it must be passed again, and a checkpoint never chooses it."""
+    Path("lab").mkdir()
+    text = (FOLDER / "mean_colour.py").read_text().replace("parents[2]", "parents[0]").replace('"mean_colour"] = ', '"mine"] = ').replace('{"aux": "mean_colour"}', '{"aux": "mine"}')
+    Path("lab/my_head.py").write_text(text)
+    flags = [*TINY_FLAGS, "--experiment", "lab/my_head.py"]
+    assert call(train, *flags, "--steps", 4) == 0
+    assert float(list(csv.DictReader(open("runs/shapes-my_head/log.csv")))[-1]["aux"]) > 0
+    assert call(train, *flags, "--steps", 4) == 0 and "is finished" in capsys.readouterr().out
+    again = str(Path("lab/my_head.py").resolve())
+    for script, more in ((sample, ["--run", "shapes-my_head", "--num", 4]), (train, ["--run", "shapes-my_head", "--resume", "--steps", 6])):
+        assert call(script, *more) in (1, 2)
+        error = capsys.readouterr().err
+        assert f"pass --experiment {again} again" in error and error.count("\n") == 1
+        assert call(script, *more, "--experiment", "lab/my_head.py") == 0
+    state = torch.load("runs/shapes-my_head/checkpoint.pt", weights_only=True)
+    Path("lab/evil.py").write_text("open('was_here', 'w')")
+    for name in (str(Path("lab/evil.py").resolve()), "lab/evil.py", "../../lab/evil", "lab/evil"):
+        state["info"]["experiments"] = [name]
+        torch.save(state, "evil.pt")
+        assert call(sample, "--checkpoint", "evil.pt", "--experiment", again) in (1, 2) and not Path("was_here").exists()
+
+def test_flags_of_an_experiment_are_in_its_help(capsys):
+    for flags, there in (([], False), (["--experiment", "ddt"], True)):
+        with pytest.raises(SystemExit):
+            call(train, *flags, "--help")
+        text = capsys.readouterr().out
+        assert ("--head-depth" in text) == there and "{linear" not in text
+    with pytest.raises(SystemExit):
+        call(train, "--preset", "cifar10", "--experiment", "convnext", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "attention | " in text and "convnext" in text and "per optimizer step (default: 256)" in text and "width of a token (default: 384)" in text
+
+BAD = {"1/0": "ZeroDivisionError: division by zero", "def f(:": "SyntaxError", "import nonsense": "No module named 'nonsense'", "x = 1": "has no dict SETTINGS", "SETTINGS = []": "has no dict SETTINGS",
+       "SETTINGS = {'hiden_size': 3}": "there is no setting hiden_size", "\n\nraise ValueError('mine')": "line 3", "SETTINGS = {'mixer': 'none of these'}": "is unknown: one of attention"}
+
+@pytest.mark.parametrize("content", BAD)
+def test_a_file_that_fails_is_one_line(work, capsys, content):
+    Path("mine.py").write_text(content)
+    assert call(train, *TINY_FLAGS, "--experiment", "mine.py", "--steps", 2) in (1, 2)
+    error = capsys.readouterr().err
+    assert BAD[content] in error and error.count("\n") == 1 and not Path("runs").exists()
+
+def test_unknown_names_are_one_line(work, capsys):
+    for name in ("nope", "./nope.py", "nope.py", "exp3,nope"):
+        assert call(train, *TINY_FLAGS, "--experiment", name) == 2
+        error = capsys.readouterr().err
+        assert "there is no" in error and "mean_colour" in error and error.count("\n") == 1
+
+def test_one_copy_of_a_stage_when_a_script_loads_an_experiment(work):
+    """An experiment that imports 03_train must fill the registries of the script that runs."""
+    done = shell("03_train.py", *TINY_FLAGS, "--steps", 2, "--run", "jit", cwd=work)
+    done = shell("03_train.py", "--experiment", "one_step", "--init", "jit", "--batch-size", 8, "--steps", 2, "--amp", "off", "--run", "one", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert shell("04_sample.py", "--run", "one", "--num", 4, cwd=work).returncode == 0
+
+@pytest.mark.parametrize("more, words", [
+    (dict(num_heads=1, hidden_size=16, mixer="differential"), "needs pairs"), (dict(mixer="convnext"), "--in-context-len 0"), (dict(mixer="dice"), "--in-context-len 0"),
+    (dict(network="dimr", aux="time"), "no auxiliary head"), (dict(network="dimr", depth=3), "needs 4 blocks"), (dict(network="dice", depth=3), "needs 4 blocks"),
+    (dict(network="dimr", patch_size=8), "halves twice"), (dict(network="ddt", head_width=50), "not a multiple of 4 x"), (dict(network="ddt", mixer="differential", head_width=16), "needs pairs"),
+    (dict(network="one_step", path="cosine"), "linear path"), (dict(network="one_step", aux="time"), "no auxiliary head")])
+def test_pairs_that_make_no_sense_are_refused(more, words):
+    with pytest.raises(data.UsageError, match=words):
+        model.build(config_with(**more))
+    for more in (dict(), dict(network="dimr", pred="v"), dict(network="dimr", path="cosine")):
+        with pytest.raises(data.UsageError, match="stages of a cascade"):
+            dimr.MultiScale(config_with(**more))
+
+# ---- Experiments that are no variant of the five scripts: spiral, width, collapse ---------------------------------------
+def test_only_x_prediction_survives_512_dimensions():
+    """The spiral is about 3 wide and its turns 0.8 apart; a quarter of that gap still shows the curve."""
+    distance = {pred: manifold.experiment(512, pred, steps=700)[1] for pred in ("x", "e", "v")}
+    assert distance["x"] < 0.25, distance
+    assert distance["e"] > 3 * distance["x"] and distance["v"] > 3 * distance["x"], distance
+
+def test_no_prediction_beats_the_bound_of_its_width():
+    """The best rank-2 prediction of correlated data, given everything, loses exactly the bound."""
+    x = np.random.default_rng(0).standard_normal((4000, 5)) @ np.diag([3, 2, 1, 0.5, 0.1]) @ np.linalg.qr(np.random.default_rng(1).standard_normal((5, 5)))[0]
+    centred = x - x.mean(axis=0)
+    u, s, v = np.linalg.svd(centred, full_matrices=False)
+    lost = ((centred - u[:, :2] * s[:2] @ v[:2])**2).sum() / (len(x) - 1) / 5
+    assert abs(width.bound(x.reshape(1000, 2, 2, 5), 2, 0) - lost) < 1e-9
+    assert abs(width.bound(x.reshape(1000, 2, 2, 5), 2, 1) - lost - 3 / 5) < 1e-9
+
+def test_the_order_of_collapse():
+    """The plain latent diffusion loss collapses the latent; a slow target holds it up, and asking for the clean latent more so."""
+    pictures = collapse.images(2500)
+    rank = {variant: collapse.experiment(variant, pictures, 100, every=100)[-1][1] for variant in ("naive-v", "ema-v", "ema-x")}
+    assert 1.2 * rank["naive-v"] < rank["ema-v"] and 1.2 * rank["ema-v"] < rank["ema-x"], rank
+
+def test_effective_rank_of_known_spectra():
+    """Eight equal directions have rank 8; shares of 3/4 and 1/4 have exp(their entropy); one direction has 1."""
+    left, right = torch.linalg.qr(torch.randn(1000, 8))[0], torch.linalg.qr(torch.randn(32, 8))[0]
+    for values, rank in (([1.0] * 8, 8.0), ([3.0, 1.0], np.exp(-0.75 * np.log(0.75) - 0.25 * np.log(0.25))), ([0.5], 1.0)):
+        n = len(values)
+        assert abs(collapse.effective_rank(left[:, :n] * torch.tensor(values) @ right[:, :n].T) - rank) < 1e-3
+
+SHORT = [*TINY_FLAGS, *GRID, "--steps", 2]
+
+@pytest.mark.parametrize("name", ["paths", "dit", "sd3", "differential", "convnext", "td_norm", "ddt", "mean_colour"])
+def test_the_main_of_a_comparison(work, capsys, name):
+    """python tests/experiments/NAME.py, short: a line for each row."""
+    module = model.load_experiment(name)
+    compare = model.load_experiment("_compare")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "compare", lambda rows, more, real=compare.compare, **how: real(rows, more, num=12, sampling=["--steps", 2, "--amp", "off"]))
+        module.main(*SHORT)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(lines) > 2 and all(line.count("|") == 6 for line in lines)
+
+def test_the_mains_that_draw(there, capsys):
+    manifold.main("m.png", dimensions=(2, 8), steps=3)
+    collapse.main("c.png", count=600, steps=2)
+    assert data.Image.open("m.png").size == (650, 316) and data.Image.open("c.png").width > 100
+    assert capsys.readouterr().out.count("prediction: mean distance") == 6
+
+def test_the_main_of_width_and_of_one_step(work, capsys):
+    from test_latents import make
+    assert make("rae") == 0 and call(train, *TINY_FLAGS, "--steps", 2) == 0
+    width.main("latents/rae", "--steps", 2, "--batch-size", 8, "--amp", "off")
+    assert capsys.readouterr().out.count("held-out v-loss") == 6
+    real = sample.main
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "main", lambda argv: real([*argv, "--num", "12"]))
+        one_step.main("--steps", 2, "--batch-size", 8, "--amp", "off", "--log-every", 1)
+    assert capsys.readouterr().out.count("FD (classifier features)  ") == 6
