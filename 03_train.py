@@ -109,7 +109,8 @@ class Trainer:
         self.begun_anew = fill_in(self.net, init) if init else []
         self.forward = wrap(self.net, self.head, options, config, world)       # compiled, and for several processes
         self.autocast = model.autocast(options.amp, device)
-        self.ema = [{name: value.clone() for name, value in self.net.state_dict().items()} for _ in options.ema]
+        self.weights = self.net.state_dict()              # the tensors themselves, changed by every step
+        self.ema = [{name: value.clone() for name, value in self.weights.items()} for _ in options.ema]
         self.parameters = [p for p in (*self.net.parameters(), *self.head.parameters()) if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=options.lr, betas=(0.9, 0.95),
                                            weight_decay=options.weight_decay, fused=True)
@@ -186,9 +187,8 @@ class Trainer:
 
         The weights of m steps ago count decay^m: 0.998 averages over about 1 / (1 - 0.998) = 500 steps.
         """
-        weights = list(self.net.state_dict().values())
         for decay, average in zip(self.options.ema, self.ema):
-            torch._foreach_lerp_(list(average.values()), weights, 1 - decay)
+            torch._foreach_lerp_(list(average.values()), list(self.weights.values()), 1 - decay)
 
 # ======================================================================================================================
 # first reading ends here: what follows are other losses, then feeding, watching, settings and survival

@@ -54,7 +54,7 @@ EXERCISES = [Exercise(number, *row) for number, row in enumerate([
      ("\n\n    By the book: convert prediction and truth, square the difference.  With to = u * value + w * z that is\n"
       "    (u out + w z - (u truth + w z))^2 = u^2 (out - truth)^2: z drops out, and the space is a weight over t.",)),
     ("ema", "03_train.py", ("Trainer.update_ema",), 5, 20,
-     "move every average towards the weights, in place; self.options.ema lists the decays", (": ema += (1 - decay) (weights - ema)",)),
+     "move every average of self.ema towards self.weights, in place; both are dicts of tensors, and self.options.ema lists the decays", (": ema += (1 - decay) (weights - ema)",)),
     ("step", "03_train.py", ("Trainer.train_step",), 12, 60,
      "one optimizer step, from loss to EMA; the trainer has indices, loss, summing, scaler (a GradScaler), lr, gradient_norm and update_ema"),
     ("guidance", "04_sample.py", ("guided",), 9, 40,
