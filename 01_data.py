@@ -68,7 +68,7 @@ def pack(path, pairs, make, shape, pool):
     def rows():
         with asked_to_stop() as asked, Progress(len(pairs), path.stem, " images") as bar:
             for block in in_parts(pairs, 256):
-                parts = in_parts([job for job, _ in block], 16)        # a thread's errand should be worth its while
+                parts = in_parts([job for job, _ in block], 16)        # jobs a task, so that threading pays
                 images = chain.from_iterable(pool.map(lambda jobs: [make(job) for job in jobs], parts))
                 for (job, label), image in zip(block, images):
                     if isinstance(image, str):

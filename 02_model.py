@@ -60,7 +60,7 @@ def expand(c, like):
 # ---- The configuration: sizes of the network, and what its output means ----------------------------------------------
 @dataclass
 class JiTConfig:
-    """All that a checkpoint needs to rebuild its network.  Defaults: JiT-B/16 at 256 pixels.  Raises UsageError."""
+    """What a checkpoint needs to rebuild its network.  option(default, text, what it may be): also a flag of 03."""
     image_size: int = option(256, "pixels, height = width", "[1, inf)", flag=False)
     patch_size: int = option(16, "pixels (default: as many tokens as --model has)", "[1, inf)", group="network")
     in_channels: int = option(3, "3 for colours", "[1, inf)", flag=False)
@@ -97,7 +97,7 @@ class JiTConfig:
         refuse(self.patch_embed == "nonlinear" and not self.bottleneck_dim,
                "a nonlinear patch embedding needs a bottleneck (--bottleneck-dim) to put the SiLU in")
         if self.in_context_start >= self.depth:
-            self.in_context_len = 0                       # they would never be inserted: same network without them
+            self.in_context_len = 0                       # they would never be put there: leave them out
 
 # ---- Layers, with the initialisation of JiT: Xavier for linear maps, N(0, 0.02) or zero where said -------------------
 class Linear(nn.Linear):
@@ -145,7 +145,7 @@ class PatchEmbed(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(weight)
             else:
-                nn.init.xavier_uniform_(weight.flatten(1))          # subtle: a view; patches, not pixels, fan in
+                nn.init.xavier_uniform_(weight.flatten(1))          # subtle: a view, of a linear map of whole patches
 
     def forward(self, x):                                                                          # B C H W
         return self.proj2(self.act(self.proj1(x))).flatten(2).transpose(1, 2)                      # B N D
@@ -343,7 +343,7 @@ class JiT(nn.Module):
         for i, block in enumerate(self.blocks):
             if config.in_context_len and i == config.in_context_start:
                 context = config.in_context_len
-                x = torch.cat([y_emb[:, None] + self.in_context_posemb, x.to(y_emb.dtype)], dim=1)  # B L D
+                x = torch.cat([y_emb[:, None] + self.in_context_posemb, x], dim=1)                 # B L D
             x = block(x, c, self.rope(context))                                                    # B L D
             if i == tap:
                 tapped = x[:, context:]                                                            # B N D
@@ -517,8 +517,11 @@ def build(config):
 EXPERIMENTS_FOLDER = Path(__file__).resolve().parent / "tests" / "experiments"
 
 def experiment_name(name):
-    """A plain name is a file of tests/experiments/; a path is made absolute."""
-    return str(Path(name).resolve()) if "/" in name or name.endswith(".py") else name
+    """The name of a file of tests/experiments/; of another file its absolute path."""
+    path = Path(name).resolve()
+    if "/" in name or name.endswith(".py"):
+        return path.stem if path.parent == EXPERIMENTS_FOLDER else str(path)
+    return name
 
 def load_experiment(name):
     """Import tests/experiments/NAME.py, or a file by its path; returns the module.  Raises UsageError, ValueError."""

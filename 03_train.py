@@ -45,7 +45,7 @@ def seed_everything(*key):
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 def sample_times(n, options, device):
-    """t (n,) in (0,1): logit-normal or uniform, then the shift.               (JiT section 3.1; SD3 eq. 19 and 23)"""
+    """t (n,) in (0,1): logit-normal (the paper: of N(-0.8, 0.8^2)) or uniform; then the shift.      (JiT section 3.1)"""
     if options.times == "uniform":
         t = torch.rand(n, device=device)
     else:
@@ -119,7 +119,7 @@ class Trainer:
         self.log = Log(device)
         self.step = 0                                     # steps done,
         self.skipped = 0                                  # those among them whose gradient was not finite,
-        self.bad = 0                                      # and how many of these came last, in a row
+        self.bad = 0                                      # and how many such steps in a row came last
 
     def train_step(self, feed):
         """One optimizer step: every micro-batch forward and backward, then AdamW, then the averages.
@@ -155,7 +155,7 @@ class Trainer:
         seed_everything(self.options.seed, self.step, index)
         batch = self.head.prepare(make_batch(images, labels, self.options, self.config))
         loss, of_each = self.objective(self, batch)
-        aux = self.head.loss(self.head.answer, batch)                                              # JiT: 0
+        aux = self.head.loss(self.head.answer, batch)     # JiT: 0; a head's answer was kept by self.forward
         self.log.add_losses(of_each, batch["t"])
         self.log.add("aux", aux.detach())
         return loss + self.options.aux_weight * aux

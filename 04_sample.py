@@ -10,9 +10,9 @@ Run it:   python 04_sample.py                               1,000 images of the 
 t = 0 is noise, t = 1 is data.  Every image has its own random numbers, a function of (seed, index): the same picture
 whatever the batch size, the number of processes, the order, or where a run was interrupted.
 
-The clamp: v = (x_pred - z) / max(1-t, t_eps).  At t_eps = 0.05 the last steps of 50 are shortened, and even a perfect
-network leaves noise: std 0.017 k (Heun, even grid; Euler 0.014 k), two grey levels at k = 1.  --t-eps 0.02 (any value
-up to 1/steps) ends exactly on x_pred.  The paper's FID is measured with the clamp, and is better with it.
+The clamp of euler and heun: v = (x_pred - z) / max(1-t, t_eps).  At t_eps = 0.05 the last steps of 50 are shortened, so
+even a perfect network leaves noise: std 0.017 k (Heun, even grid; Euler 0.014 k), two grey levels at k = 1.  --t-eps
+0.02 (any value up to 1/steps) ends exactly on x_pred.  The paper's FID is measured with the clamp, and better with it.
 """
 import sys
 import zlib
@@ -31,13 +31,13 @@ option, refuse = data.option, data.refuse
 
 # ---- Guided velocity: one or two predictions, turned into the direction to go --------- (JiT Algorithm 2; CFG on v) --
 def predict(net, z, t, labels, to="v", t_eps=model.T_EPS):
-    """What the network says of z (B,C,H,W) at the time t, a float: as velocity, or as the image if `to` is "x".  fp32.
-
-    JiT predicts the image, so the velocity is (x_pred - z) / max(1-t, t_eps).
-    """
+    """The prediction for z (B,C,H,W) at the time t, a float, in fp32: the velocity, or the image if to is "x"."""
     config = config_of(net)
     times = torch.full((len(z),), t, device=z.device)
-    return model.convert(net(z, times, labels), config.pred, to, z, times, config.path, t_eps)
+    x_pred = net(z, times, labels).float()
+    if (config.pred, config.path) != ("x", "linear"):     # not JiT's: x_pred is something else
+        return model.convert(x_pred, config.pred, to, z, times, config.path, t_eps)
+    return x_pred if to == "x" else (x_pred - z) / max(1 - t, t_eps)
 
 def guided(net, z, t, labels, cfg=1.0, interval=(0.0, 1.0), to="v", t_eps=model.T_EPS):
     """The guided velocity, v_null + w (v_class - v_null): w = cfg inside the interval, 1 outside.      (JiT appendix A)
@@ -59,18 +59,18 @@ def guided(net, z, t, labels, cfg=1.0, interval=(0.0, 1.0), to="v", t_eps=model.
     v_class, v_null = both.chunk(2)
     return v_null + w * (v_class - v_null)
 
-# ---- One step from t to t_next, where v(z, t) is the guided velocity -------------------------------------------------
-def euler_step(z, t, t_next, v):
-    """One step along the velocity, z + (t_next - t) v(z, t): first order.                         (JiT Algorithm 2)"""
-    return z + (t_next - t) * v(z, t)
+# ---- One step from t to t_next, where velocity(z, t) is the guided one -----------------------------------------------
+def euler_step(z, t, t_next, velocity, *_):
+    """One step along the velocity, z + (t_next - t) velocity(z, t): first order.                  (JiT Algorithm 2)"""
+    return z + (t_next - t) * velocity(z, t)
 
-def heun_step(z, t, t_next, v):
+def heun_step(z, t, t_next, velocity, *_):
     """The mean of the velocities at both ends: second order.  The last step, to t = 1, is Euler's.  (JiT sec. 3.1)"""
-    first = v(z, t)
+    first = velocity(z, t)
     ahead = z + (t_next - t) * first
     if t_next == 1:
         return ahead
-    second = v(ahead, t_next)
+    second = velocity(ahead, t_next)
     return z + (t_next - t) * (first + second) / 2
 
 # ---- The walk from noise to data -------------------------------------------------------------------------------------
@@ -81,10 +81,14 @@ def walk(net, noise, labels, *, solver="heun", steps=50, cfg=1.0, interval=(0.0,
     known = getattr(net, "solvers", SOLVERS)              # a network may know fewer
     refuse(solver not in known or steps < 1, f"solver {solver!r}, {steps} steps: give one of {', '.join(known)}, "
            "and at least 1 step")
-    asked_for, step = SOLVERS[solver]
+    asked_for, step = SOLVERS[solver]                     # "v" or "x", and the function
+    config = config_of(net)
 
     def ask(z, t):
         return guided(net, z, t, labels, cfg, interval, asked_for, t_eps)
+
+    def fresh_noise():                                    # for ddpm
+        return step_noise(i) if step_noise else torch.randn_like(z) * config.noise_scale
 
     z = noise.float()
     grid = model.shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
@@ -92,12 +96,7 @@ def walk(net, noise, labels, *, solver="heun", steps=50, cfg=1.0, interval=(0.0,
         yield t, z
         if hasattr(net, "begin_step"):                    # experiment: a network that wants to know where the step ends
             net.begin_step(i, t, t_next)
-        if asked_for == "v":                              # euler, heun
-            z = step(z, t, t_next, ask)
-        else:                                             # ddim, ddpm, which draws fresh noise
-            def fresh():
-                return step_noise(i) if step_noise else torch.randn_like(z) * config_of(net).noise_scale
-            z = step(z, t, t_next, ask, fresh, model.PATHS[config_of(net).path].scales)
+        z = step(z, t, t_next, ask, fresh_noise, model.PATHS[config.path].scales)
     yield 1.0, z
 
 def generate(net, noise, labels, **settings):
@@ -110,33 +109,33 @@ def generate(net, noise, labels, **settings):
     *_, (_, images) = walk(net, noise, labels, **settings)
     return images
 
-# ---- The same step in the language of diffusion: x(z, t) is the guided image, scales(t) = (alpha, sigma) of the path -
-def ddim_step(z, t, t_next, x, noise, scales):
+# ---- The same step in the language of diffusion: image(z, t) is the guided one, scales(t) = (alpha, sigma) of the path
+def ddim_step(z, t, t_next, image, noise, scales):
     """Split z into image and noise, and mix them anew: z_next = alpha_next x + sigma_next e.           (DDIM eq. 12)
 
-    Exact when the estimate is right.  On the linear path this is Euler's step.
+    Exact when the estimate is right.  On the linear path this is Euler's step without the clamp.  noise is not used.
     """
     alpha, sigma = scales(t)
     alpha_next, sigma_next = scales(t_next)
-    image = x(z, t)
-    e = (z - alpha * image) / sigma
-    return alpha_next * image + sigma_next * e
+    x = image(z, t)
+    e = (z - alpha * x) / sigma
+    return alpha_next * x + sigma_next * e
 
-def ddpm_step(z, t, t_next, x, noise, scales):
+def ddpm_step(z, t, t_next, image, noise, scales):
     """Draw z_next given z and the image: ancestral sampling.                          (DDPM eq. 7, for any path, k = 1)
 
-    Two normal distributions speak of z_next.  The image says z_next ~ N(alpha_next x, sigma_next^2).  And z is a
+    Two normal distributions constrain z_next.  Given the image, z_next ~ N(alpha_next x, sigma_next^2).  And z is a
     noisier z_next: z = r z_next + N(0, added), with r = alpha / alpha_next and added = sigma^2 - r^2 sigma_next^2.
     The product of two Gaussians is a Gaussian.  Inverse variances add: 1/sigma_next^2 + r^2/added = sigma^2 /
     (sigma_next^2 added).  Its mean is theirs, weighted by inverse variance.  For another k, noise() has std k.
     """
     alpha, sigma = scales(t)
     alpha_next, sigma_next = scales(t_next)
-    image = x(z, t)
+    x = image(z, t)
     r = alpha / alpha_next
     added = max(0.0, sigma**2 - r**2 * sigma_next**2)
     variance = sigma_next**2 * added / sigma**2
-    mean = (added * alpha_next * image + sigma_next**2 * r * z) / sigma**2
+    mean = (added * alpha_next * x + sigma_next**2 * r * z) / sigma**2
     return mean + variance**0.5 * noise()
 
 SOLVERS = {"heun": ("v", heun_step), "euler": ("v", euler_step),               # experiment: (what it asks for, step)

@@ -2,10 +2,10 @@
 
 What this stage teaches: FID, sFID, Inception score, KID, precision and recall are a page of arithmetic each, on
 features of a classifier.  Two sets of features, one arithmetic:
-  --features classifier   a small network trained here, on the data set's own training images (default; works offline).
-                          The score is then called "FD (classifier features)", never FID; beside it stands how often
-                          that classifier sees the requested class, and how often it is right on real images.
-  --features inception    Inception-v3 of the original FID, its weights downloaded with their hash checked, or given.
+  --features classifier   128 numbers before the last layer of a small network trained here, on the data set's training
+                          images (default; works offline).  The score is called "FD (classifier features)", never FID;
+                          beside it stands how often that classifier sees the class asked for, and is right.
+  --features inception    2048 numbers of Inception-v3 as in the original FID, its weights downloaded or given.
 Reads runs/<name>/samples/, data/<name>/.   Writes runs/<name>/metrics.json; statistics are cached beside the data.
 Run it:   python 05_eval.py                                25 s on two CPU cores, the classifier's training included
           python 05_eval.py --samples my_pngs --reference VIRTUAL_imagenet256_labeled.npz --features inception
@@ -33,7 +33,7 @@ def moments(sums):
     """Mean (D,) and covariance (D,D), with N-1, of features, from their sums (D+1,D+1) in fp64.
 
     With a 1 in front of each feature vector, F = (1, f), the sum of F^T F holds N in its corner, the sum of f beside it
-    and the sum of f^T f in the rest.  Raises ValueError for fewer than two images.
+    and the sum of f^T f in the rest: batches just add theirs.  Raises ValueError for fewer than two images.
     """
     n, total = sums[0, 0], sums[0, 1:]
     if n < 2:
@@ -53,7 +53,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     squares = torch.linalg.eigvalsh(R @ torch.from_numpy(sigma2) @ R)
     trace_of_root = squares.clamp_min(0).sqrt().sum().item()
     distance = ((mu1 - mu2)**2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root
-    return max(float(distance), 0.0)                      # subtle: max(0.0, nan) would be a perfect score
+    return max(float(distance), 0.0)                      # subtle: max(0.0, nan) is 0.0, a perfect score
 
 # ---- Inception score: is each image of one class, and the set of all? ------------------------------------------------
 def inception_score(logits, splits=10):
@@ -98,10 +98,10 @@ def kernel_distance(a, b, subsets=100, size=1000):
     return float(np.mean(scores)), float(np.std(scores))
 
 # ---- Precision and recall: is each image near one of the other set? --------------------------------------------------
-def coverage(x, y, k=3, block=1000):
-    """Share of x inside some ball around an element of y, which reaches to its k-th neighbour in y.
+def share_inside(x, y, k=3, block=1000):
+    """Share of x inside some ball around an element of y, which reaches to that element's k-th neighbour in y.
 
-    Precision is coverage(generated, real), recall coverage(real, generated).        (Kynkäänniemi et al. 2019, eq. 2)
+    Precision is share_inside(generated, real), recall share_inside(real, generated).      (Kynkäänniemi 2019, eq. 2)
     x, y: features (N,D).  In blocks: memory grows with N, not with N^2.
     """
     x, y = torch.as_tensor(x).double(), torch.as_tensor(y).double()
@@ -435,9 +435,9 @@ SCORES = {  # name: (title, of what, function of two descriptions -> a number, o
     "kid": ("KID ({features})", "100 subsets of 1000 of {n_generated} and {n_features} images; usually given x 1000",
             lambda fake, real: kernel_distance(fake["features"], real["features"])),
     "precision": ("precision", "share of {n_generated} generated images",
-                  lambda fake, real: coverage(fake["features"], neighbours(real))),
+                  lambda fake, real: share_inside(fake["features"], neighbours(real))),
     "recall": ("recall", "share of 10000 real images at most",
-               lambda fake, real: coverage(neighbours(real), fake["features"])),
+               lambda fake, real: share_inside(neighbours(real), fake["features"])),
 }
 JUDGED = {  # by the classifier
     "fd_floor": ("{score} floor", "{n_floor} held-out real images against {n_real} real images"),

@@ -109,7 +109,7 @@ def benchmark_scores(n):
     net = lambda rows: {"features": torch.from_numpy(x[rows]), "logits": torch.zeros(len(rows), 2)}
     for name, work in ((f"moments of {n} x {d} features", lambda: real.update(evaluate.describe(np.arange(n), net, "cpu", 100, ""))),
                        ("Frechet distance", lambda: evaluate.frechet_distance(real["mu"], real["sigma"], real["mu"] + 1, real["sigma"])),
-                       (f"precision, {n // 5} x {n // 5}", lambda: evaluate.coverage(x[:n // 5], x[n // 5:2 * n // 5]))):
+                       (f"precision, {n // 5} x {n // 5}", lambda: evaluate.share_inside(x[:n // 5], x[n // 5:2 * n // 5]))):
         start = time.perf_counter()
         work()
         print(f"{name}: {time.perf_counter() - start:.1f} s")

@@ -36,7 +36,7 @@ def balls():
     ring = lambda angle: np.stack([np.cos(angle), np.sin(angle)], axis=1) + random.normal(size=(len(angle), 2)) * 0.06
     real = torch.tensor(ring(np.linspace(0, 2 * np.pi, 40, endpoint=False)))
     made = torch.tensor(np.concatenate([ring(random.uniform(0, np.pi, 30)), random.uniform(-0.5, 0.5, size=(10, 2))]))
-    precision, recall = evaluate.coverage(made, real), evaluate.coverage(real, made)
+    precision, recall = evaluate.share_inside(made, real), evaluate.share_inside(real, made)
     sheet = Image.new("RGB", (640, 330), "white")
     draw = ImageDraw.Draw(sheet)
     for panel, (title, centres, points) in enumerate([(f"precision {precision:.2f}: generated inside real balls", real, made),

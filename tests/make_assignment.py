@@ -59,7 +59,7 @@ EXERCISES = [Exercise(number, *row) for number, row in enumerate([
      "one optimizer step, from loss to EMA; the trainer has indices, loss, summing, scaler (a GradScaler), lr, gradient_norm and update_ema"),
     ("guidance", "04_sample.py", ("guided",), 9, 40,
      "combine what predict() says with and without class; leave out the pass that is not needed", (", v_null + w (v_class - v_null)",)),
-    ("euler", "04_sample.py", ("euler_step",), 3, 10, "one step along the velocity", (", z + (t_next - t) v(z, t)",)),
+    ("euler", "04_sample.py", ("euler_step",), 3, 10, "one step along the velocity", (", z + (t_next - t) velocity(z, t)",)),
     ("heun", "04_sample.py", ("heun_step",), 5, 20, "look ahead with Euler, then go with the mean of the two velocities; the last step, to t_next = 1, is Euler's"),
     ("frechet", "05_eval.py", ("frechet_distance",), 7, 45, "the distance between two Gaussians; mind covariances that are singular",
      ("  The root's trace is the sum of the roots of the eigenvalues of R sigma2 R, R R = sigma1:\n"

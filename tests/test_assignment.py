@@ -108,7 +108,7 @@ def test_the_grader(tmp_path, monkeypatch, capsys):
     make(tmp_path / "work", chosen)
     sampler, network = tmp_path / "work/04_sample.py", tmp_path / "work/02_model.py"
     solved, text = (ROOT / "04_sample.py").read_text(), sampler.read_text()
-    for name, body in (("euler_step", "    while True: pass\n"), ("guided", "    import os; os._exit(0)\n"), ("heun_step", "    return v(z, t)\n")):
+    for name, body in (("euler_step", "    while True: pass\n"), ("guided", "    import os; os._exit(0)\n"), ("heun_step", "    return velocity(z, t)\n")):
         node = find(text, name)
         lines = text.splitlines(keepends=True)
         text = "".join(lines[:node.end_lineno - 1] + [body] + lines[node.end_lineno:])
@@ -135,6 +135,6 @@ def test_the_grader(tmp_path, monkeypatch, capsys):
     assert "SyntaxError" in wrong["euler"] and wrong["mix"] == "02_model.py is missing"
     # a test that is skipped is not passed; and git is not needed
     monkeypatch.setenv("PATH", "")
-    sampler.write_text(solved.replace("    return z + (t_next - t) * v(z, t)\n", "    import pytest; pytest.xfail()\n"))
+    sampler.write_text(solved.replace("    return z + (t_next - t) * velocity(z, t)\n", "    import pytest; pytest.xfail()\n"))
     assert [test["score"] for test in grade(tmp_path / "work", choose("euler"), 60)["tests"]] == [0]
     assert grade_main(["nowhere"]) == 1

@@ -70,8 +70,8 @@ def test_precision_and_recall_by_definition():
     radius = lambda x: [sorted(np.linalg.norm(x - p, axis=1))[3] for p in x]
     inside = lambda p, x, r: any(np.linalg.norm(p - q) <= s for q, s in zip(x, r))
     expected = np.mean([inside(p, b, radius(b)) for p in a]), np.mean([inside(p, a, radius(a)) for p in b])
-    assert (evaluate.coverage(a, b, block=7), evaluate.coverage(b, a, block=7)) == pytest.approx(expected)
-    assert evaluate.coverage(a, a) == 1 and evaluate.coverage(a, a + 100) == evaluate.coverage(a + 100, a) == 0
+    assert (evaluate.share_inside(a, b, block=7), evaluate.share_inside(b, a, block=7)) == pytest.approx(expected)
+    assert evaluate.share_inside(a, a) == 1 and evaluate.share_inside(a, a + 100) == evaluate.share_inside(a + 100, a) == 0
 
 def test_tf1_resize_by_definition():
     x = torch.rand(1, 2, 5, 7)
@@ -383,5 +383,5 @@ def test_the_classifier_is_mirrored_left_to_right_and_judges_in_eval_mode(work, 
 def test_memory_of_precision_and_recall_is_not_quadratic():
     """10,000 x 10,000 distances in fp64 alone would be 800 MB."""
     code = ("import sys, resource, numpy as np; sys.path.insert(0, %r); from importlib import import_module; e = import_module('05_eval'); x = np.random.rand(10000, 16);"
-            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; e.coverage(x, x[::-1].copy()); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)" % str(ROOT))
+            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; e.share_inside(x, x[::-1].copy()); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)" % str(ROOT))
     assert int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) < 600_000

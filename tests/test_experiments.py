@@ -3,7 +3,11 @@ or a rewrite.  Latent spaces are in test_latents.py, paths in test_paths.py."""
 import csv
 import json
 import math
+import os
+import re
 import shutil
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -640,3 +644,19 @@ def test_the_main_of_width_and_of_one_step(work, capsys):
         patch.setattr(sample, "main", lambda argv: real([*argv, "--num", "12"]))
         one_step.main("--steps", 2, "--batch-size", 8, "--amp", "off", "--log-every", 1)
     assert capsys.readouterr().out.count("FD (classifier features)  ") == 6
+
+# ---- The templates of the README run as they stand there -------------------------------------------------------------
+TEMPLATES = re.findall(r"```python\n(.*?)```", (ROOT / "tests" / "experiments" / "README.md").read_text(), re.S)
+
+@pytest.mark.parametrize("number", range(len(TEMPLATES)))
+def test_templates(work, capsys, number):
+    Path("mine.py").write_text(TEMPLATES[number])
+    if "data.SOURCES" in TEMPLATES[number]:
+        done = subprocess.run([sys.executable, "mine.py", "--source", "noise", "--size", "16"], cwd=work, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, done.stderr
+        meta, arrays = data.open_data("data/noise")
+        assert meta["classes"] == ["noise"] and arrays["train"][0].shape == (200, 16, 16, 3)
+        return
+    for steps in (2, 4):
+        assert call(train, *TINY_FLAGS, "--experiment", "mine.py", "--save-minutes", 0, "--run", "mine", "--steps", steps, *(["--resume"] if steps == 4 else [])) == 0, capsys.readouterr().err
+    assert call(sample, "--run", "mine", "--experiment", "mine.py", "--num", 2, "--steps", 2) == 0, capsys.readouterr().err

@@ -31,7 +31,8 @@ def compare(rows, more=(), num=500, sampling=(), common=SHORT):
         start = time.perf_counter()
         call(train, *common, "--run", run, *flags, *more)
         seconds = time.perf_counter() - start
-        call(sample, "--run", run, "--num", num, *sampling)
+        own = flags[flags.index("--experiment"):][:2] if "--experiment" in flags else []
+        call(sample, "--run", run, "--num", num, *own, *sampling)
         call(evaluate, "--run", run, "--metrics", "fd")
         log = list(csv.DictReader(open(f"runs/{run}/log.csv")))
         scores = json.loads(Path(f"runs/{run}/metrics.json").read_text())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path += map(str, Path(__file__).resolve().parents)    # the project is in one of the folders above this file
 model = import_module("02_model")
 
 class MeanColour(model.AuxHead):
@@ -34,7 +34,7 @@ model.AUX_HEADS["mean_colour"] = MeanColour
 SETTINGS = {"aux": "mean_colour"}
 
 def main(*flags):
-    model.load_experiment("_compare").compare({"JiT": [], "mean colour": ["--experiment", "mean_colour"]}, flags)
+    model.load_experiment("_compare").compare({"JiT": [], "mean colour": ["--experiment", __file__]}, flags)
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
