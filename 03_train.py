@@ -26,7 +26,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -222,7 +222,7 @@ def wrap(net, head, options, config, world):
     """What the step calls: the network, compiled if asked for, with its head if it has one, averaged by DDP."""
     for block in net.modules():
         if options.checkpointing and isinstance(block, model.Block):           # memory for time
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = recomputed(block.forward)
     forward = net
     if options.compile:
         torch._dynamo.config.optimize_ddp = not options.checkpointing          # older torch cannot do both
@@ -230,6 +230,12 @@ def wrap(net, head, options, config, world):
     if config.aux != "none":
         forward = model.WithHead(forward, head)
     return torch.nn.parallel.DistributedDataParallel(forward) if world > 1 else forward
+
+def recomputed(forward):
+    """The same function, which for a backward pass keeps its inputs only and computes the rest again."""
+    def call(*inputs):
+        return checkpoint(forward, *inputs, use_reentrant=False) if torch.is_grad_enabled() else forward(*inputs)
+    return call
 
 def fill_in(net, weights):
     """Copy the weights of another run into net; returns the names of parts that begin anew, of other classes, say."""

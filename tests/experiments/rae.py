@@ -146,7 +146,8 @@ def convert_dinov2(state, depth):
 
 # ---- Making the latents ----------------------------------------------------------------------------------------------
 load_coder = partial(latents.load_coder, {"rae": RAE, "dinov2": DINOv2})
-SETTINGS = {"data": "shapes-rae", "depth": 4, "in_context_start": 1, "steps": 1600, "noise_scale": 1.0}
+SETTINGS = {"data": "shapes-rae", "depth": 4, "in_context_start": 1, "steps": 1600, "noise_scale": 1.0,
+            "sampling": {"shift": None}}                      # the data set's own
 
 @dataclass
 class Options(latents.Options):
