@@ -33,13 +33,17 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from fcntl import LOCK_EX, LOCK_NB, flock
 from itertools import chain, zip_longest
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
+
+try:
+    from fcntl import LOCK_EX, LOCK_NB, flock
+except ImportError:                                       # Windows: nobody has tried it; two scripts at once collide
+    flock = None
 
 # ---- One image ------------------------------------------------------------------------ (the crop of ADM, DiT, JiT)
 def center_crop(image, size):
@@ -491,8 +495,8 @@ def asked_to_stop():
     subtle: Python may raise KeyboardInterrupt between any two steps, also while a lock is held; a pool then hangs.
     """
     asked = []
-    numbers = [number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-               if signal.getsignal(number) != signal.SIG_IGN]                  # as nohup has it
+    numbers = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)}       # Windows has no SIGHUP
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]     # as nohup has it
     before = [signal.signal(number, lambda *_: asked.append(1)) for number in numbers]
     try:
         yield asked
@@ -554,7 +558,8 @@ def locked(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "w") as file:          # freed by the system, whatever ends us
         try:
-            flock(file, LOCK_EX | LOCK_NB)
+            if flock:
+                flock(file, LOCK_EX | LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing to {path}: wait for it, or stop it") from None
         yield

@@ -28,10 +28,13 @@ import math
 import os
 import sys
 import traceback
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -159,25 +162,29 @@ def position_table(hidden, side):
     return torch.cat([across.sin(), across.cos(), down.sin(), down.cos()], dim=1).float()[None]    # 1 N D
 
 def rotary_table(head_dim, side, context):
-    """Angles of the 2-D rotary embedding, cos and sin: (2, context + N, d/2).      (RoFormer eq. 34, an axis per half)
+    """The 2-D rotary embedding: cos and -+sin of every channel's angle, (2, context + N, d).       (RoFormer eq. 34)
 
     The first half of a head's channels turns with the row, the second with the column; context tokens do not turn.
+    Channels turn in pairs: an angle stands twice, its sine once with a minus.
     """
     freq = 10000 ** -(torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))                 # d/4
     rows, cols = torch.meshgrid(torch.arange(side).float(), torch.arange(side).float(), indexing="ij")
     angles = torch.cat([rows.reshape(-1, 1) * freq, cols.reshape(-1, 1) * freq], dim=1)            # N d/2
     angles = torch.cat([torch.zeros(context, head_dim // 2), angles])                              # L d/2
-    return torch.stack([angles.cos(), angles.sin()])                                               # 2 L d/2
+    cos, sin = angles.cos(), angles.sin()
+    pairs = torch.stack([cos, cos, -sin, sin]).unflatten(0, (2, 2))                                # 2 2 L d/2
+    return pairs.movedim(1, -1).flatten(-2)                                                        # 2 L d
 
 def rotate(x, cos, sin):
     """Turn each pair of adjacent channels of x (B,h,L,d) by its angle: (x0 cos - x1 sin, x1 cos + x0 sin).
 
-    cos, sin: (L,d/2).  The product of a turned q and a turned k depends on how far apart their tokens are, not where.
+    cos, sin: (L,d), sin with its signs -+, so that it takes one product with x and one with x whose pairs are swapped.
+    The product of a turned q and a turned k depends on how far apart their tokens are, not where.
     """
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return rotate_on_cpu(x, cos, sin)                 # the same, faster there; below
-    x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)                                                   # B h L d/2
-    return torch.stack([x0 * cos - x1 * sin, x1 * cos + x0 * sin], dim=-1).flatten(-2)             # B h L d
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)                                        # B h L d
+    return x * cos + swapped * sin
 
 # ---- Conditions: time and class -------------------------------------------------------------------------------------
 class TimeEmbed(nn.Module):
@@ -406,7 +413,8 @@ def bottleneck_ffn(hidden, inner, dropout):
 def rotate_on_cpu(x, cos, sin):
     """rotate() as one complex product, (x0 + i x1) e^(i angle)."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                                # B h L d/2
-    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)                         # B h L d
+    turns = torch.complex(cos[:, ::2], sin[:, 1::2])                                               # L d/2
+    return torch.view_as_real(pairs * turns).flatten(-2)                                           # B h L d
 
 # experiment: a file of tests/experiments/ adds rows to these, as MIXERS["dice"] = DiceMixer
 FFNS = {"swiglu": SwiGLU, "bottleneck": bottleneck_ffn}                        # f(hidden, inner, dropout)
@@ -630,13 +638,14 @@ def save(state, path):
 # ---- Plumbing of the later scripts: device and processes ------------------------------------------------------------
 @contextmanager
 def device_and_processes(name=None):
-    """Set up device and processes; yields (device, rank, world).  name: "cuda" or "cpu", None: the best there is.
+    """Set up device and processes; yields (device, rank, world).  name: cuda, cpu or mps, None: cuda or else cpu.
 
     Under torchrun every process gets its own GPU.  Raises UsageError.
     """
     kind = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    refuse(kind not in ("cuda", "cpu"), f"--device {name}: give cuda or cpu")
-    device = torch.device("cpu")
+    refuse(kind not in ("cuda", "cpu", "mps"), f"--device {name}: give cuda or cpu (or mps, which nobody has tried)")
+    refuse(kind == "mps" and not torch.backends.mps.is_available(), "--device mps: this machine has none")
+    device = torch.device(kind)
     if kind == "cuda":
         index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         refuse(index >= count, f"--device {name}: GPU {index} is asked for, this machine has {count}: start fewer "
@@ -663,17 +672,34 @@ def keep_freed_memory():
     except (AttributeError, OSError, TypeError):
         return
 
+def ahead(function, jobs, count, threads=2):
+    """Yield function(job) for every job, in order; threads work on the `count` jobs after the one in use."""
+    jobs = iter(jobs)
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque(pool.submit(function, job) for job in islice(jobs, count))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(function, job) for job in islice(jobs, 1))
+            yield result
+
 def choose_precision(amp, device):
-    """bf16, fp16 or off -> the same; None -> bf16 if the hardware is fast at it (Ampere GPUs, AVX512-bf16 or AMX)."""
+    """bf16, fp16 or off -> the same; None -> what the hardware is fast at.
+
+    bf16: GPUs since Ampere, CPUs with AVX512-bf16 or AMX.  fp16: the two generations of NVIDIA's GPUs before.
+    """
     if amp is None and device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "off"
+        generation = torch.cuda.get_device_capability(device)[0]
+        return "bf16" if generation >= 8 else "fp16" if generation == 7 else "off"
+    if device.type == "mps":
+        return amp or "off"
     cpuinfo = Path("/proc/cpuinfo")
     fast = cpuinfo.exists() and any(name in cpuinfo.read_text() for name in ("avx512_bf16", "amx_bf16"))
     return amp or ("bf16" if fast else "off")
 
-def autocast(amp, device):
-    """The context in which the network runs; parameters, state and losses stay fp32."""
-    return torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "off")
+def autocast(amp, device, cache=True):
+    """The context in which the network runs; parameters, state and losses stay fp32.  cache: keep weights cast once."""
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=amp != "off", cache_enabled=cache)
 
 def chart(title, label, lines, log=False, width=480, height=320):
     """Curves {name: [(x, y), ...]} over one axis, called `label`, as a PIL picture.  log: both axes are logarithmic."""

@@ -22,13 +22,11 @@ import math
 import os
 import sys
 import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from importlib import import_module
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +38,8 @@ data, model = import_module("01_data"), import_module("02_model")
 option, refuse = data.option, data.refuse
 
 # ---- What chance decides about a micro-batch ------------------------------------------------- (JiT Algorithm 1) ----
-def seed_everything(*key):
-    """Make all of torch's random numbers a function of these integers: here (seed, step, micro-batch)."""
-    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-
 def sample_times(n, options, device):
-    """t (n,) in (0,1): logit-normal (the paper: of N(-0.8, 0.8^2)) or uniform; then the shift.      (JiT section 3.1)"""
+    """t (n,) in (0,1): logit-normal (the paper: of N(-0.8, 0.8^2)) or uniform; then the shift.     (JiT section 3.1)"""
     if options.times == "uniform":
         t = torch.rand(n, device=device)
     else:
@@ -107,7 +101,7 @@ class Trainer:
         self.net = model.build(config).to(device)
         self.head = model.AUX_HEADS[config.aux](config).to(device)                                 # JiT: none
         self.begun_anew = fill_in(self.net, init) if init else []
-        self.forward = wrap(self.net, self.head, options, config, world)       # compiled, and for several processes
+        self.forward = wrap(self.net, self.head, options, config, device, world)               # compiled, DDP
         self.autocast = model.autocast(options.amp, device)
         self.weights = self.net.state_dict()              # the tensors themselves, changed by every step
         self.ema = [{name: value.clone() for name, value in self.weights.items()} for _ in options.ema]
@@ -117,15 +111,15 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
         self.objective = OBJECTIVES[options.objective]                                             # jit_objective
         self.log = Log(device)
-        self.step = 0                                     # steps done,
-        self.skipped = 0                                  # those among them whose gradient was not finite,
-        self.bad = 0                                      # and how many such steps in a row came last
+        self.step = 0                                                  # steps done,
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)       # those whose gradient was not finite,
+        self.bad = torch.zeros_like(self.skipped)                      # and how many such steps in a row came last
 
     def train_step(self, feed):
         """One optimizer step: every micro-batch forward and backward, then AdamW, then the averages.
 
         feed yields (images, labels), a pair for each of this process's micro-batches, whose losses count as a mean.
-        A step whose gradient is not finite counts, but leaves weights and averages as they are.
+        A step whose gradient is not finite counts, but leaves the weights as they are.
         """
         indices = self.indices()
         self.optimizer.zero_grad(set_to_none=True)
@@ -136,14 +130,10 @@ class Trainer:
                 self.scaler.scale(loss / len(indices)).backward()
         self.scaler.unscale_(self.optimizer)
         self.optimizer.param_groups[0]["lr"] = self.lr(self.step)
-        if math.isfinite(self.gradient_norm()):           # the same on every process: gradients are averaged
-            self.scaler.step(self.optimizer)
-            self.update_ema()
-            self.bad = 0
-        else:
-            self.skipped += 1
-            self.bad += 1
+        skip_if_not_finite(self, self.gradient_norm())
+        self.optimizer.step()
         self.scaler.update()
+        self.update_ema()
         self.step += 1
 
     def indices(self):
@@ -165,14 +155,14 @@ class Trainer:
         return nullcontext() if last or self.world == 1 else self.forward.no_sync()
 
     def gradient_norm(self):
-        """The norm of all gradients taken together, a float: measured for the log, and to see what is not finite.
+        """The norm of all gradients taken together, a tensor: measured for the log, and to see what is not finite.
 
         It is not clipped, as in the paper: Adam divides by the size of past gradients anyway.
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         self.log.add("grad_norm", norm)
-        return norm.item()
+        return norm
 
     def lr(self, step):
         """Warm-up times the schedule: constant, or half a cosine from 1 at the first step down to 0."""
@@ -217,9 +207,28 @@ def grid_objective(trainer, batch):
 
 OBJECTIVES = {"jit": jit_objective, "grid": grid_objective}                    # experiment: f(trainer, batch)
 
-# ---- Around the step: compiling, processes, the weights of another run, the state ------------------------------------
-def wrap(net, head, options, config, world):
-    """What the step calls: the network, compiled if asked for, with its head if it has one, averaged by DDP."""
+# ---- Around the step: chance, numbers that are none, compiling, processes, the state ---------------------------------
+def seed_everything(*key):
+    """Make torch's random numbers, on CPU and GPU, a function of these integers: here (seed, step, micro-batch)."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    torch.default_generator.manual_seed(seed)             # torch.manual_seed does more, and takes half a millisecond
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
+
+def skip_if_not_finite(trainer, norm):
+    """Count a gradient that is not finite, the same on every process, and let the optimizer's step change nothing.
+
+    Decided on the device: a GPU whose answer the step waited for would then itself wait for the next step.
+    """
+    bad = ~torch.isfinite(norm)
+    trainer.optimizer.found_inf = bad.float()
+    trainer.skipped += bad
+    trainer.bad = (trainer.bad + 1) * bad
+
+def wrap(net, head, options, config, device, world):
+    """What the step calls: the network, compiled or recorded, with its head if it has one, averaged by DDP."""
     for block in net.modules():
         if options.checkpointing and isinstance(block, model.Block):           # memory for time
             block.forward = recomputed(block.forward)
@@ -227,9 +236,22 @@ def wrap(net, head, options, config, world):
     if options.compile:
         torch._dynamo.config.optimize_ddp = not options.checkpointing          # older torch cannot do both
         forward = torch.compile(net)
+    if options.record:
+        forward = recorded(forward, options, config, device)
     if config.aux != "none":
         forward = model.WithHead(forward, head)
     return torch.nn.parallel.DistributedDataParallel(forward) if world > 1 else forward
+
+def recorded(net, options, config, device):
+    """net, its forward and backward pass recorded as CUDA graphs, each of which every call replays as a whole.
+
+    A small network computes for a shorter time than it takes to launch its many kernels one by one.
+    """
+    z = torch.zeros(options.micro_batch, config.in_channels, config.image_size, config.image_size, device=device)
+    t = torch.zeros(len(z), device=device)
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")      # the recording's, which is no more
+    with model.autocast(options.amp, device, cache=False):
+        return torch.cuda.make_graphed_callables(net, (z, t, t.long()))
 
 def recomputed(forward):
     """The same function, which for a backward pass keeps its inputs only and computes the rest again."""
@@ -260,7 +282,7 @@ def training_state(trainer):
     """What resuming needs as well.  Processes must call it together."""
     parts = {key: getattr(trainer, name).state_dict() for key, name in STATEFUL.items()}
     return sampling_state(trainer) | parts | {
-        "options": asdict(trainer.options), "skipped": trainer.skipped, "bad": trainer.bad,
+        "options": asdict(trainer.options), "skipped": int(trainer.skipped), "bad": int(trainer.bad),
         "rows": trainer.log.rows, "sums": trainer.log.summed(trainer.world)}
 
 STATEFUL = {"model": "net", "head": "head", "optimizer": "optimizer", "scaler": "scaler"}      # in file: of the trainer
@@ -277,8 +299,8 @@ def restore(trainer, state):
         trainer.log.sums.copy_(state["sums"])
     trainer.log.rows = state["rows"]
     trainer.step = state["info"]["step"]
-    trainer.skipped = state["skipped"]
-    trainer.bad = state["bad"]
+    trainer.skipped.fill_(state["skipped"])
+    trainer.bad.fill_(state["bad"])
 
 @torch.no_grad()
 def predict_clean(trainer, z, t, y):
@@ -304,17 +326,13 @@ def image_indices(step, index, n, options):
 
 def read_ahead(images, labels, trainer):
     """Yield (images (B,H,W,C) uint8, labels (B,) int64) on the device, four micro-batches ahead of the one in use."""
-    def load(step, index):
-        chosen = image_indices(step, index, len(images), trainer.options)
+    def load(job):
+        chosen = image_indices(*job, len(images), trainer.options)
         pair = torch.from_numpy(images[chosen]), torch.from_numpy(labels[chosen])
         return [part.pin_memory() for part in pair] if trainer.device.type == "cuda" else pair
     work = ((step, index) for step in range(trainer.step, trainer.options.steps) for index in trainer.indices())
-    with ThreadPoolExecutor(2) as pool:
-        ahead = deque(pool.submit(load, *job) for job in islice(work, 4))
-        while ahead:
-            pair = ahead.popleft().result()
-            ahead.extend(pool.submit(load, *job) for job in islice(work, 1))
-            yield [part.to(trainer.device, non_blocking=True) for part in pair]
+    for pair in model.ahead(load, work, 4):
+        yield [part.to(trainer.device, non_blocking=True) for part in pair]
 
 # ---- Watching: log, held-out loss, preview, checkpoint ---------------------------------------------------------------
 BINS, MAX_BAD = 5, 10              # ranges of t that the log keeps apart; non-finite steps in a row that end a run
@@ -326,7 +344,8 @@ class Log:
 
     def __init__(self, device):
         self.rows = []
-        self.sums = torch.zeros(len(SUMMED), 2, dtype=torch.float64, device=device)
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64         # mps has no fp64
+        self.sums = torch.zeros(len(SUMMED), 2, dtype=dtype, device=device)
 
     def add_losses(self, loss, t):
         """loss, t: (B,)."""
@@ -335,9 +354,9 @@ class Log:
     def add(self, rows, values):
         """rows: the name of one of SUMMED, or a number for each of the values (B,)."""
         if isinstance(rows, str):
-            rows, values = torch.tensor([SUMMED.index(rows)], device=values.device), values.reshape(1)
+            rows, values = torch.full((1,), SUMMED.index(rows), device=values.device), values.reshape(1)
         good = torch.isfinite(values)
-        self.sums.index_add_(0, rows, torch.stack([torch.where(good, values, 0), good], dim=1).double())
+        self.sums.index_add_(0, rows, torch.stack([torch.where(good, values, 0), good], dim=1).to(self.sums.dtype))
 
     def summed(self, world):
         """The sums over all processes, on the CPU."""
@@ -413,7 +432,7 @@ class Recorder:
         trainer, options, step = self.trainer, self.trainer.options, self.trainer.step
         first, done = trainer.rank == 0, step == options.steps
         self.bar.update()
-        if trainer.bad >= MAX_BAD:
+        if step % MAX_BAD == 0 and trainer.bad >= MAX_BAD or done and trainer.bad:
             raise ValueError(self.advice())
         if done or step % options.log_every == 0:
             self.write_line(done)
@@ -448,7 +467,7 @@ class Recorder:
         loss_sum, count = sums[:BINS].sum(dim=0).tolist()
         means = {name: total / n for name, (total, n) in zip(SUMMED, sums.tolist()) if n}
         row = {"step": step, "images": step * options.batch_size, "loss": loss_sum / max(1, count), "aux": 0.0, **means,
-               "lr": trainer.lr(step - 1), "skipped": trainer.skipped, "images_per_s": speed,
+               "lr": trainer.lr(step - 1), "skipped": int(trainer.skipped), "images_per_s": speed,
                "gpu_MiB": torch.cuda.max_memory_allocated() / 2**20}
         if done or step // options.log_every % 10 == 0:
             row["held_out"] = held_out_loss(trainer, *self.shown)
@@ -464,7 +483,7 @@ class Recorder:
         options, checkpoint = self.trainer.options, self.folder / "checkpoint.pt"
         way = f"{checkpoint} is good; go on with --resume and" if checkpoint.exists() else "start again with"
         other = ", or with --amp bf16" if options.amp == "fp16" else ""
-        return (f"{MAX_BAD} steps in a row had a non-finite gradient, the last is step {self.trainer.step}: "
+        return (f"the last {self.trainer.bad} steps had a gradient that is not finite, up to step {self.trainer.step}: "
                 f"{way} a lower --lr than {options.lr:g}{other}")
 
     def draw_loss(self):
@@ -559,7 +578,8 @@ class Options:
     ema: tuple = option((0.9999, 0.9996), "decays of the averaged weights", "[0, 1)")
     amp: str = option(None, "mixed precision (default: bf16 where it is fast)", choices=lambda: ("bf16", "fp16", "off"),
                       group="hardware")
-    compile: bool = option(None, "torch.compile (default: on CUDA)", resumable=True)
+    compile: bool = option(None, "torch.compile (default: on CUDA, but for small networks)", resumable=True)
+    record: bool = option(None, "replay each pass as a CUDA graph (default: on CUDA, where it can be)", resumable=True)
     checkpointing: bool = option(False, "recompute blocks in the backward pass: less memory", resumable=True)
     device: str = option(None, "cuda or cpu", resumable=True)
     resume: bool = option(False, "go on with a run that exists; steps, epochs, lr and amp may change", group="keeping",
@@ -644,14 +664,27 @@ def settle(settings, meta, device, world):
         options.warmup = min(round(5 * epoch), options.steps // 20)
     options.lr = options.lr or 5e-5 * options.batch_size / 256
     options.shift = options.shift or meta.get("shift", 1.0)
-    options.amp = model.choose_precision(options.amp, device)
-    if options.compile is None:
-        options.compile = device.type == "cuda"
+    settle_speed(options, config, device, world)
     if options.aux_weight is None:
         options.aux_weight = model.AUX_HEADS[config.aux].weight
     if options.objective == "jit" and (config.pred, options.loss, config.path) != ("x", "v", "linear"):
         options.objective = "grid"
     return options, config
+
+def settle_speed(options, config, device, world):
+    """Precision, compiling and recording, where the settings leave them open.  Raises UsageError."""
+    options.amp = model.choose_precision(options.amp, device)
+    if options.compile is None:                           # it takes half a minute or more, and pays in long passes
+        tokens = (config.image_size // config.patch_size)**2
+        work = model.count_parameters(config) * tokens * options.micro_batch   # multiply-adds of a forward pass
+        options.compile = device.type == "cuda" and work > 1e11
+    one_pass = world == 1 and options.micro_batch == options.batch_size
+    plain = config.aux == "none" and not options.checkpointing and not files_of(options.experiment)
+    can_record = device.type == "cuda" and one_pass and plain
+    refuse(options.record and not can_record, "--record takes one GPU, one micro-batch a step, and neither an "
+           "auxiliary head nor --checkpointing nor an experiment's file")
+    if options.record is None:
+        options.record = can_record
 
 def nearest_patch(row, size):
     """The patch size that gives as many tokens as a row of MODELS has, or nearly."""
@@ -719,9 +752,10 @@ def open_init(name):
 def announce(trainer, folder, count):
     """Say what begins."""
     options, config = trainer.options, trainer.config
+    how = " compiled" * options.compile + " as CUDA graphs" * options.record
     print(f"{folder}: {options.model} with {model.count_parameters(config):,} parameters, patch {config.patch_size}, "
           f"on {count} images; step {trainer.step} to {options.steps}, batch {options.batch_size}, "
-          f"lr {options.lr:.2g}, {options.amp}, {trainer.device}; all settings in config.json", flush=True)
+          f"lr {options.lr:.2g}, {options.amp}, {trainer.device}{how}; all settings in config.json", flush=True)
     if trainer.begun_anew:
         print(f"--init: {', '.join(trainer.begun_anew)} have no weights there, or of other classes; they begin anew")
 

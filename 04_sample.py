@@ -16,6 +16,7 @@ even a perfect network leaves noise: std 0.017 k (Heun, even grid; Euler 0.014 k
 """
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -157,8 +158,12 @@ def noise_for(indices, shape, seed, scale, step=None):
     (s, i) being (s, i, 0): so the noise at the start has 0 in the step's place, and step j has j + 1.
     """
     last = 0 if step is None else step + 1
-    rows = [np.random.default_rng((seed, int(i), last)).standard_normal(shape, dtype=np.float32) for i in indices]
-    return torch.from_numpy(np.stack(rows)) * scale
+
+    def of_image(i):
+        return np.random.default_rng((seed, int(i), last)).standard_normal(shape, dtype=np.float32)
+    return torch.from_numpy(np.stack(list(THREADS.map(of_image, indices)))) * scale
+
+THREADS = ThreadPoolExecutor()                            # numpy lets others run while it draws numbers
 
 class Sampler:
     """A network, the labels that are asked of it, and the settings of walk()."""
@@ -232,12 +237,18 @@ def sample_all(sampler, out, batch_size, rank, world):
     batches = data.in_parts(range(len(sampler.labels)), batch_size)[rank::world]
     todo = [batch for batch in batches if not all(file_of(out, i).exists() for i in batch)]
     made, share = sum(map(len, todo)), sum(map(len, batches))
-    with data.Progress(share, "sampling", " images", initial=share - made) as bar:
+
+    def write(i, image):
+        with data.whole(file_of(out, i)) as part:
+            Image.fromarray(image).save(part, "png", compress_level=1)
+    writing = []
+    with ThreadPoolExecutor() as pool, data.Progress(share, "sampling", " images", initial=share - made) as bar:
         for batch in todo:
-            for i, image in zip(batch, sampler.pictures(sampler.images(batch))):
-                with data.whole(file_of(out, i)) as part:
-                    Image.fromarray(image).save(part, "png", compress_level=1)
+            images = sampler.pictures(sampler.images(batch))
+            list(writing)                                 # waits for the files of the batch before
+            writing = pool.map(write, batch, images)
             bar.update(len(batch))
+        list(writing)
     return made
 
 def save_npz(out, labels, size):
@@ -313,8 +324,8 @@ class Options:
     overwrite: bool = option(False, "replace samples made with other settings")
     batch_size: int = option(100, "images at a time and process", "[1, inf)", group="hardware")
     device: str = option(None, "cuda or cpu")
-    amp: str = option(None, "network in bf16, state in fp32 (default: bf16 where it is fast)",
-                      choices=lambda: ("bf16", "off"))
+    amp: str = option(None, "precision of the network; the state is fp32 (default: bf16 where it is fast)",
+                      choices=lambda: ("bf16", "fp16", "off"))
     compile: bool = option(False, "torch.compile the network")
 
 def settings_of(given, info, config):

@@ -14,6 +14,7 @@ Run it:   python 05_eval.py                                25 s on two CPU cores
 An image set is a folder of image files, a .npz with arr_0 (N,H,W,3) uint8, or a packed data set; the reference may also
 be a .npz of statistics (mu, sigma).  FID is biased upwards at small N: every number carries its N.
 """
+import os
 import sys
 import zlib
 from dataclasses import dataclass
@@ -133,11 +134,14 @@ def describe(images, net, device, batch_size, title, chosen=None):
     images: anything with len() and indexing by arrays to uint8 (N,H,W,3); all, or those chosen.
     """
     chosen = np.arange(len(images)) if chosen is None else chosen
+    cores = os.cpu_count()                                # all of them read and decode, ahead of the network
     kept = np.isin(np.arange(len(chosen)), random_subset(KEPT, len(chosen)))
     sums, parts = {}, []
     with data.Progress(len(chosen), title, " images") as bar:
-        for rows in data.in_parts(np.arange(len(chosen)), batch_size):
-            out = net(torch.from_numpy(np.array(images[chosen[rows]])).to(device))
+        parts_of = data.in_parts(np.arange(len(chosen)), batch_size)
+        read = model.ahead(lambda rows: torch.from_numpy(np.array(images[chosen[rows]])), parts_of, cores, cores)
+        for rows, batch in zip(parts_of, read):
+            out = net(batch.to(device))
             for name in out.keys() & {"features", "spatial"}:
                 f = F.pad(out[name].double(), (1, 0), value=1.0)                                   # B 1+D: (1, f)
                 sums[name] = sums.get(name, 0) + f.T @ f
@@ -325,7 +329,8 @@ class ImageFiles:
     """Image files as an array: len(), and indexing that gives uint8 (N,H,W,3).  All have one size."""
 
     def __init__(self, files):
-        self.files, self.shape = np.array(files), None
+        self.files = np.array(files)
+        self.shape = np.shape(data.read_image(files[0]))
 
     def __len__(self):
         return len(self.files)
@@ -334,7 +339,6 @@ class ImageFiles:
         batch = []
         for file in self.files[rows]:
             batch.append(np.asarray(data.read_image(file)))
-            self.shape = self.shape or batch[0].shape
             if batch[-1].shape != self.shape:
                 raise ValueError(f"{file} has the shape {batch[-1].shape}, others have {self.shape}: all images of a "
                                  "set must have one size")
@@ -470,7 +474,8 @@ def score(samples, real, net, options, digest, device):
     """Score one image set against another: {name: number}, every number with its N."""
     reference = describe_reference(real, net, digest, device, options.batch_size)
     fake = describe(samples.images, net, device, options.batch_size, "generated images")
-    scores, left_out = compare(fake, reference, options.metrics, options.features == "inception")
+    with device:                                          # where torch.as_tensor then puts what numpy has
+        scores, left_out = compare(fake, reference, options.metrics, options.features == "inception")
     result = scores | {"left_out": left_out, "n_generated": fake["n"], "n_real": int(reference["n"]),
                        "n_features": len(reference.get("features", ()))}
     if options.features == "inception":
@@ -575,6 +580,9 @@ def main(argv=None):
 
 def evaluate(options, device):
     """Score, report, and write the result."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False            # full fp32
+    if device.type == "mps":
+        device = torch.device("cpu")                      # it has no fp64
     samples, real = open_sets(options)
     folder, path = data.folder_of(options.run, "runs"), samples.path
     beside = path.parent / f"{path.name or 'samples'}-metrics.json"

@@ -171,8 +171,18 @@ def test_rotation_is_the_same_written_with_complex_and_real_numbers(monkeypatch)
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         patch.setattr(model, "rotate_on_cpu", None)
         real = model.rotate(x, cos, sin)
-    assert torch.allclose(real, fast, atol=1e-6) and not torch.allclose(fast, x)
+    x0, x1 = x[..., ::2], x[..., 1::2]
+    by_pairs = torch.stack([x0 * cos[:, ::2] - x1 * sin[:, 1::2], x1 * cos[:, ::2] + x0 * sin[:, 1::2]], dim=-1).flatten(-2)
+    assert all(torch.allclose(form, by_pairs, atol=1e-6) for form in (real, fast)) and not torch.allclose(fast, x)
     assert torch.equal(real[:, :, :2], x[:, :, :2])       # context tokens do not turn
+
+def test_reading_ahead_keeps_the_order_and_the_distance():
+    begun = []
+    for i, square in enumerate(model.ahead(lambda job: begun.append(job) or job**2, range(50), 5, threads=3)):
+        assert square == i**2 and len(begun) <= i + 6
+    assert sorted(begun) == list(range(50)) and list(model.ahead(str, [], 4)) == []
+    with pytest.raises(ZeroDivisionError):
+        list(model.ahead(lambda job: 1 / job, [1, 0], 4))
 
 def test_context_that_never_enters_is_left_out():
     config = model.JiTConfig(**{**TINY, "in_context_start": 4})

@@ -1,6 +1,7 @@
 """Sampling as a user sees it: the same pictures whatever the batches, processes, order or interruption; nothing overwritten."""
 import json
 from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,14 @@ def test_a_killed_run_goes_on(run, monkeypatch):
     Path("half/0000003.png").unlink()                      # a hole, in any order
     monkeypatch.setattr(sample, "walk", real)
     assert np.array_equal(draw("half", "--batch-size", 10), whole)
+
+@pytest.mark.parametrize("threads", [1, 8])
+def test_any_number_of_threads_writes_the_same_files(run, monkeypatch, threads):
+    draw("plain", "--solver", "ddpm")
+    monkeypatch.setattr(sample, "THREADS", ThreadPoolExecutor(threads))
+    monkeypatch.setattr(sample, "ThreadPoolExecutor", lambda: ThreadPoolExecutor(threads))
+    draw("again", "--solver", "ddpm")
+    assert [file.read_bytes() for file in sorted(Path("again").iterdir())] == [file.read_bytes() for file in sorted(Path("plain").iterdir())]
 
 @pytest.mark.parametrize("solver", ["ddpm", "ddim", "euler"])
 def test_every_solver_is_reproducible(run, solver):

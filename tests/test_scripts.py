@@ -104,6 +104,8 @@ def readme_commands():
 STAGES = sorted({(script, *args) for script, args in readme_commands() if script in SCRIPTS and not {"NAME", "FLAGS", "X"} & {*args}})
 OTHERS = {  # the commands that are not stages: what makes them short; those without a list are run by another test
     "tests/benchmark.py train": ["--model", "JiT-T/8", "--batch-size", 4, "--seconds", 0.1, "--amp", "off"],
+    "tests/benchmark.py profile": ["--model", "JiT-T/8", "--batch-size", 4, "--seconds", 0.1, "--amp", "off"],
+    "tests/benchmark.py files": ["--size", 16, "--count", 20],
     "tests/benchmark.py sample": ["--model", "JiT-T/8", "--batch-size", 4, "--steps", 2, "--amp", "off"],
     "tests/benchmark.py data": ["--root", "PHOTOS", "--size", 16, "--seconds", 0.1],
     "tests/benchmark.py scores": ["--count", 500],

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -149,7 +150,8 @@ def test_the_log_goes_on_within_a_window(work):
     options, config, arrays = settings("--steps", 20, "--aux", "time", "--amp", "fp16")
     first, second = (train.Trainer(options, config, torch.device("cpu")) for _ in range(2))
     run_steps(first, arrays, 3)
-    first.bad, first.skipped = 2, 4
+    first.bad.fill_(2)
+    first.skipped.fill_(4)
     first.scaler.update(8.0)
     first.log.rows = [{"step": 2}]
     train.restore(second, train.training_state(first))
@@ -278,10 +280,33 @@ def test_non_finite_steps_are_skipped_and_counted(work, capsys, monkeypatch):
         run_steps(trainer, arrays, 2)
     assert trainer.skipped == trainer.bad == 2 and trainer.step == 2
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.net.parameters()))
-    for flags, words in ((["--amp", "bf16"], "start again with a lower --lr than 1e+30\n"), (["--save-minutes", 0, "--amp", "fp16"], "go on with --resume and a lower --lr than 1e+30, or with --amp bf16\n")):
+    assert not trainer.optimizer.state or all(state["step"] == 0 for state in trainer.optimizer.state.values())
+    for flags, words, count in ((["--amp", "bf16"], "start again with a lower --lr than 1e+30\n", 19), (["--save-minutes", 0, "--amp", "fp16"], "go on with --resume and a lower --lr than 1e+30, or with --amp bf16\n", "..")):
         assert call(train, *TINY_FLAGS, "--lr", "1e30", "--warmup", 0, "--steps", 30, *flags) == 1
         error = capsys.readouterr().err
-        assert "10 steps in a row had a non-finite gradient" in error and len(error.strip().splitlines()) == 1 and error.endswith(words), error
+        assert re.search(f"the last {count} steps had a gradient that is not finite", error) and len(error.strip().splitlines()) == 1 and error.endswith(words), error
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_one_micro_batch_that_is_not_finite_spoils_the_step_and_nothing_else(work, monkeypatch, amp):
+    """Weights and the optimizer's moments stay as they are, to the bit; the next step is a good one."""
+    options, config, arrays = settings("--steps", 10, "--micro-batch", 2, "--amp", amp)
+    trainer = train.Trainer(options, config, torch.device("cpu"))
+    run_steps(trainer, arrays, 2)
+    kept = [value.clone() for value in (*trainer.net.state_dict().values(), *(s["exp_avg"] for s in trainer.optimizer.state.values()))]
+    now = lambda: (*trainer.net.state_dict().values(), *(s["exp_avg"] for s in trainer.optimizer.state.values()))
+    real, calls, scale = trainer.objective, [], trainer.scaler.get_scale()
+
+    def spoiled(trainer, batch):
+        loss, of_each = real(trainer, batch)
+        calls.append(1)
+        return loss * (float("inf") if len(calls) == 2 else 1.0), of_each
+    monkeypatch.setattr(trainer, "objective", spoiled)
+    run_steps(trainer, arrays, 1)
+    assert len(calls) == 4 and (trainer.skipped, trainer.bad) == (1, 1) and all(map(torch.equal, kept, now()))
+    assert amp == "off" or trainer.scaler.get_scale() == scale / 2
+    run_steps(trainer, arrays, 1)
+    assert (trainer.skipped, trainer.bad) == (1, 0) and not all(map(torch.equal, kept, now()))
+    assert {int(s["step"]) for s in trainer.optimizer.state.values()} == {3}
 
 def test_full_disk_keeps_the_old_checkpoint(work):
     path = Path("checkpoint.pt")
