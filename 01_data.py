@@ -28,12 +28,12 @@ import textwrap
 import time
 import urllib.request
 import uuid
-import warnings
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -72,8 +72,7 @@ def pack(path, pairs, make, shape, pool):
     def rows():
         with asked_to_stop() as asked, Progress(len(pairs), path.stem, " images") as bar:
             for block in in_parts(pairs, 256):
-                parts = in_parts([job for job, _ in block], 16)        # jobs a task, so that threading pays
-                images = chain.from_iterable(pool.map(lambda jobs: [make(job) for job in jobs], parts))
+                images = pool.map(make, [job for job, _ in block])
                 for (job, label), image in zip(block, images):
                     if isinstance(image, str):
                         left_out.append(f"{job}: {image}\n")
@@ -181,17 +180,26 @@ def draw_shape(seed, index, size):
     return (image * 255 + 0.5).astype(np.uint8)
 
 # ---- Source "folder": find the files, and read them as the eye would see them ----------------------------------------
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
-         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}         # EXIF's orientation -> upright
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+SUFFIXES = tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
+TURNS = dict(enumerate((Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM, Image.TRANSPOSE,
+                        Image.ROTATE_270, Image.TRANSVERSE, Image.ROTATE_90), 2))              # EXIF's -> upright
 
 def to_rgb(image):
-    """A PIL image of any mode -> RGB: turned as its EXIF says, 16 bits scaled to 8, transparency on white."""
+    """A PIL image of 8 or 16 bits -> RGB: turned as its EXIF says, scaled to 8 bits, transparency on white."""
+    image.load()                                          # subtle: Pillow turns TIFF files by itself, in loading them
     turn = image.getexif().get(0x0112)
+    deep = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
+    if image.mode in ("I", "F") and not deep:
+        raise ValueError(f"its pixels have neither 8 nor 16 bits, but mode {image.mode}")
+    if deep:                                              # grey; subtle: convert("RGB") would cut it off at 255
+        grey = np.asarray(image).astype(np.float32)
+        if image.format == "TIFF" and image.tag_v2.get(262) == 0:              # white is zero
+            grey = 65535 - grey
+        grey[grey == image.info.get("transparency")] = 65535
+        image = Image.fromarray((grey / 257 + 0.5).clip(0, 255).astype(np.uint8))
     if turn in TURNS:
         image = image.transpose(TURNS[turn])
-    if image.mode.startswith("I"):                        # 16-bit grey; subtle: convert("RGB") would cut it off at 255
-        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257 + 0.5).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")                           # ImageNet holds grey and CMYK files
@@ -199,7 +207,8 @@ def to_rgb(image):
 def read_image(path):
     """An image file as a PIL image, RGB.  Raises ValueError."""
     try:
-        with Image.open(path) as image:
+        # subtle: given a path, Pillow maps some TIFF files into memory and forgets how they are turned
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             return to_rgb(image)
     except Exception as error:                            # subtle: Pillow raises many kinds, also SyntaxError
         raise ValueError(f"{path} is not a readable image ({type(error).__name__}: {error})".splitlines()[0]) from None
@@ -215,18 +224,39 @@ def decode(job):
         return f"{image.width} x {image.height} is too long and thin"
     return center_crop(image, size)
 
+HIDDEN = (".", "@", "#", "$", "__")                       # also what network drives and Macs put beside images
+
+def folders_in(place):
+    """The folders in a folder, but for hidden ones, and for data/ and runs/ where these scripts write."""
+    own = {Path("data").resolve(), Path("runs").resolve()}
+    return sorted(entry for entry in place.iterdir()
+                  if entry.is_dir() and not entry.name.startswith(HIDDEN) and entry.resolve() not in own)
+
+def every_file(folder):
+    """Every file below a folder.  Links are followed, but not in circles.  Raises OSError for one without access."""
+    def fail(error):
+        if not isinstance(error, FileNotFoundError):
+            raise error
+    seen = set()
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (os.path.join(parent, name) for name in names)
+
 def list_images(folder):
-    """The image files of a folder and of those below it, but for hidden ones; the name decides."""
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name[0] != "."]
-        files += [os.path.join(parent, name) for name in names if name.lower().endswith(SUFFIXES) and name[0] != "."]
-    return sorted(files)
+    """The image files of a folder and of those below it, but for hidden ones; the suffix decides."""
+    folder = str(Path(folder))
+    return sorted(file for file in every_file(folder) if file.lower().endswith(SUFFIXES)
+                  and not any(os.sep + mark in file[len(folder):] for mark in HIDDEN))
 
 def list_classes(folder):
     """Class folders -> (names, [(file, label)]).  A folder without sub-folders is unlabelled: no names, label 0."""
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
-    loose = [name for name in sorted(os.listdir(folder)) if name.lower().endswith(SUFFIXES) and name[0] != "."]
+    names = [entry.name for entry in folders_in(folder)]
+    loose = sorted(entry.name for entry in folder.iterdir()
+                   if entry.suffix.lower() in SUFFIXES and not entry.name.startswith(HIDDEN))
     if names and loose:
         raise ValueError(f"{folder} holds class folders and {len(loose)} loose images ({loose[0]}, ...): "
                          "put them into a class, or elsewhere")
@@ -248,23 +278,48 @@ def hold_out(pairs, fraction, seed):
 def list_folder(root, val_fraction, seed):
     """A folder of images -> (class names, {"train": [(file, label)], "val": [(file, label)]}).  Raises ValueError."""
     refuse(not root.is_dir(), f"--root {root} is not a folder")
-    refuse(not list_images(root), f"--root {root} holds no images")
-    train = root / "train" if (root / "train").is_dir() else root
-    held_out = next((root / name for name in ("val", "test", "validation") if (root / name).is_dir()), None)
-    names, pairs = list_classes(train)
-    if train == root or not held_out:
-        return names, hold_out(pairs, val_fraction, seed)
-    val_names, val_pairs = list_classes(held_out)
-    if names != val_names:
-        differing = min(set(names) ^ set(val_names))
-        raise ValueError(f"{train} and {held_out} must hold the same class folders: {differing} is in one only")
-    return names, {"train": pairs, "val": val_pairs}
+    folders = split_folders(root)
+    names, pairs = list_classes(folders.get("train", root))
+    found = hold_out(pairs, val_fraction, seed)
+    if "val" in folders:
+        val_names, found["val"] = list_classes(folders["val"])
+        found["train"] = pairs
+        if names != val_names:
+            raise ValueError(f"{folders['train']} and {folders['val']} must hold the same class folders; "
+                             f"{min({*names} ^ {*val_names})} is in one only (ImageNet's val/ comes without: sort it)")
+    left_out = Counter(Path(file).suffix for file in every_file(root))
+    for split in found.values():
+        left_out -= Counter(Path(file).suffix for file, _ in split)
+    if left_out:
+        said = ", ".join(f"{n} {suffix or 'without a suffix'}" for suffix, n in left_out.items())
+        print(f"files left out, of other kinds, hidden, or in other folders: {said}")
+    return names, found
+
+SPLITS = {"training": "train", "train": "train"} | dict.fromkeys("testing test validation valid val".split(), "val")
+
+def split_folders(root):
+    """{"train": folder, "val": folder} if folders are called so, in any case, else {}; in doubt raises ValueError."""
+    folders = {folder.name: SPLITS.get(folder.name.lower()) for folder in folders_in(root)}
+    found = {split: root / name for name, split in folders.items() if split}
+    if found and (None in folders.values() or "train" not in found):
+        raise ValueError(f"{root} holds {', '.join(folders)}: are they classes, or splits? Rename a class that is "
+                         "called like a split; of splits, leave train/ and one of val/ and test/ there, nothing else")
+    return found
 
 # ---- Downloads: whole and with the right checksum, or not there at all -----------------------------------------------
 CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
-IMAGENETTE_CLASSES = dict(pair.split(":") for pair in (
-    "n01440764:tench n02102040:springer n02979186:cassette n03000684:chainsaw n03028079:church n03394916:horn "
-    "n03417042:truck n03425413:pump n03445777:golf n03888257:parachute").split())
+IMAGENETTE_CLASSES = """
+n01440764 tench
+n02102040 springer
+n02979186 cassette
+n03000684 chainsaw
+n03028079 church
+n03394916 horn
+n03417042 truck
+n03425413 pump
+n03445777 golf
+n03888257 parachute
+"""
 FAST_AI = "https://s3.amazonaws.com/fast-ai-imageclas/"
 ARCHIVES = {  # source: size in pixels, address, md5
     "cifar10": (32, "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
@@ -278,7 +333,7 @@ def file_hash(path, kind):
 def fetch(source, folder):
     """Path of the source's archive in `folder`, downloaded if it is not there.  Raises ValueError."""
     _, url, md5 = ARCHIVES[source]
-    path = folder / url.rpartition("/")[2]
+    path = folder / Path(url).name
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -328,7 +383,16 @@ def shapes_source(options):
 def folder_source(options):
     refuse(not options.root, "--source folder needs --root, its folder")
     names, splits = list_folder(options.root, options.val_fraction, options.seed)
+    file = options.root / "classes.txt"
+    names = called(names, file.read_text() if file.is_file() else "")
     return names, lambda path: decode((path, options.size)), splits
+
+def called(names, text):
+    """What a classes.txt calls the class folders, in lines like "n01440764 tench, Tinca tinca"; others keep theirs."""
+    known = dict(line.split(maxsplit=1) for line in text.splitlines() if len(line.split()) > 1)
+    names = [known.get(name, name) for name in names]
+    refuse(len(set(names)) < len(names), "classes.txt: two classes have one name")
+    return names
 
 def cifar10_source(options):
     refuse(options.size != 32, "--size: cifar10 is 32 pixels")
@@ -340,7 +404,7 @@ def imagenette_source(options):
     archive = fetch(options.source, options.root or options.out / "downloads")
     options.root = unpack(archive, archive.with_name(options.source)) / archive.stem
     names, make, splits = folder_source(options)
-    return [IMAGENETTE_CLASSES[name] for name in names], make, splits
+    return called(names, IMAGENETTE_CLASSES), make, splits
 
 SOURCES = {"shapes": shapes_source, "folder": folder_source, "cifar10": cifar10_source,
            "imagenette-160": imagenette_source, "imagenette-320": imagenette_source}
@@ -358,38 +422,11 @@ def refuse_other(old, new, place, way):
     """Raise ValueError if what lies at `place`, made with the settings `old`, is not what `new` asks for."""
     for name in new:
         if old.get(name) != new[name]:
-            was, now = str(old.get(name))[:40], str(new[name])[:40]
-            raise ValueError(f"{place} was made with other settings ({name} {was}, now {now}): {way}")
+            raise ValueError(f"{place} was made with other settings ({name} {old.get(name)!s:.40}, now "
+                             f"{new[name]!s:.40}): {way}")
 
 def flag(name):
     return "--" + name.replace("_", "-")
-
-def warn(message):
-    print(f"warning: {message}", file=sys.stderr)
-
-def table(text, **full):
-    """An aligned text -> {first word of a line: {heading: value}}.
-
-    Values are read as JSON or, if they are none, as words; a dash leaves one out.  full: headings written out.
-    """
-    heading, *lines = text.strip().splitlines()
-    keys = [full.get(word, word) for word in heading.split()]
-    rows = {}
-    for line in lines:
-        name, *values = line.split()
-        rows[name] = {key: json_or_word(value) for key, value in zip(keys[1:], values) if value != "-"}
-    return rows
-
-def json_or_word(text):
-    try:
-        value = json.loads(text)
-        return tuple(value) if isinstance(value, list) else value
-    except ValueError:
-        return text
-
-def names_of(cls):
-    """The fields of a dataclass."""
-    return {entry.name for entry in fields(cls)}
 
 def option(default, text, within=None, choices=None, group=None, flag=True, resumable=False):
     """A dataclass field that is also a command-line flag.  None as default: worked out later, as the text says.
@@ -417,9 +454,6 @@ def numbers(text):
 
 class HelpFormatter(argparse.HelpFormatter):
     """As wide as the terminal, and names stay whole."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=30)
 
     def _split_lines(self, text, width):
         return textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)
@@ -472,14 +506,8 @@ def run(main):
         return main() or 0
     except KeyboardInterrupt as stop:
         code, message = 130, str(stop) or "stopped; the same command begins again, or goes on where it was"
-    except (ValueError, OSError, NotImplementedError) as error:
+    except (ValueError, OSError, NotImplementedError, MemoryError) as error:
         code, message = 2 if isinstance(error, UsageError) else 1, error
-    except (RuntimeError, MemoryError) as error:          # torch's own are known by name: this file does without torch
-        code, message = 1, f"torch.compile failed ({str(error).strip().splitlines()[0][:100]}): pass --no-compile"
-        if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "allocate memory" in str(error):
-            message = "out of memory: pass a smaller --micro-batch or --batch-size"
-        elif not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise
     rank = os.environ.get("RANK", "0")
     if os.environ.get("LOCAL_RANK", rank) != "0":         # if all processes fail alike, the first speaks and torchrun
         signal.signal(signal.SIGTERM, signal.SIG_DFL)     # ends the others in this time; one that fails alone speaks
@@ -514,10 +542,6 @@ def whole(path):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-def save_picture(path, image):
-    with whole(path) as part:
-        image.save(part, "png")
 
 def load_json(path, **kinds):
     """The dict in a JSON file, whose entries named here have these types.  Raises ValueError."""
@@ -570,10 +594,6 @@ def only_ours(folder, patterns, way):
         if path.is_dir() or not any(path.match(pattern) for pattern in patterns):
             raise ValueError(f"{folder} holds {path.name}, which this script did not write: {way}")
 
-def folder_of(name, parent):
-    """A bare name means parent/name; anything with a slash is taken as it is."""
-    return Path(name) if "/" in str(name) else Path(parent) / name
-
 class Progress(tqdm):
     """A tqdm bar on a terminal, elsewhere a line every half minute; the first process alone shows it."""
 
@@ -582,7 +602,7 @@ class Progress(tqdm):
         self.lines = silent or not sys.stderr.isatty()
         if self.lines:
             shown = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}"
-            more |= {"mininterval": 30, "delay": 29, "bar_format": shown}
+            more |= {"mininterval": 30, "delay": 4, "bar_format": shown}
         super().__init__(total=total, desc=title, unit=unit, disable=silent, **more)
 
     def display(self, *args, **more):
@@ -592,8 +612,8 @@ class Progress(tqdm):
 def write(draw, place, text, width, anchor="la", fill="black"):
     """Draw text; what does not fit into `width` pixels is cut, and two dots say so."""
     font, text = ImageFont.load_default(12), str(text)
-    while len(text) > 2 and draw.textlength(text, font) > width:
-        text = text.removesuffix("..")[:-1] + ".."
+    room = int(len(text) * width / max(1, draw.textlength(text, font)))
+    text = text if len(text) <= room else text[:max(0, room - 2)] + ".."
     draw.text(place, text, fill=fill, font=font, anchor=anchor)
 
 def picture(rows, titles=(), names=(), cell=64):
@@ -603,8 +623,7 @@ def picture(rows, titles=(), names=(), cell=64):
     """
     small = len(rows[0][0])
     side = max(small, cell // small * small)              # small images are enlarged
-    left = 80 if names else 0
-    top = 16 if titles else 0
+    left, top = 80 * bool(names), 16 * bool(titles)
     sheet = Image.new("RGB", (left + side * max(map(len, rows)), top + side * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
     for x, title in enumerate(titles):
@@ -629,14 +648,6 @@ def class_picture(labels, names, image_of):
     titles = [names[label] if label < len(names) else label for label in shown]
     rows = zip_longest(*[map(image_of, column) for column in columns])
     return picture([list(row) for row in rows], titles)
-
-def interleaved(columns):
-    """[(images of one kind, images of another), ...], a pair per column -> rows: both kinds of each image, in turn."""
-    rows = []
-    for i in range(len(columns[0][0])):
-        for kind in range(2):
-            rows.append([column[kind][i] for column in columns])
-    return rows
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
 SET_FILES = ("train_images.npy", "train_labels.npy", "val_images.npy", "val_labels.npy", "preview.png", "skipped.txt",
@@ -669,7 +680,7 @@ def keep_fraction(pairs, fraction, seed):
 
 def recipe_of(options, splits):
     """What decides the content: the settings, and a digest of what the images are made of."""
-    jobs = [str(job)[:200] for pairs in splits.values() for job, _ in pairs]
+    jobs = [str(job) for pairs in splits.values() for job, _ in pairs]
     settings = {name: getattr(options, name) for name in ("source", "size", "fraction", "val_fraction", "seed")}
     return settings | {"jobs": f"{zlib.crc32(str(jobs).encode()):08x}"}
 
@@ -694,7 +705,7 @@ def build(options, folder, names, make, splits, pool):
     """Pack all splits, check them, and draw the preview."""
     shape = (options.size, options.size, 3)
     need, free = sum(map(len, splits.values())) * math.prod(shape), shutil.disk_usage(folder.parent).free
-    if need > free * 0.98:
+    if need > free:
         raise ValueError(f"{folder} needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: make room, or pass --out")
     with new_set(folder) as part:
         counts, left_out = {}, []
@@ -703,19 +714,19 @@ def build(options, folder, names, make, splits, pool):
             np.save(part / f"{split}_labels.npy", np.array(labels, dtype=np.int64))
             counts[split] = len(labels)
             left_out += lines
-            empty = sorted(set(range(len(names) or 1)) - set(labels))
+            empty = set(range(len(names) or 1)) - set(labels)
             if split == "train" and empty:
-                what = f"class {names[empty[0]]}" if names else options.root
-                raise ValueError(f"{what} has no readable image {''.join(lines[:1]).strip()}")
+                what = f"class {names[min(empty)]}" if names else options.root
+                why = lines[0].strip() if lines else f"--fraction {options.fraction} keeps none"
+                raise ValueError(f"{what} has no readable image: {why}")
         if left_out:
             (part / "skipped.txt").write_text("".join(left_out), errors="replace")
             print(f"{len(left_out)} unreadable images left out, listed in skipped.txt; first: {left_out[0].strip()}")
         save_json(part / "meta.json", {
-            "id": uuid.uuid4().hex, "name": options.name, "size": options.size, "classes": names, "counts": counts,
-            "skipped": len(left_out), "preprocessing": "drawn" if options.source == "shapes" else "ADM crop, RGB",
+            "id": uuid.uuid4().hex, "size": options.size, "classes": names, "counts": counts,
             "recipe": recipe_of(options, splits)})
         images, labels = open_data(part)[1]["train"]
-        save_picture(part / "preview.png", class_picture(labels, names, lambda i: np.array(images[i])))
+        class_picture(labels, names, lambda i: np.array(images[i])).save(part / "preview.png")
 
 def already_packed(folder, recipe, overwrite):
     """True if the folder holds what is asked for.  Raises ValueError if it holds anything else."""
@@ -731,7 +742,6 @@ def already_packed(folder, recipe, overwrite):
 
 def main(argv=None):
     options = Options(**parse(argv, "Pack images into memory-mapped arrays.", Options))
-    warnings.simplefilter("error", Image.DecompressionBombWarning)             # a header that claims a huge picture
     folder = options.out / options.name
     folder = folder.resolve() if folder.is_symlink() else folder
     names, make, splits = SOURCES[options.source](options)

@@ -24,6 +24,7 @@ tests/experiments/ may put something else (NORMS, MIXERS, FFNS, PATHS ...: dicts
 import argparse
 import ctypes
 import importlib.util
+import json
 import math
 import os
 import sys
@@ -44,6 +45,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 data = import_module("01_data")                           # a name that begins with a digit cannot follow `import`
 option, refuse = data.option, data.refuse
@@ -496,8 +498,29 @@ class WithHead(nn.Module):
 
 AUX_HEADS = {"none": AuxHead, "time": TimeHead, "rotation": RotationHead}      # f(config); files add rows here, too
 
+# ---- Tables ----------------------------------------------------------------------------------------------------------
+def table(text, **full):
+    """An aligned text -> {first word of a line: {heading: value}}.
+
+    Values are read as JSON or, if they are none, as words; a dash leaves one out.  full: headings written out.
+    """
+    heading, *lines = text.strip().splitlines()
+    keys = [full.get(word, word) for word in heading.split()]
+    rows = {}
+    for line in lines:
+        name, *values = line.split()
+        rows[name] = {key: json_or_word(value) for key, value in zip(keys[1:], values) if value != "-"}
+    return rows
+
+def json_or_word(text):
+    try:
+        value = json.loads(text)
+        return tuple(value) if isinstance(value, list) else value
+    except ValueError:
+        return text
+
 # ---- Sizes: B to G are the paper's (JiT Table 9; B/4 Table 2b), T is ours, for a CPU, S for one GPU ------------------
-MODELS = data.table("""
+MODELS = table("""
 model     image  patch hidden  depth  heads bottleneck  start context dropout noise_scale classes  gmac
 JiT-T/8      32      8    192      6      3         48      2       4       0           1      10     -
 JiT-T/16     64     16    192      6      3         64      2       4       0           1      10     -
@@ -605,6 +628,8 @@ def load_network(path, ema=0, experiment=""):
             config, averages = state["config"], list(state["ema"])
             info = state.get("info", {})
             load_recorded(info.get("experiments", []), path, experiment)
+        if info.get("step") == 0:
+            raise ValueError("it has not been trained for a step")
         if not (0 <= ema < len(averages) or ema == -1 and "model" in state):
             raise ValueError(f"--ema {ema}: its averaged weights are numbered 0 to {len(averages) - 1}, and -1 stands "
                              f"for the raw weights{'' if 'model' in state else ', which it does not hold'}")
@@ -636,15 +661,29 @@ def save(state, path):
                          "room, and give the same command again") from None
 
 # ---- Plumbing of the later scripts: device and processes ------------------------------------------------------------
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr)
+
+def names_of(cls):
+    """The fields of a dataclass."""
+    return {entry.name for entry in fields(cls)}
+
+def folder_of(name, parent):
+    """A bare name means parent/name; anything with a slash is taken as it is."""
+    return Path(name) if "/" in str(name) else Path(parent) / name
+
 @contextmanager
 def device_and_processes(name=None):
     """Set up device and processes; yields (device, rank, world).  name: cuda, cpu or mps, None: cuda or else cpu.
 
     Under torchrun every process gets its own GPU.  Raises UsageError.
     """
+    places = [os.environ.get(variable, "") for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+    known = all(map(str.isdecimal, places)) and int(places[0]) < int(places[2])
+    refuse(any(places) and not known, "RANK, LOCAL_RANK and WORLD_SIZE are set, but not as by torchrun: unset them")
     kind = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    refuse(kind not in ("cuda", "cpu", "mps"), f"--device {name}: give cuda or cpu (or mps, which nobody has tried)")
-    refuse(kind == "mps" and not torch.backends.mps.is_available(), "--device mps: this machine has none")
+    kinds = ["cuda", "cpu"] + ["mps"] * torch.backends.mps.is_available()      # the last has not been tried
+    refuse(kind not in kinds, f"--device {name}: give {' or '.join(kinds)}")
     device = torch.device(kind)
     if kind == "cuda":
         index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -656,9 +695,23 @@ def device_and_processes(name=None):
     keep_freed_memory()
     if "WORLD_SIZE" in os.environ:                        # a day: others wait while the first process scores or saves
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(days=1))
-    yield device, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    with torchs_errors():
+        yield device, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if dist.is_initialized():
         dist.destroy_process_group()
+
+@contextmanager
+def torchs_errors():
+    """Memory that is used up, and a compiler that is missing, as a ValueError of one line."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+            raise ValueError("out of memory: pass a smaller --micro-batch or --batch-size") from None
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            why = str(error).strip().splitlines()[0][:100]
+            raise ValueError(f"torch.compile failed ({why}): pass --no-compile") from None
+        raise
 
 def keep_freed_memory():
     """Let the C library keep what is freed instead of handing it back to the system (glibc; elsewhere nothing happens).
@@ -690,8 +743,6 @@ def choose_precision(amp, device):
     if amp is None and device.type == "cuda":
         generation = torch.cuda.get_device_capability(device)[0]
         return "bf16" if generation >= 8 else "fp16" if generation == 7 else "off"
-    if device.type == "mps":
-        return amp or "off"
     cpuinfo = Path("/proc/cpuinfo")
     fast = cpuinfo.exists() and any(name in cpuinfo.read_text() for name in ("avx512_bf16", "amx_bf16"))
     return amp or ("bf16" if fast else "off")
@@ -700,6 +751,16 @@ def autocast(amp, device, cache=True):
     """The context in which the network runs; parameters, state and losses stay fp32.  cache: keep weights cast once."""
     dtype = torch.float16 if amp == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=amp != "off", cache_enabled=cache)
+
+def save_picture(path, image):
+    """Write a PNG file with our mark; outside a run's folder what it replaces must have it, too.  Raises ValueError."""
+    mark = PngInfo()
+    mark.add_text("Software", "JiT scripts")
+    in_a_run = any((place / "checkpoint.pt").exists() for place in path.parents[:2])
+    if path.exists() and not in_a_run and b"JiT scripts" not in path.read_bytes():
+        raise ValueError(f"{path} is there, and was not drawn by these scripts: move it away")
+    with data.whole(path) as part:
+        image.save(part, "png", pnginfo=mark)
 
 def chart(title, label, lines, log=False, width=480, height=320):
     """Curves {name: [(x, y), ...]} over one axis, called `label`, as a PIL picture.  log: both axes are logarithmic."""
@@ -723,6 +784,14 @@ def chart(title, label, lines, log=False, width=480, height=320):
         draw.line([tuple(point) for point in corner + (curve - low) / span * size], fill=colour, width=2)
         data.write(draw, (50 + row * 100, 18), name, 95, fill=colour)
     return sheet
+
+def interleaved(columns):
+    """[(images of one kind, images of another), ...], a pair per column -> rows: both kinds of each image, in turn."""
+    rows = []
+    for i in range(len(columns[0][0])):
+        for kind in range(2):
+            rows.append([column[kind][i] for column in columns])
+    return rows
 
 # ---- As a script: the table of sizes, and one batch with the shape after each step ----------------------------------
 def count_macs(config):
@@ -763,15 +832,11 @@ def print_shapes(config, batch=2):
         x_pred = net(z, torch.rand(batch), torch.zeros(batch).long())
     show("unpatchify: the predicted clean images", x_pred.shape)
 
-@dataclass
-class Options:
-    model: str = option("JiT-T/16", "the network to walk through", choices=lambda: MODELS)
-
 def main(argv=None):
-    options = Options(**data.parse(argv, "Print the table of sizes and walk one batch through a network.", Options))
+    data.parse(argv, "Print the table of sizes, and walk one batch through the network of the first command.")
     print_table()
-    print(f"\nOne batch through {options.model}:")
-    print_shapes(JiTConfig(**MODELS[options.model]))
+    print("\nOne batch through JiT-T/16:")
+    print_shapes(JiTConfig(**MODELS["JiT-T/16"]))
 
 if __name__ == "__main__":
     sys.exit(data.run(main))

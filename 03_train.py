@@ -100,7 +100,8 @@ class Trainer:
         seed_everything(options.seed)
         self.net = model.build(config).to(device)
         self.head = model.AUX_HEADS[config.aux](config).to(device)                                 # JiT: none
-        self.begun_anew = fill_in(self.net, init) if init else []
+        if init:
+            fill_in(self.net, init)
         self.forward = wrap(self.net, self.head, options, config, device, world)               # compiled, DDP
         self.autocast = model.autocast(options.amp, device)
         self.weights = self.net.state_dict()              # the tensors themselves, changed by every step
@@ -175,9 +176,11 @@ class Trainer:
     def update_ema(self):
         """Move every average towards the weights: ema += (1 - decay) (weights - ema).  Biases and norms, too.
 
-        The weights of m steps ago count decay^m: 0.998 averages over about 1 / (1 - 0.998) = 500 steps.
+        The weights of m steps ago count decay^m: 0.998 averages over about 1 / (1 - 0.998) = 500 steps.  In the
+        beginning it is a ninth of the steps done: the first weights are chance, and are to be forgotten.
         """
         for decay, average in zip(self.options.ema, self.ema):
+            decay = min(decay, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(list(average.values()), list(self.weights.values()), 1 - decay)
 
 # ======================================================================================================================
@@ -260,21 +263,22 @@ def recomputed(forward):
     return call
 
 def fill_in(net, weights):
-    """Copy the weights of another run into net; returns the names of parts that begin anew, of other classes, say."""
+    """Copy the weights of another run into net, and say which parts begin anew, of other classes, say."""
     own = net.state_dict()
     anew = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
     foreign = [name for name in weights if name not in own]
     foreign += [name for name in anew if name in weights and name != "y_embedder.embedding_table.weight"]
     refuse(foreign, f"--init: its weights do not fit this network ({', '.join(foreign[:1])})")
     net.load_state_dict({name: weights[name] for name in own if name not in anew}, strict=False)
-    return anew
+    if anew:
+        print(f"--init: {', '.join(anew)} have no weights there, or of other classes; they begin anew")
 
 def sampling_state(trainer):
     """What sampling needs of a run: tensors and plain Python values."""
     options = trainer.options
     sampling = {"shift": options.shift} | {k: v for k, v in options.sampling.items() if v is not None}
     info = {"step": trainer.step, "decays": options.ema, "sampling": sampling}
-    info |= {name: getattr(options, name) for name in ("classes", "data", "data_id", "coder")}
+    info |= {name: getattr(options, name) for name in ("classes", "data", "data_id", "coder", "label_drop")}
     info["experiments"] = files_of(options.experiment)
     return {"config": asdict(trainer.config), "info": info, "ema": trainer.ema}
 
@@ -287,16 +291,19 @@ def training_state(trainer):
 
 STATEFUL = {"model": "net", "head": "head", "optimizer": "optimizer", "scaler": "scaler"}      # in file: of the trainer
 
-def restore(trainer, state):
-    """The inverse of training_state()."""
-    for key, name in STATEFUL.items():
-        if state[key]:                                    # a scaler's is empty unless the run was an fp16 one
-            getattr(trainer, name).load_state_dict(state[key])
-    for average, saved in zip(trainer.ema, state["ema"]):
-        for name, value in average.items():
-            value.copy_(saved[name])
-    if trainer.rank == 0:                                 # they are those of all processes
-        trainer.log.sums.copy_(state["sums"])
+def restore(trainer, state, folder="the run"):
+    """The inverse of training_state().  Raises ValueError if it does not fit."""
+    try:
+        for key, name in STATEFUL.items():
+            if state[key]:                                # a scaler's is empty unless the run was an fp16 one
+                getattr(trainer, name).load_state_dict(state[key])
+        for average, saved in zip(trainer.ema, state["ema"]):
+            for name, value in average.items():
+                value.copy_(saved[name])
+        if trainer.rank == 0:                             # they are those of all processes
+            trainer.log.sums.copy_(state["sums"])
+    except (RuntimeError, LookupError) as error:
+        raise ValueError(f"the checkpoint of {folder} is damaged ({str(error).splitlines()[-1]})")
     trainer.log.rows = state["rows"]
     trainer.step = state["info"]["step"]
     trainer.skipped.fill_(state["skipped"])
@@ -344,8 +351,7 @@ class Log:
 
     def __init__(self, device):
         self.rows = []
-        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64         # mps has no fp64
-        self.sums = torch.zeros(len(SUMMED), 2, dtype=dtype, device=device)
+        self.sums = torch.zeros(len(SUMMED), 2, device=device)
 
     def add_losses(self, loss, t):
         """loss, t: (B,)."""
@@ -356,7 +362,7 @@ class Log:
         if isinstance(rows, str):
             rows, values = torch.full((1,), SUMMED.index(rows), device=values.device), values.reshape(1)
         good = torch.isfinite(values)
-        self.sums.index_add_(0, rows, torch.stack([torch.where(good, values, 0), good], dim=1).to(self.sums.dtype))
+        self.sums.index_add_(0, rows, torch.stack([torch.where(good, values, 0), good], dim=1))
 
     def summed(self, world):
         """The sums over all processes, on the CPU."""
@@ -398,7 +404,7 @@ def preview(trainer, images, labels, coder):
         columns.append([model.to_pictures(image, coder) for image in pair])
     columns.insert(0, [model.to_pictures(x, coder)] * 2)
     titles = ["clean", *(f"t = {t}" for t in times)]
-    return data.picture(data.interleaved(columns), titles, ["z", "x_pred"] * len(labels))
+    return data.picture(model.interleaved(columns), titles, ["z", "x_pred"] * len(labels))
 
 class Recorder:
     """What is written down between steps, by the first process: log, pictures, snapshots, checkpoint.
@@ -418,6 +424,8 @@ class Recorder:
         self.line_step = trainer.step
         self.wait = min(1, trainer.options.save_minutes)  # minutes until the next checkpoint
         self.bar = data.Progress(trainer.options.steps, folder.name, " steps", initial=trainer.step)
+        if not trainer.step:
+            self.save()                                   # first of all: what has it is a run's folder
         if trainer.rank == 0:
             for name in ("snapshots", "preview"):
                 (folder / name).mkdir(parents=True, exist_ok=True)
@@ -438,21 +446,30 @@ class Recorder:
             self.write_line(done)
         if first and (done or options.preview_every and step % options.preview_every == 0):
             picture = preview(trainer, *(part[:4] for part in self.shown), self.coder)
-            data.save_picture(self.folder / "preview" / f"{step:07d}.png", picture)
+            model.save_picture(self.folder / "preview" / f"{step:07d}.png", picture)
             self.draw_loss()
         if first and step * options.snapshots % options.steps < options.snapshots:     # equal parts of the run
             model.save(sampling_state(trainer), self.folder / "snapshots" / f"{step:07d}.pt")
         due = done or first and time.perf_counter() - self.saved_at > 60 * self.wait
         due, stop = largest([due, len(self.asked)], trainer.world)                     # the same on all processes
-        if (due or stop) and not trainer.bad:             # what is saved is good: a step that was finite came last
-            state = training_state(trainer)
-            if first:
-                model.save(state, self.folder / "checkpoint.pt")
+        if (due or stop) and self.is_good():
+            self.save()
             self.saved_at, self.wait = time.perf_counter(), options.save_minutes
         if done or stop:
             self.bar.close()
         if stop and not done:
             raise KeyboardInterrupt(f"stopped at step {step}; the same command goes on where it was")
+
+    def is_good(self):
+        """What is saved is good: a step that was finite came last, and the weights that it made have a finite loss."""
+        return not self.trainer.bad and math.isfinite(held_out_loss(self.trainer, *(part[:4] for part in self.shown)))
+
+    def save(self):
+        """checkpoint.pt."""
+        state = training_state(self.trainer)
+        if self.trainer.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            model.save(state, self.folder / "checkpoint.pt")
 
     def write_line(self, done):
         """One line of the log."""
@@ -471,7 +488,7 @@ class Recorder:
                "gpu_MiB": torch.cuda.max_memory_allocated() / 2**20}
         if done or step // options.log_every % 10 == 0:
             row["held_out"] = held_out_loss(trainer, *self.shown)
-        trainer.log.rows.append({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()})
+        trainer.log.rows.append(row)
         with data.whole(self.folder / "log.csv") as part, open(part, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
@@ -480,18 +497,16 @@ class Recorder:
 
     def advice(self):
         """What to say when no step is finite any more."""
-        options, checkpoint = self.trainer.options, self.folder / "checkpoint.pt"
-        way = f"{checkpoint} is good; go on with --resume and" if checkpoint.exists() else "start again with"
-        other = ", or with --amp bf16" if options.amp == "fp16" else ""
         return (f"the last {self.trainer.bad} steps had a gradient that is not finite, up to step {self.trainer.step}: "
-                f"{way} a lower --lr than {options.lr:g}{other}")
+                f"{self.folder / 'checkpoint.pt'} is good; go on with --resume and a lower --lr than "
+                f"{self.trainer.options.lr:g}, or with another --amp")
 
     def draw_loss(self):
         """loss.png: training and held-out loss over the steps."""
         rows = self.trainer.log.rows
         lines = {name: [(row["step"], row[name]) for row in rows if row.get(name)] for name in ("loss", "held_out")}
         if all(lines.values()):
-            data.save_picture(self.folder / "loss.png", model.chart("loss in v-space", "step", lines, log=True))
+            model.save_picture(self.folder / "loss.png", model.chart("loss in v-space", "step", lines, log=True))
 
 def largest(numbers, world):
     """The largest of the processes' integers, place by place; all of them get it."""
@@ -504,7 +519,7 @@ def largest(numbers, world):
 # shapes: found by trials, for minutes on two cores.  k = 2 hides the large flat shapes for longer; ancestral sampling
 # and more steps near the noise forgive the early mistakes, which are about colour.  cifar10-cpu: for comparisons.
 # 1percent: Improved JiT, section 4.1.  imagenet-*: guidance as in the official release
-PRESETS = data.table("""
+PRESETS = model.table("""
 preset       data               model     patch  batch  epochs  steps  lr    schedule  ema             k    p_mean p_std
 shapes       shapes             JiT-T/16  -      32     -       4600   7e-3  cosine    [0.998]         2.0  -0.9   1.0
 cifar10      cifar10            JiT-S/4   -      256    200     -      4e-4  -         [0.9999,0.999]  -    -      -
@@ -517,7 +532,7 @@ imagenet-H   imagenet           JiT-H/16  -      -      -       -      -     -  
 1percent     imagenet-1percent  JiT-B/16  -      1200   1000    -      -     -         [0.999]         -    -      -
 """, patch="patch_size", batch="batch_size", k="noise_scale")
 # what 04_sample.py does by default with a run of the preset
-SAMPLING = data.table("""
+SAMPLING = model.table("""
 preset       solver  steps  cfg  interval   shift
 shapes       ddpm    25     1.5  -          3.0
 cifar10      -       -      2.0  [0.1,1.0]  -
@@ -530,7 +545,7 @@ imagenet-H   -       -      2.2  [0.1,1.0]  -
 """)
 # combine with any preset; further ones are files of tests/experiments/, or your own.  Improved JiT's Table 1, and the
 # ladder of JiT Table 4, where each row adds to the one above it; the last is the default
-EXPERIMENTS = data.table("""
+EXPERIMENTS = model.table("""
 name       patch_embed  ffn         aux
 baseline   linear       swiglu      none
 exp1       nonlinear    bottleneck  none
@@ -538,7 +553,7 @@ exp2       nonlinear    bottleneck  time
 exp3       nonlinear    swiglu      none
 exp4       nonlinear    swiglu      time
 exp5       nonlinear    swiglu      rotation
-""") | data.table("""
+""") | model.table("""
 name         rope   qk_norm  in_context_len
 plain        false  false    0
 rope-qknorm  true   true     0
@@ -569,8 +584,7 @@ class Options:
     aux_weight: float = option(None, "lambda, the weight of the auxiliary head (default: the head's own)", "[0, inf)")
     objective: str = option("jit", "how a batch becomes a loss", choices=lambda: OBJECTIVES, flag=False)
     batch_size: int = option(1024, "GLOBAL: images per optimizer step", "[1, inf)", group="optimizer")
-    micro_batch: int = option(None, "images per pass and process (default: all, at most 128)", "[1, inf)",
-                              resumable=True)
+    micro_batch: int = option(None, "images per pass and process (default: by memory)", "[1, inf)", resumable=True)
     lr: float = option(None, "learning rate (default: 5e-5 x batch size / 256)", "(0, inf)")
     schedule: str = option("constant", "after the warm-up", choices=lambda: ("constant", "cosine"))
     warmup: int = option(None, "steps (default: 5 epochs, at most 1/20 of the run)", "[0, inf)")
@@ -579,11 +593,12 @@ class Options:
     amp: str = option(None, "mixed precision (default: bf16 where it is fast)", choices=lambda: ("bf16", "fp16", "off"),
                       group="hardware")
     compile: bool = option(None, "torch.compile (default: on CUDA, but for small networks)", resumable=True)
-    record: bool = option(None, "replay each pass as a CUDA graph (default: on CUDA, where it can be)", resumable=True)
+    record: bool = option(False, "replay each pass as a CUDA graph", flag=False, resumable=True)
     checkpointing: bool = option(False, "recompute blocks in the backward pass: less memory", resumable=True)
     device: str = option(None, "cuda or cpu", resumable=True)
     resume: bool = option(False, "go on with a run that exists; steps, epochs, lr and amp may change", group="keeping",
                           resumable=True)
+    dry_run: bool = option(False, "only say what would be done", resumable=True)
     overwrite: bool = option(False, "start the run anew; the old one is moved aside, to NAME.old", resumable=True)
     log_every: int = option(50, "steps between two lines of the log", "[1, inf)", resumable=True)
     preview_every: int = option(1000, "steps between two previews; 0: only at the end", "[0, inf)", resumable=True)
@@ -642,22 +657,24 @@ def settle(settings, meta, device, world):
     """
     row, size = model.MODELS[settings.get("model", Options.model)], meta["size"]
     found = {"image_size": size, "in_channels": meta.get("channels", 3), "num_classes": len(meta["classes"]),
-             "patch_size": nearest_patch(row, size), "noise_scale": max(1.0, size / 256)}
+             "noise_scale": max(1.0, size / 256)}
+    if "coder" not in meta and "patch_size" not in settings:
+        found["patch_size"] = nearest_patch(row, size)
     if "coder" in meta:                                   # a latent's mirror image is not a latent
         found |= {"patch_size": 1, "bottleneck_dim": 0}
         settings = settings | {"flip": False}
     settings = row | found | settings | {"classes": meta["classes"], "data_id": meta["id"], "coder": meta.get("coder")}
     kind, _ = model.NETWORKS[settings.get("network", "jit")]
-    own = data.names_of(Options)
+    own = model.names_of(Options)
     options = Options(**{name: value for name, value in settings.items() if name in own})
     network = {name: value for name, value in settings.items() if name not in own}
-    unknown = network.keys() - data.names_of(kind)
+    unknown = network.keys() - model.names_of(kind)
     refuse(unknown, f"there is no setting {', '.join(unknown)}")
     config = kind(**network)
     refuse(config.num_classes not in (0, found["num_classes"]), f"--num-classes {config.num_classes}: the data set "
                 f"has {found['num_classes']}; 0: without classes")
     refuse("coder" in meta and config.aux == "rotation", "--aux rotation is for images, not for latents")
-    options.micro_batch = micro_batch_of(options, world)
+    options.micro_batch = micro_batch_of(options, config, device, world)
     epoch = meta["counts"]["train"] / options.batch_size  # in steps
     options.steps = options.steps or max(1, round(options.epochs * epoch))
     if options.warmup is None:
@@ -680,20 +697,27 @@ def settle_speed(options, config, device, world):
         options.compile = device.type == "cuda" and work > 1e11
     one_pass = world == 1 and options.micro_batch == options.batch_size
     plain = config.aux == "none" and not options.checkpointing and not files_of(options.experiment)
-    can_record = device.type == "cuda" and one_pass and plain
-    refuse(options.record and not can_record, "--record takes one GPU, one micro-batch a step, and neither an "
-           "auxiliary head nor --checkpointing nor an experiment's file")
-    if options.record is None:
-        options.record = can_record
+    options.record = device.type == "cuda" and one_pass and plain
 
 def nearest_patch(row, size):
-    """The patch size that gives as many tokens as a row of MODELS has, or nearly."""
-    patches = [p for p in range(1, size + 1) if size % p == 0]
-    return min(patches, key=lambda p: abs(p - row["patch_size"] * size / row["image_size"]))
+    """The patch size that gives as many tokens as a row of MODELS has, at least half and at most twice as many."""
+    side = row["image_size"] // row["patch_size"]
+    patches = [p for p in range(1, size + 1) if size % p == 0 and side**2 / 2 <= (size // p)**2 <= 2 * side**2]
+    refuse(not patches, f"images of {size} pixels cannot be cut into about {side} x {side} patches: pack them at "
+           f"--size {-(-size // side) * side}, or give a --patch-size")
+    return min(patches, key=lambda p: abs(size / p - side))
 
-def micro_batch_of(options, world):
-    """Images per pass and process: --micro-batch, or the largest part of the batch up to 128.  Raises UsageError."""
-    largest = options.micro_batch or max(1, min(128, options.batch_size // world))
+def size_of(config):
+    """Numbers a pass has to keep for one image, about: tokens times width times depth."""
+    return (config.image_size // config.patch_size)**2 * config.hidden_size * config.depth
+
+def micro_batch_of(options, config, device, world):
+    """Images per pass and process: --micro-batch, or as large a part of the batch as memory should hold.
+
+    By default a GPU takes 128 images of JiT-B/16, some 16 GiB, a CPU 16 of JiT-S/16.  Raises UsageError.
+    """
+    most = (3.1e8 if device.type == "cuda" else 2e7) // size_of(config)
+    largest = options.micro_batch or max(1, min(int(most), options.batch_size // world))
     candidates = [largest] if options.micro_batch else range(largest, largest // 4, -1)
     micro = next((m for m in candidates if options.batch_size % (m * world) == 0), None)
     refuse(micro is None, f"--batch-size {options.batch_size} cannot be cut into micro-batches of {largest} for "
@@ -723,10 +747,12 @@ def checkpoint_of(folder, resume=False, overwrite=False):
     path = folder / "checkpoint.pt"
     if resume and (overwrite or not path.exists()):
         raise ValueError(f"--resume: there is no {path}, or --overwrite is given too; leave --resume out to begin")
+    if not overwrite and not path.exists() and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds files but no checkpoint.pt: pass --run NAME, or --overwrite to move it aside")
     if overwrite or not path.exists():
         return None
     state = model.read_checkpoint(path)
-    if not {"options", "model", "head", "optimizer", "scaler", "sums", "rows", "skipped", "bad"} <= state.keys():
+    if not {"info", "options", "sums", "rows", "skipped", "bad", *STATEFUL} <= state.keys():
         raise ValueError(f"{path} is not the state of a training run, or of an older version: pass --run NAME, or "
                          "--overwrite to move it aside")
     return state
@@ -746,18 +772,18 @@ def refuse_other_settings(state, options, config, folder):
 
 def open_init(name):
     """The network that --init names, with its first averaged weights."""
-    path = Path(name) if Path(name).is_file() else data.folder_of(name, "runs") / "checkpoint.pt"
+    path = Path(name) if Path(name).is_file() else model.folder_of(name, "runs") / "checkpoint.pt"
     return model.load_network(path)[0]
 
-def announce(trainer, folder, count):
+def announce(options, config, folder, step, count, device):
     """Say what begins."""
-    options, config = trainer.options, trainer.config
     how = " compiled" * options.compile + " as CUDA graphs" * options.record
+    windows = [f"{min(1 / (1 - d), (10 + options.steps) / 9):.0f}" for d in options.ema]
+    need = 24 * model.count_parameters(config) + 130 * options.micro_batch * size_of(config)
     print(f"{folder}: {options.model} with {model.count_parameters(config):,} parameters, patch {config.patch_size}, "
-          f"on {count} images; step {trainer.step} to {options.steps}, batch {options.batch_size}, "
-          f"lr {options.lr:.2g}, {options.amp}, {trainer.device}{how}; all settings in config.json", flush=True)
-    if trainer.begun_anew:
-        print(f"--init: {', '.join(trainer.begun_anew)} have no weights there, or of other classes; they begin anew")
+          f"on {count} images; step {step} to {options.steps}, batch {options.batch_size}, "
+          f"lr {options.lr:.2g}, {options.amp}, {device}{how}; micro-batches of {options.micro_batch}, about "
+          f"{need / 2**30:.1f} GiB; EMA over {' and '.join(windows)} steps; all settings in config.json", flush=True)
 
 def move_aside(folder):
     """NAME -> NAME.old, or NAME.old.old where that exists: nothing is ever deleted."""
@@ -768,14 +794,16 @@ def move_aside(folder):
 
 def train_run(given, device, rank, world):
     """Begin a run, or go on with it."""
-    folder, resume = data.folder_of(run_name(given), "runs"), given.get("resume", False)
+    folder, resume = model.folder_of(run_name(given), "runs"), given.get("resume", False)
     state = checkpoint_of(folder, resume, given.get("overwrite", False))
     if resume:
         model.load_recorded(state["info"]["experiments"], folder, given.get("experiment", ""))
     start = open_init(given["init"]) if "init" in given and not state else None
     init = asdict(start.config) if start else state["config"] if "init" in given else None
     settings = gather(given, state if resume else None, init)
-    place = data.folder_of(settings.get("data", "shapes"), "data")
+    if state:
+        settings.setdefault("amp", state["options"]["amp"])            # another machine's default is no other setting
+    place = model.folder_of(settings.get("data", "shapes"), "data")
     meta, arrays = data.open_data(place)
     options, config = settle(settings, meta, device, world)
     if state:
@@ -788,20 +816,22 @@ def train_run(given, device, rank, world):
     if not config.num_classes:
         arrays = {split: (images, labels * 0) for split, (images, labels) in arrays.items()}
     coder = model.load_coder(place, options.coder)
+    if rank == 0:
+        announce(options, config, folder, state["info"]["step"] if state else 0, len(arrays["train"][1]), device)
+    if options.dry_run:
+        return
     with data.locked(folder) if rank == 0 else nullcontext(), data.asked_to_stop() as asked:
+        state = checkpoint_of(folder, resume, options.overwrite)               # another process may have gone on
         trainer = Trainer(options, config, device, rank, world, start and start.state_dict())
         if state:
-            restore(trainer, state)
-        if rank == 0:
-            if options.overwrite and folder.exists():
-                move_aside(folder)
-            announce(trainer, folder, len(arrays["train"][1]))
+            restore(trainer, state, folder)
+        if rank == 0 and options.overwrite and folder.exists():
+            move_aside(folder)
         recorder = Recorder(trainer, folder, arrays, coder and coder.to(device), asked)
         train(trainer, read_ahead(*arrays["train"], trainer), recorder)
     if rank == 0:
-        name = "" if folder == Path("runs/shapes") else f" --run {options.run}"
         print(f"{folder / 'checkpoint.pt'} after step {trainer.step}; look at {folder / 'preview'} and loss.png, "
-              f"then run 04_sample.py{name}")
+              f"then run 04_sample.py --run {options.run}")
 
 def main(argv=None):
     given = read_flags(argv)

@@ -14,6 +14,7 @@ The clamp of euler and heun: v = (x_pred - z) / max(1-t, t_eps).  At t_eps = 0.0
 even a perfect network leaves noise: std 0.017 k (Heun, even grid; Euler 0.014 k), two grey levels at k = 1.  --t-eps
 0.02 (any value up to 1/steps) ends exactly on x_pred.  The paper's FID is measured with the clamp, and better with it.
 """
+import csv
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -191,24 +192,30 @@ class Sampler:
         return images
 
     def pictures(self, x):
-        """Images or latents -> uint8 (B,H,W,3)."""
+        """Images or latents -> uint8 (B,H,W,3).  Raises ValueError if a number in them is none."""
+        if not torch.isfinite(x).all():
+            raise ValueError("the network, with these settings, makes numbers that are not finite: nothing is written")
         return model.to_pictures(x, self.coder)
 
 def parse_labels(text, num, classes, num_classes):
     """--labels and --num -> one class id per image; ids and names take turns.  Raises UsageError.
 
+    The whole text may be one class's name; in a list, names with commas stand in quotes.  A number is an id, but where
+    classes are called by numbers it is a name; id:3 is always an id.
+
     >>> parse_labels("star,2", 3, ["ring", "star", "dot"], 3)
     [1, 2, 1]
     """
-    if text == "all":
+    if text is None or text == "all" and text not in classes:
         return [i % max(1, num_classes) for i in range(num)]
     refuse(not num_classes, f"--labels {text}: this network was trained without classes")
     ids = []
-    for name in map(str.strip, text.split(",")):
-        label = classes.index(name) if name in classes else int(name) if name.isdecimal() else -1
-        names = f", names are {', '.join(classes[:12])}{' ...' if len(classes) > 12 else ''}" if classes else ""
-        refuse(not 0 <= label < num_classes,
-                    f"--labels: {name!r} is not a class; ids go from 0 to {num_classes - 1}{names}")
+    for name in [text] if text in classes else next(csv.reader([text], skipinitialspace=True)) or [text]:
+        number = name.removeprefix("id:")
+        as_id = number.isdecimal() and (number != name or not any(map(str.isdecimal, classes)))
+        label = classes.index(name) if name in classes else int(number) if as_id else -1
+        refuse(not 0 <= label < num_classes, f"--labels: {name!r} is not a class; ids are id:0 to id:{num_classes - 1}, "
+               f"names are {', '.join(classes[:12]) or 'not known'}")
         ids.append(label)
     return [ids[i % len(ids)] for i in range(num)]
 
@@ -217,6 +224,10 @@ SAMPLE_FILES = ("[0-9]" * 7 + ".png", "samples.json", "samples.npz", "*.part")
 
 def file_of(out, i):
     return out / f"{i:07d}.png"
+
+def is_whole(path):
+    """A PNG file that is there, and ends as one does."""
+    return path.exists() and path.read_bytes().endswith(b"IEND\xaeB`\x82")
 
 def image_of(out, i):
     return np.asarray(data.read_image(file_of(out, i)))
@@ -235,7 +246,7 @@ def check_folder(out, record, overwrite):
 def sample_all(sampler, out, batch_size, rank, world):
     """Generate what is missing; batches are the same whoever computes them.  Returns how many images were made."""
     batches = data.in_parts(range(len(sampler.labels)), batch_size)[rank::world]
-    todo = [batch for batch in batches if not all(file_of(out, i).exists() for i in batch)]
+    todo = [batch for batch in batches if not all(is_whole(file_of(out, i)) for i in batch)]
     made, share = sum(map(len, todo)), sum(map(len, batches))
 
     def write(i, image):
@@ -276,7 +287,7 @@ def write_samples(options, sampler, record, folder, rank, world):
         wait()
         if rank == 0:
             grid = out.with_name(f"{out.name}-grid.png") if options.out else folder / "grid.png"
-            data.save_picture(grid, data.class_picture(sampler.labels, record["classes"], lambda i: image_of(out, i)))
+            model.save_picture(grid, data.class_picture(sampler.labels, record["classes"], lambda i: image_of(out, i)))
             if options.npz:
                 save_npz(out, sampler.labels, record["size"])
             print(f"{out}: {record['num']} images ({made if world == 1 else 'all'} new), {record['solver']} "
@@ -294,7 +305,7 @@ def draw_trajectory(sampler, path):
         columns.append([sampler.pictures(z / max(1, sampler.config.noise_scale)), sampler.pictures(x)])
     columns.append([sampler.pictures(result)] * 2)
     titles = [*(f"t = {t:.2f}" for t, _ in shown), "result"]
-    data.save_picture(path, data.picture(data.interleaved(columns), titles, ["z", "x_pred"] * 4))
+    model.save_picture(path, data.picture(model.interleaved(columns), titles, ["z", "x_pred"] * 4))
     print(f"look at {path}")
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
@@ -316,7 +327,7 @@ class Options:
     experiment: str = option("", "of a run with an experiment file of your own: its path")
     ema: int = option(0, "which averaged weights, 0 = the first; -1 = the raw ones", "[-1, inf)")
     num: int = option(1000, "number of images", "[1, 10000000]")
-    labels: str = option("all", "ids or names, which take turns: all | 3,7 | star")
+    labels: str = option(None, "ids or names, which take turns, as 3,7 or star (default: all)")
     seed: int = option(0, "image i is a function of (seed, i)", "[0, inf)")
     out: Path = option(None, "folder of images (default: samples, in the run's folder)", group="output")
     npz: bool = option(False, "also pack samples.npz (arr_0 uint8 NHWC, arr_1 labels), as ADM's evaluator reads it")
@@ -330,13 +341,14 @@ class Options:
 
 def settings_of(given, info, config):
     """Settings of walk(): flags, then what the checkpoint recommends, then the paper's.  Raises UsageError."""
-    flags = {name: value for name, value in given.items() if name in data.names_of(Settings)}
+    flags = {name: value for name, value in given.items() if name in model.names_of(Settings)}
     settings = asdict(Settings()) | info.get("sampling", {}) | flags
     refuse(len(settings["interval"]) != 2 or settings["interval"][0] >= settings["interval"][1],
            "--interval: give two times from 0 to 1, the lower first, as in 0.1,1")
-    refuse(flags.get("cfg", 1) != 1 and not config.num_classes,
-           "--cfg: trained without classes, it has nothing to guide towards")
-    return settings if config.num_classes else settings | {"cfg": 1.0}
+    unguided = not (config.num_classes and info.get("label_drop", True))
+    refuse(flags.get("cfg", 1) != 1 and unguided, "--cfg: trained without classes, or with --label-drop 0, it has "
+           "nothing to guide away from")
+    return settings | {"cfg": 1.0} if unguided else settings
 
 def fingerprint(net):
     """Eight hex digits of a network's weights: samples of other weights are other samples."""
@@ -347,15 +359,15 @@ def fingerprint(net):
 
 def main(argv=None):
     given = data.parse(argv, "Sample images from a trained JiT.", Options, Settings)
-    options = Options(**{name: value for name, value in given.items() if name in data.names_of(Options)})
+    options = Options(**{name: value for name, value in given.items() if name in model.names_of(Options)})
     with model.device_and_processes(options.device) as (device, rank, world):
-        path = options.checkpoint or data.folder_of(options.run, "runs") / "checkpoint.pt"
+        path = options.checkpoint or model.folder_of(options.run, "runs") / "checkpoint.pt"
         net, info = model.load_network(path, options.ema, options.experiment)
-        classes = info.get("classes", []) if net.config.num_classes else []            # an unconditional one has none
+        classes = info.get("classes") or [] if net.config.num_classes else []            # an unconditional one has none
         labels = parse_labels(options.labels, options.num, classes, net.config.num_classes)
         settings, amp = settings_of(given, info, net.config), model.choose_precision(options.amp, device)
         made_by, source = info.get("coder"), info.get("data")
-        coder = made_by and model.load_coder(data.folder_of(source, "data"), made_by)  # of latents, else None
+        coder = made_by and model.load_coder(model.folder_of(source, "data"), made_by)  # of latents, else None
         sampler = Sampler(net, labels, options.seed, settings, amp, device, options.compile, coder)
         if options.trajectory:
             return draw_trajectory(sampler, options.out or path.parent / "trajectory.png") if rank == 0 else None

@@ -247,7 +247,7 @@ def load_inception(path):
                          f"({str(error).splitlines()[0][:100]}): {hint}") from None
     if digest == WEIGHTS_HASH:
         return net, "FID", digest
-    data.warn(f"{path} is not the published weights file; the scores are named after it, not FID")
+    model.warn(f"{path} is not the published weights file; the scores are named after it, not FID")
     return net, f"FD ({path.name} {digest})", digest
 
 # ---- The classifier whose features stand in where Inception cannot be had --------------------------------------------
@@ -298,13 +298,13 @@ def remembered(path, read, make, write):
         try:
             return read(path)
         except Exception:                                 # torch, numpy and zip each have their own
-            data.warn(f"{path} is damaged; making it again")
+            model.warn(f"{path} is damaged; making it again")
     value = make()
     try:
         with data.whole(path) as part:
             write(value, part)
     except (OSError, RuntimeError) as error:              # torch's kind
-        data.warn(f"{path} is not kept ({error})")
+        model.warn(f"{path} is not kept ({error})")
     return value
 
 def load_classifier(folder, device):
@@ -500,9 +500,9 @@ def report(result):
         print(f"{metric:32s}   left out   ({reason})")
     n, judge = result["n_generated"], result.get("class_accuracy_real")
     if n < 2048:
-        data.warn(f"{n} images are few: {result['score']} is biased upwards and only comparable at the same N")
+        model.warn(f"{n} images are few: {result['score']} is biased upwards and only comparable at the same N")
     if result["features"] == "classifier" and (judge is None or judge < 0.5):
-        data.warn(f"the classifier is right on {judge} of held-out real images: neither its features nor its class "
+        model.warn(f"the classifier is right on {judge} of held-out real images: neither its features nor its class "
                   "accuracy are to be trusted")
 
 def print_table(files, out):
@@ -517,11 +517,10 @@ def print_table(files, out):
     for row in rows:
         values = [row.get(column, "") for column in columns]
         print(" | ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
-    axis = next((k for k in varied if all(isinstance(row.get(k), (int, float)) for row in rows)), None)
-    if out and axis:
-        refuse(out.exists(), f"--out {out} exists: give a new picture")
-        curve = sorted((row[axis], row["fd"]) for row in rows)
-        data.save_picture(out, model.chart(rows[0]["score"], axis, {"score": curve}))
+    axes = [name for name in varied if isinstance(rows[0][name], (int, float))]
+    if out and axes:
+        curve = sorted((row[axes[0]], row["fd"]) for row in rows)
+        model.save_picture(out, model.chart(rows[0]["score"], axes[0], {"score": curve}))
         print(f"look at {out}")
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
@@ -547,13 +546,13 @@ class Options:
 
 def open_sets(options):
     """The generated images and the real ones.  Raises ValueError if they cannot be compared."""
-    samples = ImageSet(options.samples or data.folder_of(options.run, "runs") / "samples")
+    samples = ImageSet(options.samples or model.folder_of(options.run, "runs") / "samples")
     made, name = samples.record, options.reference or samples.record.get("data")
     if samples.images is None:
         raise ValueError(f"{samples.path} holds statistics only: they serve as --reference")
-    if not name:
+    if not isinstance(name, str):
         raise ValueError(f"{samples.path} does not say which data set it imitates: pass --reference")
-    real = ImageSet(name if name.endswith(".npz") else data.folder_of(name, "data"))
+    real = ImageSet(name if name.endswith(".npz") else model.folder_of(name, "data"))
     if not options.reference and made.get("data_id") != real.record.get("id"):
         raise ValueError(f"{real.path} was packed anew since the network of {samples.path} was trained: pass "
                          f"--reference {name} to compare them all the same")
@@ -584,7 +583,7 @@ def evaluate(options, device):
     if device.type == "mps":
         device = torch.device("cpu")                      # it has no fp64
     samples, real = open_sets(options)
-    folder, path = data.folder_of(options.run, "runs"), samples.path
+    folder, path = model.folder_of(options.run, "runs"), samples.path
     beside = path.parent / f"{path.name or 'samples'}-metrics.json"
     out = options.out or (beside if options.samples else folder / "metrics.json")
     if out.exists():                                      # it is replaced, if it is a result

@@ -71,7 +71,7 @@ def main(arguments):
     parser = argparse.ArgumentParser(prog="grade.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("submission", type=Path, help="the student's folder")
     parser.add_argument("--exercises", default=f"1-{len(EXERCISES)}", help="the ones handed out (default: all)")
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds for each exercise (default: 60)")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds for each exercise, at least 1 (default: 60)")
     parser.add_argument("--out", type=Path, default=Path("results.json"), help="default: results.json")
     options = parser.parse_args(arguments)
     try:
@@ -79,6 +79,10 @@ def main(arguments):
             raise ValueError(f"{options.submission} is not a folder")
         if importlib.util.find_spec("pytest") is None:
             raise ValueError("pytest is missing: pip install -r requirements.txt -r tests/requirements.txt")
+        if not options.limit >= 1:
+            raise ValueError(f"--limit {options.limit:g}: give seconds, at least 1")
+        if not options.out.parent.is_dir():
+            raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
         results = grade(options.submission, choose(options.exercises), options.limit)
         part = options.out.with_name(options.out.name + ".part")
         part.write_text(json.dumps(results, indent=1))

@@ -315,8 +315,8 @@ def test_damaged_sets_are_refused_in_one_line(there, capsys, name):
     assert SETS[name][1] in error and len(error.strip().splitlines()) == 1 and not Path("runs").exists()
 
 FOLDERS = {
-    "missing": (lambda: None, "is not a folder", 2), "empty": (lambda: Path("in").mkdir(), "holds no images", 2),
-    "text only": (lambda: (Path("in").mkdir(), Path("in/a.txt").write_text("x")), "holds no images", 2),
+    "missing": (lambda: None, "is not a folder", 2), "empty": (lambda: Path("in").mkdir(), "holds no images", 1),
+    "text only": (lambda: (Path("in").mkdir(), Path("in/a.txt").write_text("x")), "holds no images", 1),
     "none readable": (lambda: (Path("in").mkdir(), [Path(f"in/{i}.png").write_bytes(b"x") for i in range(3)]), "in has no readable image", 1),
     "class empty": (lambda: (folder(Path("in")), Path("in/train/eel").mkdir(), Path("in/val/eel").mkdir()), "eel holds no images", 1),
     "class unreadable": (lambda: (folder(Path("in")), [Path(f"in/{s}/eel").mkdir() or Path(f"in/{s}/eel/a.png").write_bytes(b"x") for s in ("train", "val")]), "class eel has no readable", 1),

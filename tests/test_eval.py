@@ -293,7 +293,11 @@ def test_table_of_results(scored, capsys):
     assert call(evaluate, "--table", *files, "--out", "curve.png") == 0
     out = capsys.readouterr().out
     assert out.startswith("file | cfg | n_generated | fd | sfd | is | kid | precision | recall | class_accuracy\nw3-metrics.json | 3 | 30 | ") and Image.open("curve.png").width > 100
-    assert call(evaluate, "--table", *files, "--out", "curve.png") == 2 and "exists" in capsys.readouterr().err
+    first = Path("curve.png").read_bytes()
+    assert call(evaluate, "--table", *files, "--out", "curve.png") == 0 and Path("curve.png").read_bytes() == first       # our own is replaced
+    Image.new("RGB", (9, 9)).save("curve.png")
+    foreign = Path("curve.png").read_bytes()
+    assert call(evaluate, "--table", *files, "--out", "curve.png") == 1 and "not drawn by these scripts" in capsys.readouterr().err and Path("curve.png").read_bytes() == foreign
     Path("other.json").write_text("[]")
     assert call(evaluate, "--table", *files, "other.json") == 1 and "other.json is damaged" in capsys.readouterr().err
 

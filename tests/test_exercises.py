@@ -257,7 +257,7 @@ def averages():
     net = torch.nn.Linear(3, 2)
     ema = [{k: torch.zeros_like(v) for k, v in net.state_dict().items()} for _ in range(2)]
     kept = ema[0]["weight"]
-    trainer = types.SimpleNamespace(net=net, weights=net.state_dict(), ema=ema, parameters=list(net.parameters()), options=types.SimpleNamespace(ema=(0.9, 0.5)), step=1)
+    trainer = types.SimpleNamespace(net=net, weights=net.state_dict(), ema=ema, parameters=list(net.parameters()), options=types.SimpleNamespace(ema=(0.9, 0.5)), step=1000)
     train.Trainer.update_ema(trainer)
     train.Trainer.update_ema(trainer)
     must(trainer.ema is ema and ema[0]["weight"] is kept and bool(kept.abs().sum() > 0), "update_ema changes the averages in place, the tensors of self.ema stay the same objects")

@@ -143,10 +143,12 @@ def test_derivative_against_a_difference():
     assert (turn - difference).square().mean().sqrt() < 0.02 * difference.square().mean().sqrt()
     assert turn.abs().max() > 0.01
 
-def test_a_trained_jit_begins_as_itself():
+def test_a_trained_jit_begins_as_itself(capsys):
     plain = shaken(model.JiTConfig(**TINY))
     net = model.build(config_with(**PAIR)).eval()
-    assert {name.split(".")[1] for name in train.fill_in(net, plain.state_dict())} == {"span", "span_out"}
+    train.fill_in(net, plain.state_dict())
+    said = capsys.readouterr().out
+    assert said.count("t_embedder.") == said.count("t_embedder.span") == 5 and "begin anew" in said
     z, t, y = inputs()
     for r in (t, torch.ones(3), (t + 1) / 2):
         assert torch.equal(net(z, torch.stack([t, r], dim=1), y), plain(z, t, y))

@@ -332,10 +332,21 @@ def test_initialisation_is_jits_and_a_foreign_ffn_keeps_its_own(monkeypatch):
         assert abs(weight.std() - 0.02) < 0.006
     assert plain.t_embedder.mlp[0].bias.abs().max() == 0
 
+@pytest.mark.parametrize("places", [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "5", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
+                                    {"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "0"}], ids=str)
+def test_ranks_that_are_not_torchruns_are_refused(monkeypatch, places):
+    for name, value in places.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="unset them"):
+        with model.device_and_processes("cpu"):
+            pass
+
 def test_more_processes_than_gpus_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "2")
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="GPU 2 is asked for, this machine has 2"):
         with model.device_and_processes():
             pass

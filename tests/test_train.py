@@ -171,8 +171,11 @@ def test_a_kill_before_the_first_checkpoint_begins_again(work):
     assert again.returncode == 1 and again.stderr.count("\n") == 1 and "another process is writing to runs/shapes" in again.stderr
     child.kill()
     child.wait()
-    assert not Path("runs/shapes/checkpoint.pt").exists()
-    assert call(train, *TINY_FLAGS, "--steps", 6) == 0
+    assert model.read_checkpoint("runs/shapes/checkpoint.pt")["info"]["step"] == 0       # it marks the folder as a run's
+    with pytest.raises(ValueError, match="has not been trained"):
+        model.load_network("runs/shapes/checkpoint.pt")
+    assert call(train, *TINY_FLAGS, "--steps", 100000, "--resume", "--dry-run") == 0
+    assert call(train, *TINY_FLAGS, "--steps", 6, "--resume") == 0
     assert [row["step"] for row in csv.DictReader(open("runs/shapes/log.csv"))] == ["5", "6"]
 
 def test_the_first_checkpoint_comes_after_a_minute(work):
@@ -182,7 +185,7 @@ def test_the_first_checkpoint_comes_after_a_minute(work):
     for seconds, saved in ((58, False), (61, True)):
         recorder.saved_at = time.perf_counter() - seconds
         recorder.after_step()
-        assert Path("runs/x/checkpoint.pt").exists() == saved
+        assert (model.read_checkpoint("runs/x/checkpoint.pt")["info"]["step"] == 1) == saved
     assert time.perf_counter() - recorder.saved_at < 5
     assert recorder.wait == options.save_minutes == 5
 
@@ -281,10 +284,19 @@ def test_non_finite_steps_are_skipped_and_counted(work, capsys, monkeypatch):
     assert trainer.skipped == trainer.bad == 2 and trainer.step == 2
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.net.parameters()))
     assert not trainer.optimizer.state or all(state["step"] == 0 for state in trainer.optimizer.state.values())
-    for flags, words, count in ((["--amp", "bf16"], "start again with a lower --lr than 1e+30\n", 19), (["--save-minutes", 0, "--amp", "fp16"], "go on with --resume and a lower --lr than 1e+30, or with --amp bf16\n", "..")):
-        assert call(train, *TINY_FLAGS, "--lr", "1e30", "--warmup", 0, "--steps", 30, *flags) == 1
+    for amp in ("bf16", "fp16"):
+        assert call(train, *TINY_FLAGS, "--lr", "1e30", "--warmup", 0, "--steps", 30, "--amp", amp, "--run", amp) == 1
         error = capsys.readouterr().err
-        assert re.search(f"the last {count} steps had a gradient that is not finite", error) and len(error.strip().splitlines()) == 1 and error.endswith(words), error
+        assert re.search(r"the last 1\d steps had a gradient that is not finite", error) and len(error.strip().splitlines()) == 1 and error.endswith("lower --lr than 1e+30, or with another --amp\n"), error
+        assert model.read_checkpoint(f"runs/{amp}/checkpoint.pt")["info"]["step"] <= 1
+        assert call(train, *TINY_FLAGS, "--lr", "1e-3", "--warmup", 0, "--steps", 30, "--run", amp, "--amp", amp, "--resume") == 0           # as it says
+        assert float(list(csv.DictReader(open(f"runs/{amp}/log.csv")))[-1]["loss"]) < 10
+
+def test_weights_whose_loss_is_not_finite_are_not_saved(work, capsys):
+    """One step of 1e30 has a gradient that is finite, and weights that are not to be gone on with."""
+    assert call(train, *TINY_FLAGS, "--steps", 10) == 0 and call(train, *TINY_FLAGS, "--resume", "--steps", 60, "--lr", "1e30", "--save-minutes", 0) == 1
+    assert model.read_checkpoint("runs/shapes/checkpoint.pt")["info"]["step"] == 10
+    assert call(train, *TINY_FLAGS, "--resume", "--steps", 20, "--lr", "1e-4") == 0
 
 @pytest.mark.parametrize("amp", ["off", "fp16"])
 def test_one_micro_batch_that_is_not_finite_spoils_the_step_and_nothing_else(work, monkeypatch, amp):
@@ -326,9 +338,11 @@ def test_ema_and_learning_rate(work):
     trainer = train.Trainer(options, config, torch.device("cpu"))
     expected = trainer.net.final_layer.linear.bias.detach().clone()
     assert trainer.lr(4) == pytest.approx(0.5e-2 * 0.5 * (1 + np.cos(np.pi * 4 / 100))) and trainer.lr(99) < 1e-5
-    for _ in range(3):
+    assert options.steps > 90                             # the average grows to its length by then
+    for step, decay in ((0, 0.1), (1, 2 / 11), (2, 3 / 12), (500, 0.9)):
+        trainer.step = step
         run_steps(trainer, arrays, 1)
-        expected = 0.9 * expected + 0.1 * trainer.net.final_layer.linear.bias.detach()
+        expected = decay * expected + (1 - decay) * trainer.net.final_layer.linear.bias.detach()
     assert torch.allclose(trainer.ema[0]["final_layer.linear.bias"], expected, atol=1e-7)
     assert torch.equal(trainer.ema[1]["final_layer.linear.bias"], trainer.net.final_layer.linear.bias)
     options.schedule = "constant"
@@ -351,7 +365,7 @@ def test_the_patch_follows_the_image_size(size, flags, patch):
     options, config = settled(meta, *flags)
     assert config.patch_size == patch and config.noise_scale == (2.0 if size == 512 or options.preset == "shapes" else 1.0)
 
-@pytest.mark.parametrize("batch,world,micro", [(32, 1, 32), (1024, 8, 128), (1200, 8, 75), (96, 1, 96), (257, 1, None), (256, 2, 128), (7, 2, None)])
+@pytest.mark.parametrize("batch,world,micro", [(32, 1, 32), (1024, 8, 128), (1200, 8, 150), (96, 1, 96), (257, 1, 257), (256, 2, 128), (7, 2, None)])
 def test_micro_batches(batch, world, micro):
     meta = {"size": 64, "classes": ["a", "b"], "counts": {"train": 1000}, "id": "1"}
     if micro:
@@ -359,6 +373,16 @@ def test_micro_batches(batch, world, micro):
     else:                                                 # a prime would mean passes of one image
         with pytest.raises(data.UsageError, match="give a multiple of"):
             settled(meta, "--batch-size", batch, world=world)
+
+@pytest.mark.parametrize("flags,size,device,micro", [(["--preset", "photos"], 256, "cpu", 16), (["--preset", "imagenet-B"], 256, "cpu", 8), (["--preset", "imagenet-B"], 256, "cuda", 128),
+                                                     (["--preset", "imagenet-L"], 256, "cuda", 32), (["--preset", "cifar10"], 32, "cuda", 256), ([], 64, "cpu", 32)])
+def test_the_micro_batch_fits_the_memory(monkeypatch, flags, size, device, micro):
+    monkeypatch.setattr(model, "choose_precision", lambda amp, device: "off")
+    meta = {"size": size, "classes": ["a", "b"], "counts": {"train": 1000}, "id": "1"}
+    options, _ = train.settle(gathered(*flags), meta, torch.device(device), 1)
+    assert options.micro_batch == micro
+    # only long passes are compiled; CUDA graphs take one micro-batch a step
+    assert options.compile == (device == "cuda") and options.record == (device == "cuda" and options.batch_size == micro)
 
 def test_what_the_log_counts(work):
     """Ranges of t in their order; v-space whatever the loss; sums of all processes in a checkpoint; a save asks all processes."""

@@ -82,7 +82,7 @@ def main(path="collapse.png", count=5500, steps=300):
         told = [f"step {step}: rank {rank:.1f}, std {std:.2f}" for step, rank, std in curves[variant][::4]]
         print(variant, ", ".join(told), flush=True)
     ranks = {name: [point[:2] for point in curve] for name, curve in curves.items()}
-    data.save_picture(Path(path), model.chart("effective rank of the latents", "step", ranks))
+    model.save_picture(Path(path), model.chart("effective rank of the latents", "step", ranks))
 
 if __name__ == "__main__":
     torch.set_num_threads(2)

@@ -137,7 +137,7 @@ def pack(options, experiment, kind, make, recipe):
 
     experiment: the file that decodes, by its name.  kind, make(**arguments): the coder.  recipe: what decides it, too.
     """
-    root = data.folder_of(options.data, "data")
+    root = model.folder_of(options.data, "data")
     pixels, arrays = data.open_data(root)
     if "coder" in pixels:
         raise ValueError(f"{root} holds latents: give the data set that they were made from")
@@ -199,5 +199,5 @@ def show(coder, arrays, part, device):
     for i in range(4):
         rows += [real[few[i::4]], made[few[i::4]]]
     rows.append(model.to_pictures(model.to_float(noise, device), coder))
-    data.save_picture(part / "preview.png", data.picture(rows, names=["image", "decoded"] * 4 + ["noise"]))
+    model.save_picture(part / "preview.png", data.picture(rows, names=["image", "decoded"] * 4 + ["noise"]))
     return 10 * math.log10(255**2 / ((real.astype(np.float32) - made)**2).mean())

@@ -43,7 +43,7 @@ class RepaConfig(model.JiTConfig):
             self.teacher_id, self.features = meta["id"], meta["channels"]
 
     def folder(self):
-        return data.folder_of(self.teacher, "data")
+        return model.folder_of(self.teacher, "data")
 
 class RepaHead(model.AuxHead):
     weight = 0.5
