@@ -214,7 +214,7 @@ def parse_labels(text, num, classes, num_classes):
         number = name.removeprefix("id:")
         as_id = number.isdecimal() and (number != name or not any(map(str.isdecimal, classes)))
         label = classes.index(name) if name in classes else int(number) if as_id else -1
-        refuse(not 0 <= label < num_classes, f"--labels: {name!r} is not a class; ids are id:0 to id:{num_classes - 1}, "
+        refuse(not 0 <= label < num_classes, f"--labels: {name!r} is not a class; ids: id:0 to id:{num_classes - 1}, "
                f"names are {', '.join(classes[:12]) or 'not known'}")
         ids.append(label)
     return [ids[i % len(ids)] for i in range(num)]
