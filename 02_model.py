@@ -738,11 +738,10 @@ def ahead(function, jobs, count, threads=2):
 def choose_precision(amp, device):
     """bf16, fp16 or off -> the same; None -> what the hardware is fast at.
 
-    bf16: GPUs since Ampere, CPUs with AVX512-bf16 or AMX.  fp16: the two generations of NVIDIA's GPUs before.
+    bf16: NVIDIA's GPUs since Ampere, CPUs with AVX512-bf16 or AMX.  fp16: the GPUs before.
     """
     if amp is None and device.type == "cuda":
-        generation = torch.cuda.get_device_capability(device)[0]
-        return "bf16" if generation >= 8 else "fp16" if generation == 7 else "off"
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     cpuinfo = Path("/proc/cpuinfo")
     fast = cpuinfo.exists() and any(name in cpuinfo.read_text() for name in ("avx512_bf16", "amx_bf16"))
     return amp or ("bf16" if fast else "off")

@@ -295,7 +295,7 @@ def restore(trainer, state, folder="the run"):
     """The inverse of training_state().  Raises ValueError if it does not fit."""
     try:
         for key, name in STATEFUL.items():
-            if state[key]:                                # a scaler's is empty unless the run was an fp16 one
+            if state[key] or key != "scaler":             # empty unless the run was an fp16 one
                 getattr(trainer, name).load_state_dict(state[key])
         for average, saved in zip(trainer.ema, state["ema"]):
             for name, value in average.items():

@@ -248,6 +248,85 @@ def test_a_damaged_archive_is_named(there, capsys):
     (there / "in" / "cifar-10-binary.tar.gz").write_bytes(b"damaged")
     assert call(data, "--source", "cifar10", "--root", "in") == 1 and "is damaged" in capsys.readouterr().err
 
+# ---- What people bring -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("splits", [("train", "val"), ("Train", "Test"), ("training", "testing"), ("train", "valid"), ("TRAIN", "Validation")], ids="-".join)
+def test_splits_are_known_by_their_names_in_any_case(there, splits):
+    folder(Path("in"), splits=splits)
+    assert pack() == 0 and {k: len(v[1]) for k, v in data.open_data("data/set")[1].items()} == {"train": 12, "val": 12}
+
+@pytest.mark.parametrize("classes", [("bus", "car", "train"), ("Test", "cat"), ("val", "test")], ids="-".join)
+def test_a_class_that_is_called_like_a_split_is_asked_about(there, capsys, classes):
+    folder(Path("in"), classes, splits=None)
+    assert pack() == 1 and all(word in capsys.readouterr().err for word in ("classes, or splits?",)) and not Path("data/set").exists()
+
+def test_links_are_followed_but_not_in_circles(there, capsys):
+    folder(Path("in"), splits=None)
+    folder(Path("elsewhere"), ("more",), 3, splits=None)
+    Path("in/cat/link").symlink_to(Path("elsewhere/more").resolve())
+    Path("in/cat/circle").symlink_to(Path("in/cat").resolve())
+    assert pack() == 0 and sum(len(v[1]) for v in data.open_data("data/set")[1].values()) == 15 and "left out" not in capsys.readouterr().out
+
+def test_a_folder_without_access_is_an_error(there, capsys, monkeypatch):
+    folder(Path("in"), splits=None)
+    real = os.scandir
+
+    def refuses(place):
+        if str(place).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return real(place)
+    monkeypatch.setattr(os, "scandir", refuses)
+    assert pack() == 1 and "Permission denied: 'in/dog'" in capsys.readouterr().err and not Path("data/set").exists()
+
+def test_what_is_left_out_is_said(there, capsys):
+    """Other kinds, hidden files and system folders, folders beside the splits' classes; .jfif is a JPEG."""
+    folder(Path("in"), splits=None)
+    photo(1).save("in/cat/windows.jfif", "JPEG")
+    Path("in/cat/phone.heic").write_bytes(b"x")
+    Path("in/@eaDir").mkdir()
+    for name in ("in/@eaDir/thumb.png", "in/cat/._0.png"):
+        photo(2).save(name)
+    assert pack() == 0 and sum(len(v[1]) for v in data.open_data("data/set")[1].values()) == 13
+    line, = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert "1 .heic" in line and "2 .png" in line
+
+def test_the_scripts_own_folders_are_no_classes(there):
+    folder(Path("."), splits=None)
+    assert call(data, "--size", 16, "--count", 100, "--workers", 1) == 0
+    Path("runs").mkdir()
+    assert call(data, "--source", "folder", "--root", ".", "--size", 16, "--name", "mine") == 0
+    assert data.open_data("data/mine")[0]["classes"] == ["cat", "dog"]
+
+def test_classes_have_the_names_of_classes_txt(there, capsys):
+    folder(Path("in"), ("n01", "n02", "n03"), splits=None)
+    Path("in/classes.txt").write_text("n02\tgoldfish, Carassius auratus\nn01 tench\n\nn99 unused\n")
+    assert pack() == 0 and data.open_data("data/set")[0]["classes"] == ["tench", "goldfish, Carassius auratus", "n03"]
+    Path("in/classes.txt").write_text("n01 crane\nn02 crane\n")
+    assert pack("--name", "double") == 2 and "two classes have one name" in capsys.readouterr().err
+
+SIDE = np.zeros((48, 96), np.uint8)
+SIDE[:, :20], SIDE[:12] = 255, 128                        # upright: a white bar on the left, grey above
+
+@pytest.mark.parametrize("kind", ["L", "16", "CMYK", "RGB", "lzw"])
+def test_tiff_files_are_turned_once(there, kind):
+    image = Image.fromarray(SIDE.astype(np.uint16) * 257) if kind == "16" else Image.fromarray(SIDE).convert(kind if kind in ("CMYK", "RGB") else "L")
+    image.transpose(Image.ROTATE_90).save("a.tif", tiffinfo={274: 6}, **({"compression": "tiff_lzw"} if kind == "lzw" else {}))
+    assert np.array_equal(np.asarray(data.read_image("a.tif")), np.asarray(Image.fromarray(SIDE).convert("RGB")))
+
+def test_depths(there):
+    """Floats and 32 bits are refused; in 16 bits white may be zero, and one grey transparent."""
+    grey = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    for name, image in (("float", Image.fromarray(np.ones((9, 9), np.float32))), ("long", Image.fromarray(np.full((9, 9), 10**6, np.int32)))):
+        image.save(f"{name}.tif")
+        with pytest.raises(ValueError, match="neither 8 nor 16 bits"):
+            data.read_image(f"{name}.tif")
+    Image.fromarray(grey).save("white.tif", tiffinfo={262: 0})
+    assert np.abs(np.asarray(data.read_image("white.tif"))[..., 0] - (65535.0 - grey) / 257).max() <= 0.5
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in grey)
+    Path("clear.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 256, 256, 16, 0, 0, 0, 0)) + chunk(b"tRNS", struct.pack(">H", 1000)) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    found = np.asarray(data.read_image("clear.png"))[..., 0].ravel()
+    assert found[1000] == 255 and found[999] == found[1001] == 4
+
 # ---- Bad images: skipped, counted, listed; readable oddities are read ------------------------------------------------
 def huge_header():
     """A PNG whose header claims 60000 x 60000 pixels."""

@@ -146,6 +146,38 @@ def test_labels_grammar():
         with pytest.raises(data.UsageError, match="is not a class"):
             sample.parse_labels(wrong, 3, names, 3)
 
+def test_labels_by_one_rule():
+    """Where classes are called by numbers, a number is a name; id: is always an id; a name may hold a comma, or be "all"."""
+    numbers = ["1", "10", "2", "tench, Tinca tinca", "all"]
+    assert sample.parse_labels("1,2,id:1", 3, numbers, 5) == [0, 2, 1] and sample.parse_labels("all", 2, numbers, 5) == [4, 4]
+    assert sample.parse_labels("tench, Tinca tinca", 1, numbers, 5) == sample.parse_labels('"tench, Tinca tinca"', 1, numbers, 5) == [3]
+    assert sample.parse_labels('10, "tench, Tinca tinca"', 2, numbers, 5) == [1, 3] and sample.parse_labels(None, 6, numbers, 5) == [0, 1, 2, 3, 4, 0]
+    with pytest.raises(data.UsageError, match="'0' is not a class; ids: id:0 to id:4"):
+        sample.parse_labels("0", 1, numbers, 5)
+
+@pytest.mark.parametrize("damage", [b"", b"\x89PNG\r\n\x1a\n"], ids=["empty", "cut"])
+def test_a_sample_that_does_not_end_as_a_picture_is_made_again(run, damage):
+    whole = draw("a", num=9)
+    Path("a/0000004.png").write_bytes(damage)
+    assert np.array_equal(draw("a", num=9), whole)
+
+def test_a_foreign_picture_is_not_replaced(run, capsys):
+    Image.new("RGB", (9, 9)).save("a-grid.png")
+    before = Path("a-grid.png").read_bytes()
+    assert call(sample, "--run", "r", "--num", 9, "--amp", "off", "--out", "a") == 1 and "not drawn by these scripts" in capsys.readouterr().err
+    assert Path("a-grid.png").read_bytes() == before
+    Path("a-grid.png").unlink()
+    assert draw("a", num=9).shape[0] == draw("a", num=9).shape[0] == 9
+
+def test_numbers_that_are_none_are_never_a_picture(run, capsys):
+    assert call(sample, "--run", "r", "--num", 9, "--amp", "off", "--cfg", "1e39", "--out", "a") == 1
+    assert "not finite" in capsys.readouterr().err and not list(Path("a").glob("*.png"))
+
+def test_without_a_trained_null_class_there_is_no_guidance(work, capsys):
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--label-drop", 0) == 0
+    assert call(sample, "--num", 3, "--cfg", 2) == 2 and "--label-drop 0" in capsys.readouterr().err
+    assert call(sample, "--num", 3, "--steps", 2) == 0 and ", w 1.0, " in capsys.readouterr().out
+
 def test_pictures_of_the_process(work, monkeypatch, capsys):
     """Columns are spread over all steps, the last among them; rows have names; --out is honoured."""
     assert call(train, *TINY_FLAGS, "--steps", 6, "--snapshots", 3, "--run", "p") == 0

@@ -374,6 +374,42 @@ def test_micro_batches(batch, world, micro):
         with pytest.raises(data.UsageError, match="give a multiple of"):
             settled(meta, "--batch-size", batch, world=world)
 
+@pytest.mark.parametrize("size,next_size", [(178, 192), (94, 96), (127, 128), (218, 224)])
+def test_sizes_that_make_no_good_patches_are_refused(size, next_size):
+    meta = {"size": size, "classes": ["a", "b"], "counts": {"train": 1000}, "id": "1"}
+    with pytest.raises(data.UsageError, match=f"pack them at --size {next_size}"):
+        settled(meta, "--preset", "photos")
+    assert settled(meta, "--preset", "photos", "--patch-size", size)[1].patch_size == size
+
+def test_a_dry_run_says_all_and_writes_nothing(work, capsys):
+    assert call(train, *TINY_FLAGS, "--steps", 2000, "--ema", "0.998,0.9999", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "step 0 to 2000, batch 8" in said and "micro-batches of 8" in said and "EMA over 223 and 223 steps" in said and "GiB" in said and not Path("runs").exists()
+
+def test_a_folder_that_is_no_runs_is_not_touched(work, capsys):
+    Path("runs/shapes").mkdir(parents=True)
+    Path("runs/shapes/config.json").write_text("mine")
+    assert call(train, *TINY_FLAGS, "--steps", 2) == 1 and "holds files but no checkpoint.pt" in capsys.readouterr().err
+    assert [path.name for path in Path("runs/shapes").iterdir()] == ["config.json"]
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--overwrite") == 0 and Path("runs/shapes.old/config.json").read_text() == "mine"
+
+def test_another_machines_precision_is_no_other_setting(work, monkeypatch):
+    flags = [*TINY_FLAGS[:TINY_FLAGS.index("--amp")], "--no-compile", "--steps", 4]
+    monkeypatch.setattr(model, "choose_precision", lambda amp, device: amp or "bf16")
+    assert call(train, *flags) == 0
+    monkeypatch.setattr(model, "choose_precision", lambda amp, device: amp or "off")
+    assert call(train, *flags) == 0 and call(train, *flags[:-1], 6, "--resume") == 0
+    assert json.loads(Path("runs/shapes/config.json").read_text())["options"]["amp"] == "bf16"
+
+def test_a_damaged_checkpoint_is_one_line(work, capsys):
+    assert call(train, *TINY_FLAGS, "--steps", 4) == 0
+    whole = torch.load("runs/shapes/checkpoint.pt", weights_only=True)
+    for change in ({"sums": torch.zeros(3, 2)}, {"model": {}}, {"info": None}):
+        torch.save({k: v for k, v in (whole | change).items() if v is not None}, "runs/shapes/checkpoint.pt")
+        assert call(train, *TINY_FLAGS, "--steps", 6, "--resume") == 1
+        error = capsys.readouterr().err
+        assert len(error.strip().splitlines()) == 1 and ("damaged" in error or "not the state of a training run" in error), error
+
 @pytest.mark.parametrize("flags,size,device,micro", [(["--preset", "photos"], 256, "cpu", 16), (["--preset", "imagenet-B"], 256, "cpu", 8), (["--preset", "imagenet-B"], 256, "cuda", 128),
                                                      (["--preset", "imagenet-L"], 256, "cuda", 32), (["--preset", "cifar10"], 32, "cuda", 256), ([], 64, "cpu", 32)])
 def test_the_micro_batch_fits_the_memory(monkeypatch, flags, size, device, micro):
