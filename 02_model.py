@@ -167,7 +167,6 @@ def rotary_table(head_dim, side, context):
     """The 2-D rotary embedding: cos and -+sin of every channel's angle, (2, context + N, d).       (RoFormer eq. 34)
 
     The first half of a head's channels turns with the row, the second with the column; context tokens do not turn.
-    Channels turn in pairs: an angle stands twice, its sine once with a minus.
     """
     freq = 10000 ** -(torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))                 # d/4
     rows, cols = torch.meshgrid(torch.arange(side).float(), torch.arange(side).float(), indexing="ij")
@@ -180,8 +179,7 @@ def rotary_table(head_dim, side, context):
 def rotate(x, cos, sin):
     """Turn each pair of adjacent channels of x (B,h,L,d) by its angle: (x0 cos - x1 sin, x1 cos + x0 sin).
 
-    cos, sin: (L,d), sin with its signs -+, so that it takes one product with x and one with x whose pairs are swapped.
-    The product of a turned q and a turned k depends on how far apart their tokens are, not where.
+    cos, sin: (L,d), sin with its signs -+.  A turned q times a turned k depends on how far apart their tokens are only.
     """
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return rotate_on_cpu(x, cos, sin)                 # the same, faster there; below

@@ -176,8 +176,7 @@ class Trainer:
     def update_ema(self):
         """Move every average towards the weights: ema += (1 - decay) (weights - ema).  Biases and norms, too.
 
-        The weights of m steps ago count decay^m: 0.998 averages over about 1 / (1 - 0.998) = 500 steps.  In the
-        beginning it is a ninth of the steps done: the first weights are chance, and are to be forgotten.
+        0.998 averages over about 1 / (1 - 0.998) = 500 steps; but at most over a ninth, to forget the first weights.
         """
         for decay, average in zip(self.options.ema, self.ema):
             decay = min(decay, (1 + self.step) / (10 + self.step))

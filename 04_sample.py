@@ -4,15 +4,12 @@ What this stage teaches: Euler and Heun on dz/dt = v, DDIM and DDPM, and classif
 Reads runs/<name>/checkpoint.pt (ours or the official release's).
 Writes runs/<name>/samples/ (PNG files and samples.json; samples.npz with --npz) and runs/<name>/grid.png.
 Run it:   python 04_sample.py                               1,000 images of the shapes run, 30 s on two CPU cores
-          python 04_sample.py --labels star,7 --num 16 --cfg 2 --out stars
           torchrun --nproc_per_node 8 -- 04_sample.py --checkpoint jit-b-16.pth --num 50000 --cfg 2.9 --interval 0.1,1
 
-t = 0 is noise, t = 1 is data.  Every image has its own random numbers, a function of (seed, index): the same picture
-whatever the batch size, the number of processes, the order, or where a run was interrupted.
+t = 0 is noise, t = 1 is data.  Image i is a function of (seed, i), whatever the batches, processes or interruptions.
 
-The clamp of euler and heun: v = (x_pred - z) / max(1-t, t_eps).  At t_eps = 0.05 the last steps of 50 are shortened, so
-even a perfect network leaves noise: std 0.017 k (Heun, even grid; Euler 0.014 k), two grey levels at k = 1.  --t-eps
-0.02 (any value up to 1/steps) ends exactly on x_pred.  The paper's FID is measured with the clamp, and better with it.
+The clamp of euler and heun, v = (x_pred - z) / max(1-t, 0.05), shortens the last steps: noise is left, of std 0.017 k
+(Heun 50; Euler 0.014 k).  --t-eps 0.02 (any value up to 1/steps) ends on x_pred; the paper's FID is better with 0.05.
 """
 import csv
 import sys

@@ -9,7 +9,6 @@ features of a classifier.  Two sets of features, one arithmetic:
 Reads runs/<name>/samples/, data/<name>/.   Writes runs/<name>/metrics.json; statistics are cached beside the data.
 Run it:   python 05_eval.py                                25 s on two CPU cores, the classifier's training included
           python 05_eval.py --samples my_pngs --reference VIRTUAL_imagenet256_labeled.npz --features inception
-          python 05_eval.py --table trials/w-*-metrics.json --out sweep.png        a table and a curve of earlier scores
 
 An image set is a folder of image files, a .npz with arr_0 (N,H,W,3) uint8, or a packed data set; the reference may also
 be a .npz of statistics (mu, sigma).  FID is biased upwards at small N: every number carries its N.

@@ -46,7 +46,7 @@ EXERCISES = [Exercise(number, *row) for number, row in enumerate([
     ("patchify", "02_model.py", ("patchify",), 5, 20,
      "cut an image into square patches, row by row; inside a patch the channels come last; unpatchify, below it, is the way back"),
     ("rotate", "02_model.py", ("rotate",), 9, 40,
-     "the rotary embedding: a 2-D rotation of each pair of adjacent channels; the table of sines has its signs already", (": (x0 cos - x1 sin, x1 cos + x0 sin)", ", so that it takes one product with x and one with x whose pairs are swapped"), ("rotate_on_cpu",)),
+     "the rotary embedding: a 2-D rotation of each pair of adjacent channels; the table of sines has its signs already", (": (x0 cos - x1 sin, x1 cos + x0 sin)",), ("rotate_on_cpu",)),
     ("block", "02_model.py", ("Block.forward",), 9, 40,
      "six signals from adaLN_modulation(c): shift, scale, gate for norm1 and attention (rope goes there; dropout on its output), then for norm2 and the FFN"),
     ("loss", "03_train.py", ("diffusion_loss", "grid_loss"), 9, 40,
