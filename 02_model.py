@@ -69,16 +69,16 @@ class JiTConfig:
     image_size: int = option(256, "pixels, height = width", "[1, inf)", flag=False)
     patch_size: int = option(16, "pixels (default: as many tokens as --model has)", "[1, inf)", group="network")
     in_channels: int = option(3, "3 for colours", "[1, inf)", flag=False)
-    hidden_size: int = option(768, "width of a token", "[1, inf)")
-    depth: int = option(12, "number of blocks", "[1, inf)")
+    hidden_size: int = option(768, "width of a token", "[1, 100000]")
+    depth: int = option(12, "number of blocks", "[1, 10000]")
     num_heads: int = option(12, "heads of the attention", "[1, inf)")
-    mlp_ratio: float = option(4.0, "inner width of the FFN, in hidden sizes", "(0, inf)")
+    mlp_ratio: float = option(4.0, "inner width of the FFN, in hidden sizes", "(0, 1000]")
     num_classes: int = option(1000, "the label num_classes is the null class; 0: train without classes", "[0, inf)")
     bottleneck_dim: int = option(128, "width between the two maps of the patch embedding; 0: one map", "[0, inf)")
     in_context_len: int = option(32, "class tokens put in front of the image tokens; 0: none", "[0, inf)")
     in_context_start: int = option(4, "the block before which they are put there", "[0, inf)")
     dropout: float = option(0.0, "on attention output and FFN of the blocks depth//4 to depth//4*3", "[0, 1)")
-    noise_scale: float = option(1.0, "k, the noise's std (default: image size / 256, at least 1)", "(0, inf)")
+    noise_scale: float = option(1.0, "k, the noise's std (default: image size / 256, at least 1)", "(0, 1000]")
     # variants: names of the registries below, the first is JiT's
     pred: str = option("x", "what the output means", choices=lambda: ("x", "e", "v"))
     path: str = option("linear", "how z is mixed", choices=lambda: PATHS)
@@ -723,10 +723,10 @@ def keep_freed_memory():
     except (AttributeError, OSError, TypeError):
         return
 
-def ahead(function, jobs, count, threads=2):
+def ahead(function, jobs, count):
     """Yield function(job) for every job, in order; threads work on the `count` jobs after the one in use."""
     jobs = iter(jobs)
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(count) as pool:
         waiting = deque(pool.submit(function, job) for job in islice(jobs, count))
         while waiting:
             result = waiting.popleft().result()

@@ -575,19 +575,19 @@ class Options:
     loss: str = option("v", "space of the squared error", choices=lambda: ("x", "e", "v"), group="objective")
     times: str = option("logit-normal", "distribution of t", choices=lambda: ("logit-normal", "uniform"))
     p_mean: float = option(-0.8, "mean of the normal")
-    p_std: float = option(0.8, "its standard deviation", "(0, inf)")
+    p_std: float = option(0.8, "its standard deviation", "(0, 100]")
     shift: float = option(None, "t -> t/(t + A(1-t)): above 1, more time near the noise (default: 1, or what the data "
-                          "set recommends)", "(0, inf)")
+                          "set recommends)", "[0.001, 1000]")
     label_drop: float = option(0.1, "share of labels replaced by the null class, for guidance", "[0, 1)")
     flip: bool = option(True, "mirror half of the images, but never latents")
-    aux_weight: float = option(None, "lambda, the weight of the auxiliary head (default: the head's own)", "[0, inf)")
+    aux_weight: float = option(None, "lambda, the weight of the auxiliary head (default: the head's own)", "[0, 10000]")
     objective: str = option("jit", "how a batch becomes a loss", choices=lambda: OBJECTIVES, flag=False)
-    batch_size: int = option(1024, "GLOBAL: images per optimizer step", "[1, inf)", group="optimizer")
+    batch_size: int = option(1024, "GLOBAL: images per optimizer step", "[1, 1000000]", group="optimizer")
     micro_batch: int = option(None, "images per pass and process (default: by memory)", "[1, inf)", resumable=True)
     lr: float = option(None, "learning rate (default: 5e-5 x batch size / 256)", "(0, inf)")
     schedule: str = option("constant", "after the warm-up", choices=lambda: ("constant", "cosine"))
     warmup: int = option(None, "steps (default: 5 epochs, at most 1/20 of the run)", "[0, inf)")
-    weight_decay: float = option(0.0, "of AdamW", "[0, inf)")
+    weight_decay: float = option(0.0, "of AdamW", "[0, 1000]")
     ema: tuple = option((0.9999, 0.9996), "decays of the averaged weights", "[0, 1)")
     amp: str = option(None, "mixed precision (default: bf16 where it is fast)", choices=lambda: ("bf16", "fp16", "off"),
                       group="hardware")
@@ -746,7 +746,8 @@ def checkpoint_of(folder, resume=False, overwrite=False):
     path = folder / "checkpoint.pt"
     if resume and (overwrite or not path.exists()):
         raise ValueError(f"--resume: there is no {path}, or --overwrite is given too; leave --resume out to begin")
-    if not overwrite and not path.exists() and folder.exists() and any(folder.iterdir()):
+    others = [file for file in folder.glob("*") if file.suffix != ".part"]     # a kill leaves a part of the first save
+    if others and not overwrite and not path.exists():
         raise ValueError(f"{folder} holds files but no checkpoint.pt: pass --run NAME, or --overwrite to move it aside")
     if overwrite or not path.exists():
         return None

@@ -315,7 +315,7 @@ class Settings:
     cfg: float = option(1.0, "guidance, 1 = off")
     interval: tuple = option((0.0, 1.0), "times between which guidance acts; the paper: 0.1,1", "[0, 1]")
     t_eps: float = option(model.T_EPS, "clamp of 1-t, see the head of this file", "(0, 1)")
-    shift: float = option(1.0, "t -> t/(t + A(1-t)): above 1, more steps near the noise", "(0, inf)")
+    shift: float = option(1.0, "t -> t/(t + A(1-t)): above 1, more steps near the noise", "[0.001, 1000]")
 
 @dataclass
 class Options:

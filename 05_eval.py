@@ -138,7 +138,7 @@ def describe(images, net, device, batch_size, title, chosen=None):
     sums, parts = {}, []
     with data.Progress(len(chosen), title, " images") as bar:
         parts_of = data.in_parts(np.arange(len(chosen)), batch_size)
-        read = model.ahead(lambda rows: torch.from_numpy(np.array(images[chosen[rows]])), parts_of, cores, cores)
+        read = model.ahead(lambda rows: torch.from_numpy(np.array(images[chosen[rows]])), parts_of, cores)
         for rows, batch in zip(parts_of, read):
             out = net(batch.to(device))
             for name in out.keys() & {"features", "spatial"}:

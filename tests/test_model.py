@@ -178,7 +178,7 @@ def test_rotation_is_the_same_written_with_complex_and_real_numbers(monkeypatch)
 
 def test_reading_ahead_keeps_the_order_and_the_distance():
     begun = []
-    for i, square in enumerate(model.ahead(lambda job: begun.append(job) or job**2, range(50), 5, threads=3)):
+    for i, square in enumerate(model.ahead(lambda job: begun.append(job) or job**2, range(50), 5)):
         assert square == i**2 and len(begun) <= i + 6
     assert sorted(begun) == list(range(50)) and list(model.ahead(str, [], 4)) == []
     with pytest.raises(ZeroDivisionError):

@@ -392,6 +392,9 @@ def test_a_folder_that_is_no_runs_is_not_touched(work, capsys):
     assert call(train, *TINY_FLAGS, "--steps", 2) == 1 and "holds files but no checkpoint.pt" in capsys.readouterr().err
     assert [path.name for path in Path("runs/shapes").iterdir()] == ["config.json"]
     assert call(train, *TINY_FLAGS, "--steps", 2, "--overwrite") == 0 and Path("runs/shapes.old/config.json").read_text() == "mine"
+    Path("runs/killed").mkdir()
+    Path("runs/killed/checkpoint.pt.part").write_bytes(b"half")            # what a kill in the first save leaves
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "killed") == 0
 
 def test_another_machines_precision_is_no_other_setting(work, monkeypatch):
     flags = [*TINY_FLAGS[:TINY_FLAGS.index("--amp")], "--no-compile", "--steps", 4]
