@@ -116,7 +116,7 @@ def open_data(folder):
             arrays[split] = images, labels
     except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
         raise ValueError(f"the data set at {folder} is damaged or outdated ({error}): delete the folder, and pack it "
-                         "again") from None
+                         "again")
     return meta, arrays
 
 # ---- Source "shapes": outlines in about the unit circle, y pointing down, all symmetric left to right ---

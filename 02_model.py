@@ -705,10 +705,10 @@ def torchs_errors():
         yield
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
-            raise ValueError("out of memory: pass a smaller --micro-batch or --batch-size") from None
+            raise ValueError("out of memory: pass a smaller --micro-batch or --batch-size")
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             why = str(error).strip().splitlines()[0][:100]
-            raise ValueError(f"torch.compile failed ({why}): pass --no-compile") from None
+            raise ValueError(f"torch.compile failed ({why}): pass --no-compile")
         raise
 
 def keep_freed_memory():

@@ -217,7 +217,8 @@ def parse_labels(text, num, classes, num_classes):
     return [ids[i % len(ids)] for i in range(num)]
 
 # ---- Writing: a folder of PNG files that knows its settings ----------------------------------------------------------
-SAMPLE_FILES = ("[0-9]" * 7 + ".png", "samples.json", "samples.npz", "*.part")
+PARTS = ("[0-9]*.png.part", "samples.*.part", "arr_0.npy*")              # left by a kill
+SAMPLE_FILES = ("[0-9]" * 7 + ".png", "samples.json", "samples.npz", *PARTS)
 
 def file_of(out, i):
     return out / f"{i:07d}.png"
@@ -232,10 +233,8 @@ def image_of(out, i):
 def check_folder(out, record, overwrite):
     """Raise ValueError if the folder holds anything but samples made with these settings."""
     if out.exists():
-        way = "choose another --out"
-        if out.is_file():
-            raise ValueError(f"{out} is a file that this script did not write: {way}")
-        data.only_ours(out, SAMPLE_FILES, way)
+        patterns = SAMPLE_FILES if (out / "samples.json").exists() else PARTS
+        data.only_ours(out, patterns, "choose another --out")
     if (out / "samples.json").exists() and not overwrite:
         old = asdict(Settings()) | data.load_json(out / "samples.json", labels=list)   # may be older than a setting
         data.refuse_other(old, record, out, "pass --overwrite to replace them, or --out")

@@ -125,7 +125,7 @@ def test_samples_are_neither_overwritten_nor_ignored(run, capsys):
     Path("mine").mkdir()
     Image.new("RGB", (9, 9)).save("mine/holiday.png")
     assert call(sample, "--run", "r", "--num", 4, "--out", "mine", "--overwrite") == 1 and "did not write" in capsys.readouterr().err
-    assert call(sample, "--run", "r", "--num", 4, "--out", "mine/holiday.png") == 1 and "did not write" in capsys.readouterr().err
+    assert call(sample, "--run", "r", "--num", 4, "--out", "mine/holiday.png") == 1 and "Not a directory" in capsys.readouterr().err
 
 def test_official_checkpoint_is_sampled(there, monkeypatch):
     monkeypatch.setitem(model.MODELS, "JiT-tiny", TINY)
@@ -168,6 +168,16 @@ def test_a_foreign_picture_is_not_replaced(run, capsys):
     assert Path("a-grid.png").read_bytes() == before
     Path("a-grid.png").unlink()
     assert draw("a", num=9).shape[0] == draw("a", num=9).shape[0] == 9
+
+@pytest.mark.parametrize("name", ["0000000.png", "0000099.png", "thesis.part", "samples.npz"])
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]], ids=str)
+def test_a_folder_without_our_record_is_not_touched(run, capsys, name, flags):
+    """What looks like samples is only ours where samples.json, which is written first, lies beside it."""
+    Path("a").mkdir()
+    Image.new("RGB", (16, 16), "red").save(f"a/{name}", "png")
+    before = Path(f"a/{name}").read_bytes()
+    assert call(sample, "--run", "r", "--num", 9, "--amp", "off", "--out", "a", *flags) == 1 and f"holds {name}" in capsys.readouterr().err
+    assert Path(f"a/{name}").read_bytes() == before and len(list(Path("a").iterdir())) == 1
 
 def test_numbers_that_are_none_are_never_a_picture(run, capsys):
     assert call(sample, "--run", "r", "--num", 9, "--amp", "off", "--cfg", "1e39", "--out", "a") == 1
