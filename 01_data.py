@@ -7,7 +7,7 @@ Reads a source:   shapes       ten named shapes, drawn here; a function of (seed
                                (a part is held out), or images without class folders
                   cifar10, imagenette-160, imagenette-320     downloaded, checked by their checksum
 Writes data/<name>/:   train_images.npy (N,H,W,3) uint8, train_labels.npy (N,) int64, val_*.npy, meta.json, preview.png
-Run it:   python 01_data.py          6 seconds on two cores; look at data/shapes/preview.png
+Run it:   python 01_data.py          7 seconds on two cores; look at data/shapes/preview.png
           python 01_data.py --source folder --root PHOTOS --size 256 --name photos
 
 A data set is whole, or it is not there.  Pixels stay uint8 on disk, 0..255; 03_train.py scales them to [-1, 1] later.
@@ -28,6 +28,7 @@ import textwrap
 import time
 import urllib.request
 import uuid
+import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -652,7 +653,7 @@ def class_picture(labels, names, image_of):
 # ---- Running it ------------------------------------------------------------------------------------------------------
 SET_FILES = ("train_images.npy", "train_labels.npy", "val_images.npy", "val_labels.npy", "preview.png", "skipped.txt",
              "coder.pt", "reconstructions.npz")           # of an unfinished set; a finished one has these too:
-FINISHED_FILES = (*SET_FILES, "meta.json", "classifier-*.pt", "statistics-*.npz", "*.part")
+FINISHED_FILES = (*SET_FILES, "meta.json", "classifier-*", "statistics-*")
 
 @dataclass
 class Options:
@@ -742,6 +743,7 @@ def already_packed(folder, recipe, overwrite):
 
 def main(argv=None):
     options = Options(**parse(argv, "Pack images into memory-mapped arrays.", Options))
+    warnings.simplefilter("error", Image.DecompressionBombWarning)             # a header that claims a huge picture
     folder = options.out / options.name
     folder = folder.resolve() if folder.is_symlink() else folder
     names, make, splits = SOURCES[options.source](options)

@@ -2,7 +2,7 @@
 
 What this stage teaches: how an image and noise are mixed, and what a network may predict of the mixture; how an image
 becomes a few long tokens and comes back; and how time and class steer every block (adaLN-Zero, context tokens).
-Reads nothing, writes nothing.   Run it:   python 02_model.py   (7 s: the table of sizes, then the shapes of one batch)
+Reads nothing, writes nothing.   Run it:   python 02_model.py   (5 s: the table of sizes, then the shapes of one batch)
 
 TIME RUNS FROM NOISE TO DATA: t = 0 is pure noise, t = 1 is the clean image.  (Stable Diffusion 3, SiT and REPA write it
 the other way round.)  With x the image in [-1, 1] and e ~ N(0, k^2 I) noise, k = noise_scale:

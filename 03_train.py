@@ -3,7 +3,7 @@
 What this stage teaches: the JiT loss, and around it what a real run needs: mixed precision, any number of GPUs,
 gradient accumulation, averaged weights (EMA), checkpoints that survive a kill, a log in which trouble shows early.
 Reads data/<name>/.   Writes runs/<name>/: config.json, log.csv, loss.png, checkpoint.pt, snapshots/, preview/
-Run it:   python 03_train.py                     the shapes preset, five to six minutes on two CPU cores
+Run it:   python 03_train.py                     the shapes preset, six minutes on two CPU cores
           python 03_train.py --experiment my_head.py      with a head, a layer or a loss of your own (README)
           torchrun --nproc_per_node 8 -- 03_train.py --preset imagenet-B       the same model on 8 GPUs as on one
 Stopped or killed, the same command goes on where it was saved; --resume: with other steps, epochs, lr or amp.
@@ -290,7 +290,7 @@ def training_state(trainer):
 
 STATEFUL = {"model": "net", "head": "head", "optimizer": "optimizer", "scaler": "scaler"}      # in file: of the trainer
 
-def restore(trainer, state, folder="the run"):
+def restore(trainer, state, folder):
     """The inverse of training_state().  Raises ValueError if it does not fit."""
     try:
         for key, name in STATEFUL.items():
@@ -439,7 +439,7 @@ class Recorder:
         trainer, options, step = self.trainer, self.trainer.options, self.trainer.step
         first, done = trainer.rank == 0, step == options.steps
         self.bar.update()
-        if step % MAX_BAD == 0 and trainer.bad >= MAX_BAD or done and trainer.bad:
+        if step % MAX_BAD == 0 and trainer.bad >= MAX_BAD or done and not self.is_good():
             raise ValueError(self.advice())
         if done or step % options.log_every == 0:
             self.write_line(done)
@@ -482,7 +482,7 @@ class Recorder:
             return
         loss_sum, count = sums[:BINS].sum(dim=0).tolist()
         means = {name: total / n for name, (total, n) in zip(SUMMED, sums.tolist()) if n}
-        row = {"step": step, "images": step * options.batch_size, "loss": loss_sum / max(1, count), "aux": 0.0, **means,
+        row = {"step": step, "images": step * options.batch_size, "loss": loss_sum / max(1, count), **means,
                "lr": trainer.lr(step - 1), "skipped": int(trainer.skipped), "images_per_s": speed,
                "gpu_MiB": torch.cuda.max_memory_allocated() / 2**20}
         if done or step // options.log_every % 10 == 0:
@@ -496,7 +496,7 @@ class Recorder:
 
     def advice(self):
         """What to say when no step is finite any more."""
-        return (f"the last {self.trainer.bad} steps had a gradient that is not finite, up to step {self.trainer.step}: "
+        return (f"numbers are no longer finite at step {self.trainer.step} ({self.trainer.bad} gradients in a row): "
                 f"{self.folder / 'checkpoint.pt'} is good; go on with --resume and a lower --lr than "
                 f"{self.trainer.options.lr:g}, or with another --amp")
 
@@ -657,11 +657,11 @@ def settle(settings, meta, device, world):
     row, size = model.MODELS[settings.get("model", Options.model)], meta["size"]
     found = {"image_size": size, "in_channels": meta.get("channels", 3), "num_classes": len(meta["classes"]),
              "noise_scale": max(1.0, size / 256)}
-    if "coder" not in meta and "patch_size" not in settings:
-        found["patch_size"] = nearest_patch(row, size)
     if "coder" in meta:                                   # a latent's mirror image is not a latent
         found |= {"patch_size": 1, "bottleneck_dim": 0}
         settings = settings | {"flip": False}
+    elif "patch_size" not in settings:
+        found["patch_size"] = nearest_patch(row, size)
     settings = row | found | settings | {"classes": meta["classes"], "data_id": meta["id"], "coder": meta.get("coder")}
     kind, _ = model.NETWORKS[settings.get("network", "jit")]
     own = model.names_of(Options)
@@ -680,21 +680,21 @@ def settle(settings, meta, device, world):
         options.warmup = min(round(5 * epoch), options.steps // 20)
     options.lr = options.lr or 5e-5 * options.batch_size / 256
     options.shift = options.shift or meta.get("shift", 1.0)
-    settle_speed(options, config, device, world)
+    settle_speed(options, config, device)
     if options.aux_weight is None:
         options.aux_weight = model.AUX_HEADS[config.aux].weight
     if options.objective == "jit" and (config.pred, options.loss, config.path) != ("x", "v", "linear"):
         options.objective = "grid"
     return options, config
 
-def settle_speed(options, config, device, world):
+def settle_speed(options, config, device):
     """Precision, compiling and recording, where the settings leave them open.  Raises UsageError."""
     options.amp = model.choose_precision(options.amp, device)
     if options.compile is None:                           # it takes half a minute or more, and pays in long passes
         tokens = (config.image_size // config.patch_size)**2
         work = model.count_parameters(config) * tokens * options.micro_batch   # multiply-adds of a forward pass
         options.compile = device.type == "cuda" and work > 1e11
-    one_pass = world == 1 and options.micro_batch == options.batch_size
+    one_pass = options.micro_batch == options.batch_size                       # then there is one process, too
     plain = config.aux == "none" and not options.checkpointing and not files_of(options.experiment)
     options.record = device.type == "cuda" and one_pass and plain
 
@@ -713,7 +713,7 @@ def size_of(config):
 def micro_batch_of(options, config, device, world):
     """Images per pass and process: --micro-batch, or as large a part of the batch as memory should hold.
 
-    By default a GPU takes 128 images of JiT-B/16, some 16 GiB, a CPU 16 of JiT-S/16.  Raises UsageError.
+    By default a GPU takes 128 images of JiT-B/16, 17 GiB, a CPU 16 of JiT-S/16.  Raises UsageError.
     """
     most = (3.1e8 if device.type == "cuda" else 2e7) // size_of(config)
     largest = options.micro_batch or max(1, min(int(most), options.batch_size // world))
@@ -779,7 +779,8 @@ def announce(options, config, folder, step, count, device):
     """Say what begins."""
     how = " compiled" * options.compile + " as CUDA graphs" * options.record
     windows = [f"{min(1 / (1 - d), (10 + options.steps) / 9):.0f}" for d in options.ema]
-    need = 24 * model.count_parameters(config) + 130 * options.micro_batch * size_of(config)
+    need = 24 * model.count_parameters(config)            # weights, gradients, two moments, two averages
+    need += (50 if options.compile else 130) * options.micro_batch * size_of(config)           # as measured
     print(f"{folder}: {options.model} with {model.count_parameters(config):,} parameters, patch {config.patch_size}, "
           f"on {count} images; step {step} to {options.steps}, batch {options.batch_size}, "
           f"lr {options.lr:.2g}, {options.amp}, {device}{how}; micro-batches of {options.micro_batch}, about "

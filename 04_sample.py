@@ -235,9 +235,10 @@ def check_folder(out, record, overwrite):
     if out.exists():
         patterns = SAMPLE_FILES if (out / "samples.json").exists() else PARTS
         data.only_ours(out, patterns, "choose another --out")
-    if (out / "samples.json").exists() and not overwrite:
+    if (out / "samples.json").exists():
         old = asdict(Settings()) | data.load_json(out / "samples.json", labels=list)   # may be older than a setting
-        data.refuse_other(old, record, out, "pass --overwrite to replace them, or --out")
+        if not overwrite:
+            data.refuse_other(old, record, out, "pass --overwrite to replace them, or --out")
 
 def sample_all(sampler, out, batch_size, rank, world):
     """Generate what is missing; batches are the same whoever computes them.  Returns how many images were made."""

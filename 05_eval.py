@@ -7,7 +7,7 @@ features of a classifier.  Two sets of features, one arithmetic:
                           beside it stands how often that classifier sees the class asked for, and is right.
   --features inception    2048 numbers of Inception-v3 as in the original FID, its weights downloaded or given.
 Reads runs/<name>/samples/, data/<name>/.   Writes runs/<name>/metrics.json; statistics are cached beside the data.
-Run it:   python 05_eval.py                                25 s on two CPU cores, the classifier's training included
+Run it:   python 05_eval.py                                28 s on two CPU cores, the classifier's training included
           python 05_eval.py --samples my_pngs --reference VIRTUAL_imagenet256_labeled.npz --features inception
 
 An image set is a folder of image files, a .npz with arr_0 (N,H,W,3) uint8, or a packed data set; the reference may also
@@ -243,7 +243,7 @@ def load_inception(path):
     except Exception as error:
         hint = "fetch it elsewhere and pass --inception-weights FILE" if path is None else "is it the right file?"
         raise ValueError(f"cannot load the Inception weights from {path or WEIGHTS_URL} "
-                         f"({str(error).splitlines()[0][:100]}): {hint}") from None
+                         f"({str(error).splitlines()[0][:100]}): {hint}")
     if digest == WEIGHTS_HASH:
         return net, "FID", digest
     model.warn(f"{path} is not the published weights file; the scores are named after it, not FID")
@@ -378,7 +378,7 @@ def read_npz(path):
         with np.load(path, allow_pickle=False) as file:
             content = {name: file[name] for name in STATISTICS | {"arr_0", "arr_1"} if name in file.files}
     except Exception as error:                            # zip, zlib and numpy each have their own
-        raise ValueError(f"{path} is not a readable npz file ({error})") from None
+        raise ValueError(f"{path} is not a readable npz file ({error})")
     images, labels = content.pop("arr_0", None), content.pop("arr_1", None)
     if images is None and not {"mu", "sigma"} <= content.keys():
         raise ValueError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")

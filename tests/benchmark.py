@@ -189,10 +189,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     args.count = args.count or {"scores": 50_000}.get(args.what, 400)
     with model.device_and_processes(args.device) as (device, _, _):
+        data.refuse(args.record and device.type != "cuda", "--record: CUDA graphs need a GPU")
         args.amp = model.choose_precision(args.amp, device)
         model.attend = plain_attention if args.plain else FUSED
         {"train": lambda: benchmark_train(args, device), "profile": lambda: benchmark_profile(args, device), "sample": lambda: benchmark_sample(args, device), "data": lambda: benchmark_data(args),
          "files": lambda: benchmark_files(args), "scores": lambda: benchmark_scores(args.count)}[args.what]()
 
 if __name__ == "__main__":
-    main()
+    sys.exit(data.run(main))

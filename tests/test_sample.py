@@ -179,6 +179,13 @@ def test_a_folder_without_our_record_is_not_touched(run, capsys, name, flags):
     assert call(sample, "--run", "r", "--num", 9, "--amp", "off", "--out", "a", *flags) == 1 and f"holds {name}" in capsys.readouterr().err
     assert Path(f"a/{name}").read_bytes() == before and len(list(Path("a").iterdir())) == 1
 
+def test_another_programs_record_is_no_permission(run, capsys):
+    Path("a").mkdir()
+    Path("a/samples.json").write_text("[]")
+    Image.new("RGB", (16, 16), "red").save("a/0000003.png")
+    assert call(sample, "--run", "r", "--num", 9, "--amp", "off", "--out", "a", "--overwrite") == 1 and "samples.json is damaged" in capsys.readouterr().err
+    assert Path("a/0000003.png").exists()
+
 def test_numbers_that_are_none_are_never_a_picture(run, capsys):
     assert call(sample, "--run", "r", "--num", 9, "--amp", "off", "--cfg", "1e39", "--out", "a") == 1
     assert "not finite" in capsys.readouterr().err and not list(Path("a").glob("*.png"))

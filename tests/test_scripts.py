@@ -133,6 +133,10 @@ def test_every_way_to_train_in_the_benchmark(there, capsys, monkeypatch, mode):
     import_module("benchmark").main(["train", *map(str, OTHERS["tests/benchmark.py train"]), *mode])
     assert "utilisation" in capsys.readouterr().out
 
+def test_the_benchmark_records_on_a_gpu_only(there):
+    done = shell("tests/benchmark.py", "train", "--record", "--device", "cpu", cwd=there)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "need a GPU" in done.stderr
+
 @pytest.mark.parametrize("script,args", [pytest.param(c[0], list(c[1:]), id=" ".join(c)) for c in STAGES])
 def test_every_command_of_the_readme_parses(there, script, args):
     shutil.copy(ROOT / "tests" / "experiments" / "mean_colour.py", "my_head.py")

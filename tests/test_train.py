@@ -154,12 +154,12 @@ def test_the_log_goes_on_within_a_window(work):
     first.skipped.fill_(4)
     first.scaler.update(8.0)
     first.log.rows = [{"step": 2}]
-    train.restore(second, train.training_state(first))
+    train.restore(second, train.training_state(first), "a run")
     assert torch.equal(first.log.sums, second.log.sums) and first.log.sums[:, 1].sum() > 0 and first.log.sums[-2, 0] > 0 and second.log.rows == [{"step": 2}]
     assert all(torch.equal(a, b) for a, b in zip(first.head.parameters(), second.head.parameters(), strict=True)) and len(list(first.head.parameters())) == 4
     assert (second.bad, second.skipped, second.step, second.scaler.get_scale()) == (2, 4, 3, 8.0)
     other = train.Trainer(options, config, torch.device("cpu"), rank=1)
-    train.restore(other, train.training_state(first))
+    train.restore(other, train.training_state(first), "a run")
     assert other.log.sums.abs().sum() == 0                    # they are those of all processes: one of them takes them
 
 def test_a_kill_before_the_first_checkpoint_begins_again(work):
@@ -287,10 +287,17 @@ def test_non_finite_steps_are_skipped_and_counted(work, capsys, monkeypatch):
     for amp in ("bf16", "fp16"):
         assert call(train, *TINY_FLAGS, "--lr", "1e30", "--warmup", 0, "--steps", 30, "--amp", amp, "--run", amp) == 1
         error = capsys.readouterr().err
-        assert re.search(r"the last 1\d steps had a gradient that is not finite", error) and len(error.strip().splitlines()) == 1 and error.endswith("lower --lr than 1e+30, or with another --amp\n"), error
+        assert re.search(r"no longer finite at step \d+ \(1\d gradients in a row\)", error) and len(error.strip().splitlines()) == 1 and error.endswith("lower --lr than 1e+30, or with another --amp\n"), error
         assert model.read_checkpoint(f"runs/{amp}/checkpoint.pt")["info"]["step"] <= 1
         assert call(train, *TINY_FLAGS, "--lr", "1e-3", "--warmup", 0, "--steps", 30, "--run", amp, "--amp", amp, "--resume") == 0           # as it says
         assert float(list(csv.DictReader(open(f"runs/{amp}/log.csv")))[-1]["loss"]) < 10
+
+def test_a_run_that_ends_in_numbers_that_are_none_says_so(work, capsys):
+    """Its last step's gradient is finite, the weights that it makes are useless: nothing is saved, and that is no success."""
+    assert call(train, *TINY_FLAGS, "--lr", "1e30", "--warmup", 0, "--steps", 1) == 1
+    said = capsys.readouterr()
+    assert "no longer finite at step 1 (0 gradients in a row)" in said.err and "after step 1" not in said.out
+    assert model.read_checkpoint("runs/shapes/checkpoint.pt")["info"]["step"] == 0
 
 def test_weights_whose_loss_is_not_finite_are_not_saved(work, capsys):
     """One step of 1e30 has a gradient that is finite, and weights that are not to be gone on with."""
