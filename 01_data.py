@@ -9,7 +9,6 @@ Reads a source:   shapes       ten named shapes, drawn here; a function of (seed
 Writes data/<name>/:   train_images.npy (N,H,W,3) uint8, train_labels.npy (N,) int64, val_*.npy, meta.json, preview.png
 Run it:   python 01_data.py          7 seconds on two cores; look at data/shapes/preview.png
           python 01_data.py --source folder --root PHOTOS --size 256 --name photos
-
 A data set is whole, or it is not there.  Pixels stay uint8 on disk, 0..255; 03_train.py scales them to [-1, 1] later.
 """
 import argparse
