@@ -31,7 +31,7 @@ import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from itertools import zip_longest
 from pathlib import Path
@@ -188,13 +188,16 @@ TURNS = dict(enumerate((Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_
 def to_rgb(image):
     """A PIL image of 8 or 16 bits -> RGB: turned as its EXIF says, scaled to 8 bits, transparency on white."""
     image.load()                                          # subtle: Pillow turns TIFF files by itself, in loading them
-    turn = image.getexif().get(0x0112)
+    turn = None
+    with suppress(Exception):                             # a camera's odd entry does not spoil the picture
+        turn = image.getexif().get(0x0112)
     deep = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
-    if image.mode in ("I", "F") and not deep:
-        raise ValueError(f"its pixels have neither 8 nor 16 bits, but mode {image.mode}")
+    tags = getattr(image, "tag_v2", {})                   # of a TIFF file: 258 bits, 262 what zero means
+    if image.mode in ("I", "F") and not deep or tags.get(258) == (12,):
+        raise ValueError(f"its pixels have neither 8 nor 16 bits ({image.mode})")
     if deep:                                              # grey; subtle: convert("RGB") would cut it off at 255
         grey = np.asarray(image).astype(np.float32)
-        if image.format == "TIFF" and image.tag_v2.get(262) == 0:              # white is zero
+        if tags.get(262) == 0:                            # white is zero
             grey = 65535 - grey
         grey[grey == image.info.get("transparency")] = 65535
         image = Image.fromarray((grey / 257 + 0.5).clip(0, 255).astype(np.uint8))
@@ -211,7 +214,7 @@ def read_image(path):
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             return to_rgb(image)
     except Exception as error:                            # subtle: Pillow raises many kinds, also SyntaxError
-        raise ValueError(f"{path} is not a readable image ({type(error).__name__}: {error})".splitlines()[0]) from None
+        raise ValueError(f"{path} is not a readable image ({type(error).__name__}: {error})".splitlines()[0])
 
 def decode(job):
     """Read and crop one file.  job: (path, size) -> (size,size,3) uint8, or a string that says why not."""
@@ -233,14 +236,14 @@ def folders_in(place):
                   if entry.is_dir() and not entry.name.startswith(HIDDEN) and entry.resolve() not in own)
 
 def every_file(folder):
-    """Every file below a folder.  Links are followed, but not in circles.  Raises OSError for one without access."""
+    """Every file below a folder, but for packed data sets.  Links are followed, but not in circles.  Raises OSError."""
     def fail(error):
         if not isinstance(error, FileNotFoundError):
             raise error
     seen = set()
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(parent)
-        if real in seen:
+        if real in seen or "train_images.npy" in names:
             folders.clear()
             continue
         seen.add(real)
@@ -248,15 +251,14 @@ def every_file(folder):
 
 def list_images(folder):
     """The image files of a folder and of those below it, but for hidden ones; the suffix decides."""
-    folder = str(Path(folder))
-    return sorted(file for file in every_file(folder) if file.lower().endswith(SUFFIXES)
-                  and not any(os.sep + mark in file[len(folder):] for mark in HIDDEN))
+    return sorted(file for file in every_file(folder) if file.lower().endswith(SUFFIXES) and os.path.isfile(file)
+                  and not any(os.sep + mark in file[len(str(folder)):] for mark in HIDDEN))
 
 def list_classes(folder):
     """Class folders -> (names, [(file, label)]).  A folder without sub-folders is unlabelled: no names, label 0."""
     names = [entry.name for entry in folders_in(folder)]
     loose = sorted(entry.name for entry in folder.iterdir()
-                   if entry.suffix.lower() in SUFFIXES and not entry.name.startswith(HIDDEN))
+                   if entry.is_file() and entry.suffix.lower() in SUFFIXES and not entry.name.startswith(HIDDEN))
     if names and loose:
         raise ValueError(f"{folder} holds class folders and {len(loose)} loose images ({loose[0]}, ...): "
                          "put them into a class, or elsewhere")
@@ -343,7 +345,7 @@ def fetch(source, folder):
                     raise OSError(f"its md5 is not {md5}")
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise ValueError(f"cannot download {url} ({type(error).__name__}: {error}): fetch it yourself and put it "
-                             f"into {folder}") from None
+                             f"into {folder}")
     elif file_hash(path, "md5") != md5:
         raise ValueError(f"{path} is damaged: its md5 is not {md5}; remove it and run again")
     return path
@@ -384,12 +386,13 @@ def folder_source(options):
     refuse(not options.root, "--source folder needs --root, its folder")
     names, splits = list_folder(options.root, options.val_fraction, options.seed)
     file = options.root / "classes.txt"
-    names = called(names, file.read_text() if file.is_file() else "")
+    names = called(names, file.read_text(encoding="utf-8-sig") if file.is_file() else "")
+    print(f"every image is cropped and scaled to {options.size} x {options.size}, small ones enlarged")
     return names, lambda path: decode((path, options.size)), splits
 
 def called(names, text):
     """What a classes.txt calls the class folders, in lines like "n01440764 tench, Tinca tinca"; others keep theirs."""
-    known = dict(line.split(maxsplit=1) for line in text.splitlines() if len(line.split()) > 1)
+    known = dict(line.strip().split(maxsplit=1) for line in text.splitlines() if len(line.split()) > 1)
     names = [known.get(name, name) for name in names]
     refuse(len(set(names)) < len(names), "classes.txt: two classes have one name")
     return names
@@ -428,7 +431,7 @@ def refuse_other(old, new, place, way):
 def flag(name):
     return "--" + name.replace("_", "-")
 
-def option(default, text, within=None, choices=None, group=None, flag=True, resumable=False):
+def option(default, text, within="(-inf, inf)", choices=None, group=None, flag=True, resumable=False):
     """A dataclass field that is also a command-line flag.  None as default: worked out later, as the text says.
 
     within: an interval for its numbers, as "(0, 1]".  choices: a function that returns the names allowed; it is called
@@ -437,11 +440,10 @@ def option(default, text, within=None, choices=None, group=None, flag=True, resu
     """
     return field(default=default, metadata={k: v for k, v in locals().items() if k != "default"})
 
-def check(name, value, within=None, choices=None, **_):
+def check(name, value, within="(-inf, inf)", choices=None, **_):
     """Raise UsageError unless value is one of the choices, and its numbers are finite and in the interval."""
     names = list(choices()) if choices else [value]
     refuse(value not in names, f"{name} {value!r} is unknown: one of {', '.join(map(str, names))}")
-    within = within or "(-inf, inf)"
     low, high = map(float, within[1:-1].split(","))
     for number in value if isinstance(value, tuple) else [value]:
         if isinstance(number, (int, float)):
@@ -509,7 +511,7 @@ def run(main):
     except (ValueError, OSError, NotImplementedError, MemoryError) as error:
         code, message = 2 if isinstance(error, UsageError) else 1, error
     rank = os.environ.get("RANK", "0")
-    if os.environ.get("LOCAL_RANK", rank) != "0":         # if all processes fail alike, the first speaks and torchrun
+    if rank != "0":                                       # if all processes fail alike, the first speaks and torchrun
         signal.signal(signal.SIGTERM, signal.SIG_DFL)     # ends the others in this time; one that fails alone speaks
         time.sleep(3)
     who = f"[rank {rank}] " if rank != "0" else ""
@@ -552,7 +554,7 @@ def load_json(path, **kinds):
             if type(record.get(name)) is not kind:
                 raise ValueError(f"{name or 'it'} is not a {kind.__name__}")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
+        raise ValueError(f"{path} is damaged ({error})")
     return record.pop("")
 
 def save_json(path, value):
@@ -585,7 +587,7 @@ def locked(path):
             if flock:
                 flock(file, LOCK_EX | LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is writing to {path}: wait for it, or stop it") from None
+            raise ValueError(f"another process is writing to {path}: wait for it, or stop it")
         yield
 
 def only_ours(folder, patterns, way):
@@ -601,8 +603,8 @@ class Progress(tqdm):
         silent = sys.stderr is None or os.environ.get("RANK", "0") != "0"
         self.lines = silent or not sys.stderr.isatty()
         if self.lines:
-            shown = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}"
-            more |= {"mininterval": 30, "delay": 4, "bar_format": shown}
+            more |= {"mininterval": 30, "delay": 4,
+                     "bar_format": "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left{postfix}"}
         super().__init__(total=total, desc=title, unit=unit, disable=silent, **more)
 
     def display(self, *args, **more):

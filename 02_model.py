@@ -29,6 +29,7 @@ import math
 import os
 import sys
 import traceback
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -47,11 +48,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
+sys.path.append(str(Path(__file__).parent))               # python -P does not look there
 data = import_module("01_data")                           # a name that begins with a digit cannot follow `import`
 option, refuse = data.option, data.refuse
 
 # ---- The line from noise to data ------------------------------------------------------------- (JiT eq. 1 and 2) ----
-T_EPS = 0.05                                              # denominators are clamped here     (JiT Algorithms 1 and 2)
+T_EPS = 0.05                                              # denominators are clamped here            (JiT section 4.3)
 
 def mix(x, e, t):
     """The noised image z = t x + (1-t) e, from image x (B,...), noise e (B,...) and times t (B,).       (JiT eq. 1)"""
@@ -181,9 +183,7 @@ def rotate(x, cos, sin):
 
     cos, sin: (L,d), sin with its signs -+.  A turned q times a turned k depends on how far apart their tokens are only.
     """
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return rotate_on_cpu(x, cos, sin)                 # the same, faster there; below
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)                                        # B h L d
+    swapped = x.unflatten(-1, (-1, 2)).roll(1, dims=-1).flatten(-2)                                # B h L d
     return x * cos + swapped * sin
 
 # ---- Conditions: time and class -------------------------------------------------------------------------------------
@@ -410,12 +410,6 @@ def bottleneck_ffn(hidden, inner, dropout):
     return nn.Sequential(Linear(hidden, hidden // 2), nn.GELU(), Linear(hidden // 2, inner), nn.SiLU(),
                          Linear(inner, hidden))
 
-def rotate_on_cpu(x, cos, sin):
-    """rotate() as one complex product, (x0 + i x1) e^(i angle)."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                                # B h L d/2
-    turns = torch.complex(cos[:, ::2], sin[:, 1::2])                                               # L d/2
-    return torch.view_as_real(pairs * turns).flatten(-2)                                           # B h L d
-
 # experiment: a file of tests/experiments/ adds rows to these, as MIXERS["dice"] = DiceMixer
 FFNS = {"swiglu": SwiGLU, "bottleneck": bottleneck_ffn}                        # f(hidden, inner, dropout)
 NORMS = {"rmsnorm": RMSNorm}                                                   # f(hidden)
@@ -566,7 +560,7 @@ def load_experiment(name):
         except Exception as error:
             del sys.modules[key]
             line = getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
-            raise ValueError(f"--experiment {name}: {type(error).__name__}: {error} ({path}, line {line})") from None
+            raise ValueError(f"--experiment {name}: {type(error).__name__}: {error} ({path}, line {line})")
     return sys.modules[key]
 
 def load_recorded(names, place, given=""):
@@ -603,7 +597,7 @@ def read_checkpoint(path):
             state = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception:                                     # torch raises many kinds
         raise ValueError(f"{path} is not a checkpoint: damaged, not written by torch.save, or holding more than "
-                         "tensors and plain values") from None
+                         "tensors and plain values")
     if not ({"config", "ema"} <= state.keys() or {"model_ema1", "args"} <= state.keys()):
         raise ValueError(f"{path} is not a JiT checkpoint: it holds neither config and ema nor model_ema1 and args")
     return state
@@ -637,8 +631,15 @@ def load_network(path, ema=0, experiment=""):
         load_weights(net, {name.removeprefix("net."): value for name, value in weights.items()})
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
-        raise ValueError(f"{path} cannot be used: {kind}{str(error).strip().splitlines()[-1].strip()[:300]}") from None
+        raise ValueError(f"{path} cannot be used: {kind}{str(error).strip().splitlines()[-1].strip()[:300]}")
     return net.eval(), info
+
+def fingerprint(net):
+    """Eight hex digits of a network's weights: samples of other weights are other samples."""
+    crc = 0
+    for value in net.state_dict().values():
+        crc = zlib.crc32(value.cpu().numpy().tobytes(), crc)
+    return f"{crc:08x}"
 
 def load_weights(net, weights):
     """Copy weights into net, all of them and no others.  Raises RuntimeError or ValueError that name a misfit."""
@@ -656,7 +657,7 @@ def save(state, path):
             torch.save(state, part)
     except (OSError, RuntimeError) as error:              # subtle: torch reports a full disk as a RuntimeError
         raise ValueError(f"cannot write {path} ({str(error).splitlines()[0][:100]}); what was there is intact: make "
-                         "room, and give the same command again") from None
+                         "room, and give the same command again")
 
 # ---- Plumbing of the later scripts: device and processes ------------------------------------------------------------
 def warn(message):

@@ -6,15 +6,14 @@ Reads data/<name>/.   Writes runs/<name>/: config.json, log.csv, loss.png, check
 Run it:   python 03_train.py                     the shapes preset, six minutes on two CPU cores
           python 03_train.py --experiment my_head.py      with a head, a layer or a loss of your own (README)
           torchrun --nproc_per_node 8 -- 03_train.py --preset imagenet-B       the same model on 8 GPUs as on one
-Stopped or killed, the same command goes on where it was saved; --resume: with other steps, epochs, lr or amp.
 
 One step, in the letters of 02_model.py (t = 0 noise, t = 1 data; JiT Algorithm 1):
     t = sigmoid(N(p_mean, p_std^2)),  e ~ N(0, k^2),  z = t x + (1-t) e        draw a time, mix image and noise
     x_pred = net(z, t, y)                                                      one in ten labels replaced by "no class"
     v_pred = (x_pred - z) / max(1-t, 0.05),  v = (x - z) / max(1-t, 0.05)      the same clamp for prediction and target
     loss = mean over pixels of (v_pred - v)^2
-All randomness is a function of (seed, step, micro-batch), whoever computes it: a resumed run repeats an undisturbed one
-(bit for bit on a CPU), and two processes train the same model as one, at the same --micro-batch.
+Stopped or killed, the same command goes on; --resume: with other steps, lr or amp.  All randomness is a function of
+(seed, step, micro-batch): a resumed run repeats an undisturbed one (on a CPU bit for bit), two processes train as one.
 """
 import argparse
 import csv
@@ -34,6 +33,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
+sys.path.append(str(Path(__file__).parent))               # python -P does not look there
 data, model = import_module("01_data"), import_module("02_model")
 option, refuse = data.option, data.refuse
 
@@ -440,7 +440,10 @@ class Recorder:
         first, done = trainer.rank == 0, step == options.steps
         self.bar.update()
         if step % MAX_BAD == 0 and trainer.bad >= MAX_BAD or done and not self.is_good():
-            raise ValueError(self.advice())
+            raise ValueError(
+                f"numbers are no longer finite at step {step} ({trainer.bad} gradients in a row): "
+                f"{self.folder / 'checkpoint.pt'} is good; go on with --resume and a lower --lr than {options.lr:g}, "
+                "or with another --amp")
         if done or step % options.log_every == 0:
             self.write_line(done)
         if first and (done or options.preview_every and step % options.preview_every == 0):
@@ -480,9 +483,9 @@ class Recorder:
         self.line_at, self.line_step = time.perf_counter(), step
         if trainer.rank:
             return
-        loss_sum, count = sums[:BINS].sum(dim=0).tolist()
+        loss_sum, count = sums[:BINS].sum(dim=0)
         means = {name: total / n for name, (total, n) in zip(SUMMED, sums.tolist()) if n}
-        row = {"step": step, "images": step * options.batch_size, "loss": loss_sum / max(1, count), **means,
+        row = {"step": step, "images": step * options.batch_size, "loss": (loss_sum / count).item(), **means,
                "lr": trainer.lr(step - 1), "skipped": int(trainer.skipped), "images_per_s": speed,
                "gpu_MiB": torch.cuda.max_memory_allocated() / 2**20}
         if done or step // options.log_every % 10 == 0:
@@ -494,22 +497,17 @@ class Recorder:
             writer.writerows(trainer.log.rows)
         self.bar.set_postfix(refresh=False, loss=f"{row['loss']:.4f}", images_per_s=f"{speed:.0f}")
 
-    def advice(self):
-        """What to say when no step is finite any more."""
-        return (f"numbers are no longer finite at step {self.trainer.step} ({self.trainer.bad} gradients in a row): "
-                f"{self.folder / 'checkpoint.pt'} is good; go on with --resume and a lower --lr than "
-                f"{self.trainer.options.lr:g}, or with another --amp")
-
     def draw_loss(self):
         """loss.png: training and held-out loss over the steps."""
         rows = self.trainer.log.rows
-        lines = {name: [(row["step"], row[name]) for row in rows if row.get(name)] for name in ("loss", "held_out")}
+        lines = {name: [(row["step"], row[name]) for row in rows if row.get(name, 0) > 0]
+                 for name in ("loss", "held_out")}
         if all(lines.values()):
             model.save_picture(self.folder / "loss.png", model.chart("loss in v-space", "step", lines, log=True))
 
 def largest(numbers, world):
     """The largest of the processes' integers, place by place; all of them get it."""
-    numbers = torch.tensor([int(number) for number in numbers])
+    numbers = torch.tensor(numbers, dtype=torch.int64)
     if world > 1:
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
     return numbers.tolist()
@@ -517,7 +515,7 @@ def largest(numbers, world):
 # ---- Settings: the defaults are the paper's; a preset, experiments and the flags given override them, in this order --
 # shapes: found by trials, for minutes on two cores.  k = 2 hides the large flat shapes for longer; ancestral sampling
 # and more steps near the noise forgive the early mistakes, which are about colour.  cifar10-cpu: for comparisons.
-# 1percent: Improved JiT, section 4.1.  imagenet-*: guidance as in the official release
+# 1percent: Improved JiT, section 4.1 (its text: a batch of 1024).  Guidance of it and imagenet-*: as in their scripts
 PRESETS = model.table("""
 preset       data               model     patch  batch  epochs  steps  lr    schedule  ema             k    p_mean p_std
 shapes       shapes             JiT-T/16  -      32     -       4600   7e-3  cosine    [0.998]         2.0  -0.9   1.0
@@ -767,8 +765,9 @@ def refuse_other_settings(state, options, config, folder):
     free = {entry.name for entry in fields(Options) if entry.metadata["resumable"]}
     free |= {"steps", "epochs", "lr", "amp", "warmup"} if options.resume else set()
     new = {name: value for name, value in (asdict(options) | asdict(config)).items() if name not in free}
-    data.refuse_other(state["options"] | state["config"], new, folder, "pass --run NAME for a new run, --overwrite, "
-                      "or, to go on with other steps, epochs, lr or amp, --resume")
+    old = asdict(Options()) | asdict(type(config)()) | state["options"] | state["config"]      # it may lack a setting
+    data.refuse_other(old, new, folder, "pass --run NAME for a new run, --overwrite, or, to go on with other steps, "
+                      "epochs, lr or amp, --resume")
 
 def open_init(name):
     """The network that --init names, with its first averaged weights."""

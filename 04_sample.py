@@ -13,7 +13,6 @@ The clamp of euler and heun, v = (x_pred - z) / max(1-t, 0.05), shortens the las
 """
 import csv
 import sys
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+sys.path.append(str(Path(__file__).parent))               # python -P does not look there
 data, model = import_module("01_data"), import_module("02_model")
 option, refuse = data.option, data.refuse
 
@@ -207,7 +207,7 @@ def parse_labels(text, num, classes, num_classes):
         return [i % max(1, num_classes) for i in range(num)]
     refuse(not num_classes, f"--labels {text}: this network was trained without classes")
     ids = []
-    for name in [text] if text in classes else next(csv.reader([text], skipinitialspace=True)) or [text]:
+    for name in [text] if text in classes else sum(csv.reader(text.splitlines(), skipinitialspace=True), []) or [text]:
         number = name.removeprefix("id:")
         as_id = number.isdecimal() and (number != name or not any(map(str.isdecimal, classes)))
         label = classes.index(name) if name in classes else int(number) if as_id else -1
@@ -347,13 +347,6 @@ def settings_of(given, info, config):
            "nothing to guide away from")
     return settings | {"cfg": 1.0} if unguided else settings
 
-def fingerprint(net):
-    """Eight hex digits of a network's weights: samples of other weights are other samples."""
-    crc = 0
-    for value in net.state_dict().values():
-        crc = zlib.crc32(value.cpu().numpy().tobytes(), crc)
-    return f"{crc:08x}"
-
 def main(argv=None):
     given = data.parse(argv, "Sample images from a trained JiT.", Options, Settings)
     options = Options(**{name: value for name, value in given.items() if name in model.names_of(Options)})
@@ -371,7 +364,7 @@ def main(argv=None):
         record = settings | {
             "interval": list(settings["interval"]),       # as JSON gives it back
             "seed": options.seed, "amp": amp, "num": len(labels), "step": info.get("step"),
-            "ema": options.ema, "weights": fingerprint(net), "data": source, "data_id": info.get("data_id"),
+            "ema": options.ema, "weights": model.fingerprint(net), "data": source, "data_id": info.get("data_id"),
             "size": net.config.image_size, "classes": classes, "labels": labels}
         if made_by:                                       # scored against the pixels that the latents were made of
             record |= {"data": made_by["pixels"], "data_id": made_by["pixels_id"], "size": made_by["size"]}

@@ -15,7 +15,6 @@ be a .npz of statistics (mu, sigma).  FID is biased upwards at small N: every nu
 """
 import os
 import sys
-import zlib
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+sys.path.append(str(Path(__file__).parent))               # python -P does not look there
 data, model = import_module("01_data"), import_module("02_model")
 option, refuse = data.option, data.refuse
 
@@ -320,8 +320,7 @@ def load_classifier(folder, device):
     net = remembered(Path(folder) / f"classifier-{meta['id'][:8]}.pt", read,
                      lambda: train_classifier(*arrays["train"], classes, device),
                      lambda net, path: torch.save(net.state_dict(), path))
-    weights = b"".join(value.cpu().numpy().tobytes() for value in net.state_dict().values())
-    return net, "FD (classifier features)", f"{zlib.crc32(weights):08x}"
+    return net, "FD (classifier features)", model.fingerprint(net)
 
 # ---- Image sets: a folder of image files, an npz batch, a packed data set, or statistics alone -----------------------
 class ImageFiles:
@@ -351,6 +350,7 @@ class ImageSet:
 
     def __init__(self, place, split="train"):
         self.path = path = Path(place)
+        self.split = split
         self.images, self.labels, self.record, self.statistics = None, None, {}, {}
         if (path / "meta.json").exists():
             self.record, arrays = data.open_data(path)
@@ -420,7 +420,8 @@ def describe_reference(real, net, digest, device, batch_size):
         return real.statistics
     if "id" not in real.record:
         return make()
-    return remembered(real.path / f"statistics-{digest}-{real.record['id'][:8]}.npz", read, make, write)
+    return remembered(real.path / f"statistics-{real.split}-{digest}-{real.record['id'][:8]}.npz",
+                      read, make, write)
 
 # ---- From two image sets to a result ---------------------------------------------------------------------------------
 def frechet(suffix):
@@ -483,8 +484,9 @@ def score(samples, real, net, options, digest, device):
     rows = random_subset(len(samples.images), len(held_out.images))            # as many: FD grows as N falls
     if len(rows) > 1:
         floor = describe(held_out.images, net, device, options.batch_size, "held-out images", rows)
-        result |= {"fd_floor": frechet("")(floor, reference), "n_floor": len(rows),
-                   "class_accuracy_real": float((floor["seen"] == held_out.labels[rows]).mean())}
+        result |= {"n_floor": len(rows), "class_accuracy_real": float((floor["seen"] == held_out.labels[rows]).mean())}
+        if real.split == "train":                         # else the floor is a part of the reference itself
+            result["fd_floor"] = frechet("")(floor, reference)
     if samples.labels is not None:
         result["class_accuracy"] = float((fake["seen"] == samples.labels).mean())
     return result
@@ -527,8 +529,9 @@ def print_table(files, out):
 class Options:
     run: str = option("shapes", "runs/NAME, or a folder", group="what")
     samples: str = option(None, "generated images, a folder or .npz (default: the run's samples)")
+    split: str = option("train", "part of the reference that is packed", choices=lambda: ("train", "val"))
     reference: str = option(None, "real images or their statistics: data/NAME, or a path with a slash, or a .npz file "
-                            "(default: the samples' data set, training images)")
+                            "(default: the samples' data set)")
     metrics: str = option(",".join(SCORES), "scores, with commas between")
     features: str = option("classifier", "see the head of this file", choices=lambda: ("classifier", "inception"))
     inception_weights: Path = option(None, "the weights file, where it cannot be downloaded")
@@ -546,12 +549,13 @@ class Options:
 def open_sets(options):
     """The generated images and the real ones.  Raises ValueError if they cannot be compared."""
     samples = ImageSet(options.samples or model.folder_of(options.run, "runs") / "samples")
-    made, name = samples.record, options.reference or samples.record.get("data")
+    made = samples.record
+    name = options.reference or made.get("data")
     if samples.images is None:
         raise ValueError(f"{samples.path} holds statistics only: they serve as --reference")
     if not isinstance(name, str):
         raise ValueError(f"{samples.path} does not say which data set it imitates: pass --reference")
-    real = ImageSet(name if name.endswith(".npz") else model.folder_of(name, "data"))
+    real = ImageSet(name if name.endswith(".npz") else model.folder_of(name, "data"), options.split)
     if not options.reference and made.get("data_id") != real.record.get("id"):
         raise ValueError(f"{real.path} was packed anew since the network of {samples.path} was trained: pass "
                          f"--reference {name} to compare them all the same")

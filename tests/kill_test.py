@@ -1,8 +1,12 @@
-"""Kill a training run with signal 9 at random moments and resume it, again and again; then compare with an undisturbed run.
+"""Kill a script with signal 9 at random moments and call it again, again and again; then compare with an undisturbed run.
 
-python tests/kill_test.py [kills]      50 kills take some minutes; run it where data/shapes exists (python 01_data.py --size 16 --count 200)
+python tests/kill_test.py [kills] [01 | 03 | 04 | 05]      50 kills of 03 take some minutes, as do those of another stage
+
+Run it where data/shapes and, for 04 and 05, runs/shapes and its samples are: python 01_data.py --size 16 --count 200 &&
+python 03_train.py --model JiT-T/8 --steps 20 && python 04_sample.py --num 100
 """
 import csv
+import json
 import os
 import random
 import shutil
@@ -46,5 +50,48 @@ def torture(folder, kills, steps, seed=0):
     print("the logs are equal" if same else "THE LOGS DIFFER")
     return 0 if same else 1
 
+# script, flags, what a call with the name NAME makes, what else it remembers (removed to begin again)
+STAGES = {"01": ("01_data.py", "--size 32 --count 8000 --name NAME", "data/NAME", ()),
+          "04": ("04_sample.py", "--num 400 --batch-size 10 --amp off --out NAME", "NAME", ("NAME-grid.png",)),
+          "05": ("05_eval.py", "--out NAME.json", "NAME.json", ("data/shapes/classifier-*", "data/shapes/statistics-*"))}
+
+def content(path):
+    """What must be equal, {name: bytes}; every file must be readable by itself."""
+    if path.is_file():
+        return json.loads(path.read_text())
+    return {file.name: file.read_bytes() for file in path.iterdir() if file.name != "meta.json" and ".lock" not in file.name}
+
+def hunt(folder, kills, stage, seed=0):
+    """The stages but 03.  Returns 0 if, killed and called again, a script leaves the same files as undisturbed."""
+    name_of_script, flags, made, memory = STAGES[stage]
+    chance, done, env = random.Random(seed), 0, {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = lambda name: [sys.executable, str(ROOT / name_of_script), *flags.replace("NAME", name).split()]
+    calm, hunted = (Path(folder) / made.replace("NAME", name) for name in ("calm", "hunted"))
+
+    def forget():
+        for pattern in (made, *memory):
+            for path in Path(folder).glob(pattern.replace("NAME", "hunted")):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    start = time.time()
+    subprocess.run(command("calm"), cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL)
+    seconds = time.time() - start
+    forget()
+    while done < kills:
+        child = subprocess.Popen(command("hunted"), cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            child.wait(chance.uniform(0.3, 1) * seconds)
+            forget()                                      # it was faster: begin again, so that every kill hits its work
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            done += 1
+            there = len(list(hunted.iterdir())) if hunted.is_dir() else int(hunted.exists())
+            print(f"kill {done}: {there} files", flush=True)
+    subprocess.run(command("hunted"), cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL)
+    same = content(calm) == content(hunted)
+    print("the files are equal" if same else "THE FILES DIFFER")
+    return 0 if same else 1
+
 if __name__ == "__main__":
-    sys.exit(torture(".", int(sys.argv[1]) if len(sys.argv) > 1 else 50, steps=1500))
+    number, stage = int(sys.argv[1]) if len(sys.argv) > 1 else 50, sys.argv[2] if len(sys.argv) > 2 else "03"
+    sys.exit(torture(".", number, steps=1500) if stage == "03" else hunt(".", number, stage))

@@ -298,7 +298,7 @@ def test_the_scripts_own_folders_are_no_classes(there):
 
 def test_classes_have_the_names_of_classes_txt(there, capsys):
     folder(Path("in"), ("n01", "n02", "n03"), splits=None)
-    Path("in/classes.txt").write_text("n02\tgoldfish, Carassius auratus\nn01 tench\n\nn99 unused\n")
+    Path("in/classes.txt").write_text("\ufeffn02\tgoldfish, Carassius auratus\nn01 tench \n\nn99 unused\n", encoding="utf-8")
     assert pack() == 0 and data.open_data("data/set")[0]["classes"] == ["tench", "goldfish, Carassius auratus", "n03"]
     Path("in/classes.txt").write_text("n01 crane\nn02 crane\n")
     assert pack("--name", "double") == 2 and "two classes have one name" in capsys.readouterr().err
@@ -326,6 +326,25 @@ def test_depths(there):
     Path("clear.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 256, 256, 16, 0, 0, 0, 0)) + chunk(b"tRNS", struct.pack(">H", 1000)) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
     found = np.asarray(data.read_image("clear.png"))[..., 0].ravel()
     assert found[1000] == 255 and found[999] == found[1001] == 4
+    tags = [(256, 8), (257, 8), (258, 12), (259, 1), (262, 1), (273, 200), (277, 1), (278, 8), (279, 96)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    Path("twelve.tif").write_bytes((b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries).ljust(200, b"\0") + b"\x7f" * 96)
+    with pytest.raises(ValueError, match="neither 8 nor 16 bits"):                       # else nearly black
+        data.read_image("twelve.tif")
+
+def test_an_odd_exif_entry_does_not_spoil_a_picture(there):
+    photo(3).save("whole.png")
+    png, chunk = Path("whole.png").read_bytes(), b"eXIfbroken"
+    Path("odd.png").write_bytes(png[:33] + struct.pack(">I", 6) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[33:])
+    assert np.array_equal(data.read_image("odd.png"), photo(3))
+
+def test_what_is_called_like_an_image_and_is_none(there):
+    """A pipe would never end; a class may be called st.gif; a packed data set is not a class of previews."""
+    folder(Path("in"), ("cat", "st.gif"), splits=None)
+    os.mkfifo("in/cat/pipe.png")
+    assert pack() == 0 and data.open_data("data/set")[0]["classes"] == ["cat", "st.gif"]
+    Path("data/set").rename("in/cat/packed")
+    assert pack() == 0 and sum(data.open_data("data/set")[0]["counts"].values()) == 12
 
 # ---- Bad images: skipped, counted, listed; readable oddities are read ------------------------------------------------
 def huge_header():

@@ -268,6 +268,35 @@ def test_scores_of_nothing_are_left_out(work, capsys):
     assert call(evaluate, "--samples", "grey.npz", "--reference", "./d", "--out", "g.json") == 0
     assert "class_accuracy_real" not in json.loads(Path("g.json").read_text()) and "right on None of held-out" in capsys.readouterr().err
 
+def test_a_score_written_a_second_time(scored):
+    """From pictures to numbers, by numpy: FD against either split, floor, accuracies, precision and recall."""
+    assert call(evaluate) == 0 and call(evaluate, "--split", "val", "--out", "val.json") == 0
+    result, on_val = (json.loads(Path(path).read_text()) for path in ("runs/shapes/metrics.json", "val.json"))
+    meta, arrays = data.open_data("data/shapes")
+    net, _, digest = evaluate.load_classifier("data/shapes", torch.device("cpu"))
+    pictures = np.stack([np.array(Image.open(path)) for path in sorted(Path("runs/shapes/samples").glob("*.png"))])
+    with torch.no_grad():
+        seen = {name: {key: value.double().numpy() for key, value in net(torch.from_numpy(np.array(images))).items()}
+                for name, images in (("fake", pictures), ("train", arrays["train"][0]), ("val", arrays["val"][0]))}
+    f = {name: out["features"] for name, out in seen.items()}
+
+    def distance(a, b):
+        root = np.sqrt(np.linalg.eigvals(np.cov(a.T) @ np.cov(b.T)).astype(complex)).real.sum()
+        return ((a.mean(0) - b.mean(0))**2).sum() + np.trace(np.cov(a.T)) + np.trace(np.cov(b.T)) - 2 * root
+
+    def inside(x, y):
+        between = lambda a, b: np.sqrt(((a[:, None] - b[None])**2).sum(-1))
+        radii = np.sort(between(y, y), axis=1)[:, 3]
+        return (between(x, y) <= radii).any(1).mean()
+    floor = np.random.default_rng(0).permutation(100)[:30]
+    right = lambda name, labels: (seen[name]["logits"].argmax(1) == labels)
+    expected = {"fd": distance(f["fake"], f["train"]), "fd_floor": distance(f["val"][floor], f["train"]), "precision": inside(f["fake"], f["train"]),
+                "recall": inside(f["train"], f["fake"]), "class_accuracy": right("fake", np.arange(30) % 10).mean(),
+                "class_accuracy_real": right("val", arrays["val"][1])[floor].mean(), "n_generated": 30, "n_real": 200, "n_floor": 30}
+    assert {name: result[name] for name in expected} == pytest.approx(expected, rel=1e-3) and result["weights"] == digest
+    assert on_val["fd"] == pytest.approx(distance(f["fake"], f["val"]), rel=1e-3) and on_val["n_real"] == 100 and "fd_floor" not in on_val
+    assert on_val["class_accuracy_real"] == result["class_accuracy_real"]
+
 def test_a_data_set_packed_again_is_said(scored, capsys):
     shutil.copytree("data/shapes", "mine")
     Path("data").unlink(), Path("data").mkdir(), Path("mine").rename("data/shapes")

@@ -42,6 +42,40 @@ def test_noise_and_labels_are_a_function_of_seed_and_index():
     assert abs(sample.noise_for(range(50), (3, 16, 16), 0, 2.0).std() - 2) < 0.02
     assert not torch.equal(a, sample.noise_for(range(10), (3, 4, 4), 7, 2.0, step=0))
 
+@pytest.mark.parametrize("solver", ["heun", "euler", "ddim", "ddpm"])
+def test_every_solver_written_a_second_time(solver):
+    """At k = 2, guided inside an interval, on a shifted grid: the noise of each image and step, the labels' turns, the steps."""
+    net = randomised(model.JiTConfig(**{**TINY, "noise_scale": 2.0}))
+    settings = {"solver": solver, "steps": 4, "cfg": 3.0, "interval": (0.3, 0.9), "t_eps": 0.05, "shift": 2.0}
+    made = sample.Sampler(net, [2, 0, 1], 5, settings, "off", torch.device("cpu")).images([4, 6])
+    noise = lambda last: 2 * torch.from_numpy(np.stack([np.random.default_rng((5, i, last)).standard_normal((3, 16, 16), dtype=np.float32) for i in (4, 6)]))
+    y, z, evaluations = torch.tensor([0, 2]), noise(0), []                     # of images 4 and 6, the second and the first of three
+    grid = [s / (s + 2 * (1 - s)) for s in (0, 0.25, 0.5, 0.75, 1)]
+
+    def x_of(z, t, null=False):
+        evaluations.append(t)
+        with torch.no_grad():
+            return net(z, torch.full((2,), t), torch.full_like(y, 3) if null else y)
+
+    def guided(z, t, to):
+        value = lambda null: x_of(z, t, null) if to == "x" else (x_of(z, t, null) - z) / max(1 - t, 0.05)
+        return 3 * value(False) - 2 * value(True) if 0.3 < t < 0.9 else value(False)
+    for step, (t, u) in enumerate(zip(grid, grid[1:])):
+        if solver in ("heun", "euler"):
+            v = guided(z, t, "v")
+            ahead = z + (u - t) * v
+            z = z + (u - t) / 2 * (v + guided(ahead, u, "v")) if solver == "heun" and u < 1 else ahead
+        else:
+            x = guided(z, t, "x")
+            e = (z - t * x) / (1 - t)
+            if solver == "ddim":
+                z = u * x + (1 - u) * e
+            else:                                         # q(z_u | z_t, x) of two Gaussians; t < u, so z_u is the cleaner one
+                r, s = t / u, (1 - u)**2
+                var = (1 - t)**2 - r**2 * s
+                z = (var * u * x + s * r * z) / (1 - t)**2 + (s * var / (1 - t)**2)**0.5 * noise(step + 1)
+    assert torch.allclose(made, z, atol=2e-4) and len(evaluations) == {"heun": 11, "euler": 6}.get(solver, 6)
+
 def test_no_two_images_share_noise():
     """numpy ignores zeros at the end of a seed: image 0's fresh noise of step s must not be where image s+1 starts."""
     rows = [sample.noise_for(range(6), (4,), 0, 1.0, step) for step in (None, 0, 1, 2, 3, 4)]
@@ -59,9 +93,9 @@ def test_the_sampler_passes_on_what_it_was_asked(run, monkeypatch):
     assert torch.allclose(added, torch.full_like(added, ((0.5**2 - (0.5 / 0.75)**2 * 0.25**2) * 0.25**2 / 0.5**2)**0.5), atol=1e-6)
     monkeypatch.setattr(sample, "walk", lambda net, noise, labels, **more: iter([(1.0, noise)]))
     assert abs(sample.Sampler(net, [0], 0, asdict(sample.Settings()), "off", torch.device("cpu")).images(range(50)).std() - 2) < 0.05
-    before = sample.fingerprint(net)
+    before = model.fingerprint(net)
     next(net.parameters()).data += 1
-    assert sample.fingerprint(net) != before
+    assert model.fingerprint(net) != before
 
 def test_an_image_of_another_size_is_not_packed(run, capsys):
     assert call(sample, "--run", "r", "--num", 9, "--amp", "off") == 0
@@ -116,6 +150,17 @@ def test_output_forms(run):
     record = json.loads(Path("runs/r/samples/samples.json").read_text())
     assert record["cfg"] == 2.0 and record["steps"] == 4 and record["step"] == 10 and Image.open("runs/r/grid.png").width == 3 * 64
 
+def test_an_older_record_lacks_a_setting(run, capsys):
+    """What 04 did not know then was as its default is now."""
+    draw("a", num=4)
+    record = json.loads(Path("a/samples.json").read_text())
+    del record["t_eps"]
+    Path("a/samples.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    draw("a", num=4)
+    assert "(0 new)" in capsys.readouterr().out
+    assert call(sample, "--run", "r", "--num", 4, "--amp", "off", "--out", "a", "--t-eps", 0.02) == 1 and "t_eps 0.05, now 0.02" in capsys.readouterr().err
+
 def test_samples_are_neither_overwritten_nor_ignored(run, capsys):
     draw("out", num=4)
     assert call(sample, "--run", "r", "--num", 4, "--amp", "off", "--out", "out") == 0 and "0 new" in capsys.readouterr().out
@@ -152,6 +197,7 @@ def test_labels_by_one_rule():
     assert sample.parse_labels("1,2,id:1", 3, numbers, 5) == [0, 2, 1] and sample.parse_labels("all", 2, numbers, 5) == [4, 4]
     assert sample.parse_labels("tench, Tinca tinca", 1, numbers, 5) == sample.parse_labels('"tench, Tinca tinca"', 1, numbers, 5) == [3]
     assert sample.parse_labels('10, "tench, Tinca tinca"', 2, numbers, 5) == [1, 3] and sample.parse_labels(None, 6, numbers, 5) == [0, 1, 2, 3, 4, 0]
+    assert sample.parse_labels("10\ntench, Tinca tinca\n", 3, ["10", "tench", "Tinca tinca"], 3) == [0, 1, 2]
     with pytest.raises(data.UsageError, match="'0' is not a class; ids: id:0 to id:4"):
         sample.parse_labels("0", 1, numbers, 5)
 

@@ -272,7 +272,7 @@ def test_torchrun_restart_goes_on(work, monkeypatch, capsys):
 def test_random_kills(work):
     """The short form of tests/kill_test.py."""
     import kill_test
-    assert kill_test.torture(work, kills=2, steps=100, seed=1) == 0
+    assert kill_test.torture(work, kills=2, steps=100, seed=1) == 0 and kill_test.hunt(work, 1, "01") == 0
 
 def test_non_finite_steps_are_skipped_and_counted(work, capsys, monkeypatch):
     options, config, arrays = settings("--steps", 10)
@@ -450,6 +450,79 @@ def test_what_the_log_counts(work):
         assert torch.allclose(train.predict_clean(trainer, z, t, batch["y"]), z + (1 - t.view(-1, 1, 1, 1)) * net(z, t, batch["y"]), atol=1e-5)
     trainer.log.summed = lambda world: torch.full((7, 2), 7.0)
     assert (train.training_state(trainer)["sums"] == 7).all()
+
+def test_ten_steps_written_a_second_time(work):
+    """Draws, order of the data, loss, AdamW, averages and every number of the log, from their definitions."""
+    flags = ["--steps", 10, "--log-every", 5, "--micro-batch", 4, "--weight-decay", 0.1, "--warmup", 3, "--schedule", "cosine", "--ema", "0.9,0.15", "--seed", 3,
+             "--label-drop", 0.3, "--shift", 1.5, "--p-mean", -0.5, "--p-std", 0.7, "--noise-scale", 1.7, "--lr", 0.01, "--run", "again"]
+    _, config, arrays = settings(*flags)
+    seed = lambda *key: torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    images, labels = arrays["train"]
+    order = np.concatenate([np.random.default_rng((3, 3, epoch)).permutation(200) for epoch in range(2)])
+    seed(3)
+    net, rows, sums = model.JiT(config), [], np.zeros((7, 2))
+    weights = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    first, second = ({name: torch.zeros_like(p) for name, p in weights.items()} for _ in range(2))
+    averages = [{name: p.detach().clone() for name, p in weights.items()} for _ in range(2)]
+    for step in range(10):
+        net.zero_grad()
+        for micro in range(2):
+            seed(3, step, micro)
+            rows_of = order[step * 8 + micro * 4:][:4]
+            x = torch.from_numpy(images[rows_of]).permute(0, 3, 1, 2).float() / 127.5 - 1
+            mirrored = torch.rand(4, 1, 1, 1) < 0.5
+            x = torch.where(mirrored, x.flip(3), x).contiguous()
+            y = torch.where(torch.rand(4) < 0.3, 10, torch.from_numpy(labels[rows_of]))
+            t = torch.sigmoid(torch.randn(4) * 0.7 - 0.5)
+            t = t / (t + 1.5 * (1 - t))
+            e = 1.7 * torch.randn_like(x)
+            t4 = t.view(4, 1, 1, 1)
+            z = t4 * x + (1 - t4) * e
+            loss = (((net(z, t, y) - x) / (1 - t4).clamp(min=0.05))**2).mean((1, 2, 3))
+            (loss.mean() / 2).backward()
+            for value, time in zip(loss.tolist(), t.tolist()):
+                sums[int(time * 5)] += value, 1
+            sums[5] += 0, 1
+        norm = sum((p.grad**2).sum() for p in weights.values()).sqrt().item()
+        sums[6] += norm, 1
+        lr = 0.01 * min(1, (step + 1) / 3) * 0.5 * (1 + math.cos(math.pi * step / 10))
+        with torch.no_grad():
+            for name, p in weights.items():
+                first[name] = 0.9 * first[name] + 0.1 * p.grad
+                second[name] = 0.95 * second[name] + 0.05 * p.grad**2
+                p.mul_(1 - lr * 0.1)
+                p -= lr * (first[name] / (1 - 0.9**(step + 1))) / ((second[name] / (1 - 0.95**(step + 1))).sqrt() + 1e-8)
+                for decay, average in zip((0.9, 0.15), averages):
+                    decay = min(decay, (1 + step) / (10 + step))
+                    average[name] = decay * average[name] + (1 - decay) * p
+        if step % 5 == 4:
+            means = sums[:, 0] / np.maximum(sums[:, 1], 1)
+            rows.append([step + 1, 8 * (step + 1), sums[:5, 0].sum() / sums[:5, 1].sum(), *means, lr])
+            sums[:] = 0
+    assert call(train, *TINY_FLAGS, *flags) == 0
+    state = model.read_checkpoint("runs/again/checkpoint.pt")
+    for name, p in weights.items():
+        assert torch.allclose(state["model"][name], p, atol=2e-4) and all(torch.allclose(a[name], b[name], atol=2e-4) for a, b in zip(state["ema"], averages)), name
+    for row, expected in zip(csv.DictReader(open("runs/again/log.csv")), rows):
+        assert [float(row[name] or 0) for name in ("step", "images", "loss", *train.SUMMED, "lr")] == pytest.approx(expected, rel=2e-3, abs=1e-9), row
+        assert row["skipped"] == "0" and bool(row["held_out"]) == (row["step"] == "10")
+
+def test_the_speed_in_the_log(work):
+    options, config, arrays = settings("--steps", 9)
+    recorder = recorder_of(train.Trainer(options, config, torch.device("cpu")), arrays)
+    recorder.trainer.step, recorder.line_step, recorder.line_at = 7, 2, time.perf_counter() - 10
+    recorder.write_line(False)
+    assert recorder.trainer.log.rows[-1]["images_per_s"] == pytest.approx(5 * 8 / 10, rel=0.05) and recorder.line_step == 7
+    assert math.isnan(recorder.trainer.log.rows[-1]["loss"])               # nothing was finite: no number, and never 0
+
+def test_an_older_checkpoint_lacks_a_setting(work, capsys):
+    flags = [*TINY_FLAGS, "--run", "old"]
+    assert call(train, *flags, "--steps", 4) == 0
+    state = model.read_checkpoint("runs/old/checkpoint.pt")
+    del state["options"]["weight_decay"], state["config"]["qk_norm"]
+    model.save(state, Path("runs/old/checkpoint.pt"))
+    assert call(train, *flags, "--steps", 4, "--weight-decay", 0.1) == 1 and "weight_decay 0.0, now 0.1" in capsys.readouterr().err
+    assert call(train, *flags, "--steps", 6, "--resume") == 0 and model.read_checkpoint("runs/old/checkpoint.pt")["info"]["step"] == 6
 
 def test_saving_asks_all_processes(work, monkeypatch):
     options, config, arrays = settings("--steps", 9)
