@@ -40,6 +40,7 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")          # read by torch: threads that wait do not block a busy CPU
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -537,7 +538,7 @@ def build(config):
     return NETWORKS[config.network][1](config)
 
 # ---- Experiments: files that add rows to the registries --------------------------------------------------------------
-EXPERIMENTS_FOLDER = Path(__file__).resolve().parent / "tests" / "experiments"
+EXPERIMENTS_FOLDER = Path(__file__).resolve().parent / "tests/experiments"
 
 def experiment_name(name):
     """The name of a file of tests/experiments/; of another file its absolute path."""

@@ -28,13 +28,13 @@ from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent))               # python -P does not look there
+data, model = import_module("01_data"), import_module("02_model")
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-sys.path.append(str(Path(__file__).parent))               # python -P does not look there
-data, model = import_module("01_data"), import_module("02_model")
 option, refuse = data.option, data.refuse
 
 # ---- What chance decides about a micro-batch ------------------------------------------------- (JiT Algorithm 1) ----
@@ -427,7 +427,7 @@ class Recorder:
             self.save()                                   # first of all: what has it is a run's folder
         if trainer.rank == 0:
             for name in ("snapshots", "preview"):
-                (folder / name).mkdir(parents=True, exist_ok=True)
+                (folder / name).mkdir(exist_ok=True)
             settings = {"options": asdict(trainer.options), "config": asdict(trainer.config)}
             data.save_json(folder / "config.json", settings)
 

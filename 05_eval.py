@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent))               # python -P does not look there
+data, model = import_module("01_data"), import_module("02_model")
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.append(str(Path(__file__).parent))               # python -P does not look there
-data, model = import_module("01_data"), import_module("02_model")
 option, refuse = data.option, data.refuse
 
 # ---- Two Gaussians: FID, and sFID on other features ------------------------------------------------------------------
