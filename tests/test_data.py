@@ -57,6 +57,37 @@ def test_shapes_depend_on_seed_and_index_alone(there):
     assert np.array_equal(arrays["train"][0][13], data.draw_shape(0, 13, 16)) and arrays["train"][1][13] == 3
     assert len(data.SHAPES) >= 10 and len(np.unique(arrays["train"][0].reshape(100, -1), axis=0)) == 100
 
+def test_shapes_can_be_seen_and_stand_upright():
+    """Bright enough against the background, turned by 8 degrees at most, and what has a hole has one."""
+    weights = (0.299, 0.587, 0.114)
+    for index in range(200):
+        image = data.draw_shape(0, index, 48).astype(float)
+        difference = np.abs((image - image[0, 0]) @ weights)
+        name, inside = list(data.SHAPES)[index % 10], difference > 0.5 * difference.max()
+        assert 0.28 * 255 < difference.max()
+        rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+        box = inside[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+        if name == "square":
+            assert box.mean() > 0.72                      # turned by 8 degrees 0.78, by 45 a half
+        if name == "ring":
+            assert not box[len(box) // 2, len(box[0]) // 2]
+    assert not np.array_equal(data.draw_shape(0, 20, 16), data.draw_shape(10, 10, 16))             # seed and index, not their sum
+
+def test_grids_name_their_columns():
+    """--labels star,7: each column under its own name; a single class fills the rows; no other class's picture."""
+    image = lambda i: np.full((8, 8, 3), i, np.uint8)
+    drawn, real = [], data.picture
+    try:
+        data.picture = lambda rows, titles=(): drawn.append((rows, list(titles)))
+        data.class_picture([3, 7, 3, 7, 3], [f"class {i}" for i in range(10)], image)
+        data.class_picture([4] * 25, [f"class {i}" for i in range(10)], image)
+        data.class_picture([5, 12], list("abcdef"), image)
+    finally:
+        data.picture = real
+    (rows, titles), (many, none), (_, beyond) = drawn
+    assert titles == ["class 3", "class 7"] and [[x if x is None else x[0, 0, 0] for x in row] for row in rows] == [[0, 1], [2, 3], [4, None]]
+    assert [len(row) for row in many] == [10, 10, 10] and many[1][3][0, 0, 0] == 13 and set(none) == {""} and beyond == ["f", 12]
+
 def test_shapes_are_their_own_mirror_images():
     """Training mirrors half of the images: no class may change by it."""
     for name, (outline, hole) in data.SHAPES.items():
@@ -233,7 +264,10 @@ def test_existing_sets_are_neither_overwritten_nor_ignored(there, capsys):
     assert call(data, "--size", 16, "--count", 100) == 0 and "nothing to do" in capsys.readouterr().out
     assert call(data, "--size", 32, "--count", 100) == 1 and "--overwrite" in capsys.readouterr().err
     assert data.open_data("data/shapes")[0]["size"] == 16
+    for name in ("classifier-0123abcd.pt", "statistics-train-0123abcd-4567.npz"):          # what 05 keeps there
+        Path("data/shapes", name).touch()
     assert call(data, "--size", 32, "--count", 100, "--workers", 1, "--overwrite") == 0 and data.open_data("data/shapes")[0]["size"] == 32
+    assert call(data, "--size", 32, "--count", 100, "--seed", 5) == 1 and "seed 0, now 5" in capsys.readouterr().err
 
 def test_a_broken_download_leaves_nothing(there, monkeypatch, capsys):
     monkeypatch.setitem(data.ARCHIVES, "cifar10", (32, (there / "served" / "cifar-10-binary.tar.gz").as_uri(), "0" * 32))
@@ -283,11 +317,12 @@ def test_what_is_left_out_is_said(there, capsys):
     photo(1).save("in/cat/windows.jfif", "JPEG")
     Path("in/cat/phone.heic").write_bytes(b"x")
     Path("in/@eaDir").mkdir()
-    for name in ("in/@eaDir/thumb.png", "in/cat/._0.png"):
+    Path("in/__MACOSX/cat").mkdir(parents=True)
+    for name in ("in/@eaDir/thumb.png", "in/cat/._0.png", "in/__MACOSX/cat/._0.png"):
         photo(2).save(name)
     assert pack() == 0 and sum(len(v[1]) for v in data.open_data("data/set")[1].values()) == 13
     line, = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
-    assert "1 .heic" in line and "2 .png" in line
+    assert "1 .heic" in line and "3 .png" in line
 
 def test_the_scripts_own_folders_are_no_classes(there):
     folder(Path("."), splits=None)

@@ -297,6 +297,63 @@ def test_a_score_written_a_second_time(scored):
     assert on_val["fd"] == pytest.approx(distance(f["fake"], f["val"]), rel=1e-3) and on_val["n_real"] == 100 and "fd_floor" not in on_val
     assert on_val["class_accuracy_real"] == result["class_accuracy_real"]
 
+def test_the_scores_are_asked_of_the_right_numbers():
+    """The Inception score of logits, moments in fp64 also far from zero."""
+    rng = np.random.default_rng(0)
+    side = {"features": rng.normal(size=(60, 4)), "logits": rng.normal(size=(60, 7)), "mu": np.zeros(4), "sigma": np.eye(4)}
+    scores, left_out = evaluate.compare(side, side, ["is", "fd"], True)
+    assert scores["is"] == evaluate.inception_score(side["logits"])[0] and scores["is_std"] > 0 and scores["fd"] < 1e-9 and not left_out
+    images = rng.integers(0, 256, (500, 2, 2, 3), dtype=np.uint8)
+    net = lambda x: {"features": 3e4 + x.float().flatten(1) / 255, "logits": x.float().flatten(1)}
+    found = evaluate.describe(images, net, torch.device("cpu"), 64, "x")
+    assert np.allclose(found["sigma"], np.cov((images.reshape(500, -1) / 255).T), rtol=0.05, atol=2e-3) and found["n"] == 500
+
+def test_the_classifiers_training(monkeypatch):
+    """Steps by size and number of images, a rate that warms up and falls to zero, AdamW's decay, the same weights whatever came before."""
+    rates, made = [], []
+
+    class Spy(torch.optim.AdamW):
+        def __init__(self, parameters, **more):
+            made.append(more)
+            super().__init__(parameters, **more)
+
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    images, labels = images_of(200), np.arange(200) % 10
+    first = evaluate.train_classifier(images, labels, 10, torch.device("cpu")).state_dict()
+    torch.manual_seed(99)
+    again = evaluate.train_classifier(images, labels, 10, torch.device("cpu")).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first) and made[0] == {"lr": 2e-3, "weight_decay": 0.05}
+    steps = 30 * 200 // 128
+    assert rates[:steps] == pytest.approx([2e-3 * min(1, (i + 1) / 50) * (1 - i / steps) for i in range(steps)]) and len(rates) == 2 * steps
+
+    class Enough(Exception):
+        pass
+    asked = []
+    monkeypatch.setattr(data, "Progress", lambda total, *more: asked.append(total) or (_ for _ in ()).throw(Enough))
+    for size, n in ((64, 20_000), (32, 50_000), (256, 9_469)):
+        with pytest.raises(Enough):
+            evaluate.train_classifier(np.empty((0, size, size, 3)), np.empty(n), 10, torch.device("cpu"))
+    assert asked == [40_000 // 128, 160_000 // 128, 40_000 // 128]
+
+def test_a_curve_runs_over_the_settings_in_order(there, monkeypatch):
+    """Whatever the order of the files; and another reference is refused, also one of the same size."""
+    curves, record = [], {"score": "FD", "n_real": 9, "n_generated": 9, "reference_id": "a", "sampling": {"cfg": 1.0}}
+    monkeypatch.setattr(evaluate.model, "chart", lambda title, label, lines: curves.append((label, lines["score"])) or Image.new("RGB", (9, 9)))
+    for w, fd in ((3.0, 9.0), (1.0, 5.0), (2.0, 4.0)):
+        Path(f"{9 - w}.json").write_text(json.dumps({**record, "fd": fd, "sampling": {"cfg": w}}))
+    assert call(evaluate, "--table", "6.0.json", "8.0.json", "7.0.json", "--out", "c.png") == 0
+    assert curves == [("cfg", [(1.0, 5.0), (2.0, 4.0), (3.0, 9.0)])] and Path("c.png").exists()
+    Path("other.json").write_text(json.dumps({**record, "fd": 1.0, "reference_id": "b"}))
+    assert call(evaluate, "--table", "6.0.json", "other.json") == 2
+
+def test_labels_of_other_classes_are_not_judged(scored):
+    record = json.loads(Path("runs/shapes/samples/samples.json").read_text())
+    Path("runs/shapes/samples/samples.json").write_text(json.dumps({**record, "classes": record["classes"][::-1]}))
+    assert call(evaluate, "--metrics", "fd") == 0 and "class_accuracy" not in json.loads(Path("runs/shapes/metrics.json").read_text())
+
 def test_a_data_set_packed_again_is_said(scored, capsys):
     shutil.copytree("data/shapes", "mine")
     Path("data").unlink(), Path("data").mkdir(), Path("mine").rename("data/shapes")

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import TINY, model, randomised
+from conftest import TINY, data, model, randomised
 
 HERE = Path(__file__).parent
 
@@ -184,7 +184,36 @@ def test_context_that_never_enters_is_left_out():
 
 def test_dropout_acts_in_the_middle_half_only():
     net = model.JiT(model.JiTConfig(**{**TINY, "depth": 8, "dropout": 0.2}))
-    assert [block.dropout.p for block in net.blocks] == [0, 0, .2, .2, .2, .2, 0, 0]
+    assert [block.dropout.p for block in net.blocks] == [block.mlp.dropout.p for block in net.blocks] == [0, 0, .2, .2, .2, .2, 0, 0]
+
+def test_charts_and_rows_of_pictures(monkeypatch):
+    """Numbers along the axes, y going up, and of each image both kinds in their order."""
+    words, real = [], data.write
+    monkeypatch.setattr(data, "write", lambda draw, place, text, *more, **how: words.append((text, *(int(x) for x in place))) or real(draw, place, text, *more, **how))
+    sheet = np.asarray(model.chart("loss", "step", {"a": [(1, 100), (100, 1)]}, log=True)).astype(int)
+    shown = {text: (x, y) for text, x, y in words}
+    assert {"1", "10", "100"} <= shown.keys() and sum(text == "100" for text, *_ in words) == 2
+    navy = (np.abs(sheet - (0, 0, 128)).sum(-1) < 30)[40:280]
+    assert np.flatnonzero(navy[:, 60]).mean() < 60 < 180 < np.flatnonzero(navy[:, 440]).mean()       # it falls
+    assert model.interleaved([(["a0", "a1"], ["b0", "b1"]), (["c0", "c1"], ["d0", "d1"])]) == [["a0", "c0"], ["b0", "d0"], ["a1", "c1"], ["b1", "d1"]]
+
+def test_memory_that_is_used_up_is_said():
+    with pytest.raises(ValueError, match="smaller --micro-batch"), model.torchs_errors():
+        torch.empty(2**55)
+
+def test_processes_wait_for_a_day(monkeypatch):
+    """The others wait while the first scores or saves."""
+    asked = {}
+    monkeypatch.setattr(model.dist, "init_process_group", lambda backend, **more: asked.update(more))
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    with model.device_and_processes("cpu") as (_, rank, world):
+        assert asked["timeout"].total_seconds() == 86400 and (rank, world) == (0, 1)
+
+def test_the_table_of_sizes_is_printed_in_the_papers_unit(capsys):
+    model.print_table()
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("JiT-B/16")).split()
+    assert row[6:] == ["131,123,712", f"{model.count_macs(model.JiTConfig()) / 1e9:.2f}", "25"]
 
 @pytest.mark.parametrize("change", [{"image_size": 30, "patch_size": 8}, {"hidden_size": 30}, {"ffn": "relu"}, {"pred": "y"}, {"path": "quadratic"},
                                     {"patch_embed": "nonlinear", "bottleneck_dim": 0}, {"mixer": "nope"}, {"network": "nope"}, {"dropout": 1.0}, {"depth": 0}, {"noise_scale": 0.0}])

@@ -150,6 +150,33 @@ def test_output_forms(run):
     record = json.loads(Path("runs/r/samples/samples.json").read_text())
     assert record["cfg"] == 2.0 and record["steps"] == 4 and record["step"] == 10 and Image.open("runs/r/grid.png").width == 3 * 64
 
+def test_fresh_noise_has_the_std_of_the_noise_scale():
+    """A network that says 0: all is noise, and twice the noise scale is twice the result."""
+    ends = []
+    for k in (1.0, 2.0):
+        net = model.JiT(model.JiTConfig(**{**TINY, "noise_scale": k})).eval()
+        torch.manual_seed(0)
+        *_, (_, z), _ = sample.walk(net, k * torch.randn(2, 3, 16, 16), torch.tensor([0, 1]), solver="ddpm", steps=3)
+        ends.append(z)
+    assert torch.allclose(2 * ends[0], ends[1], atol=1e-6) and ends[0].std() > 0.05
+
+def test_an_error_of_the_last_files_is_not_lost(run, monkeypatch, capsys):
+    real = Image.Image.save
+
+    def full(image, path, *more, **how):
+        if "0000003" in str(path):
+            raise OSError(28, "No space left on device")
+        return real(image, path, *more, **how)
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert call(sample, "--run", "r", "--num", 4, "--amp", "off", "--out", "a") == 1 and "No space left" in capsys.readouterr().err
+
+def test_another_seed_is_another_set(run, capsys):
+    draw("a", "--npz", num=4)
+    assert Path("a/samples.npz").exists() and not Path("a/arr_0.npy").exists()
+    assert call(sample, "--run", "r", "--num", 4, "--amp", "off", "--out", "a", "--seed", 1) == 1 and "seed 0, now 1" in capsys.readouterr().err
+    draw("a", "--seed", 1, "--overwrite", num=4)
+    assert not Path("a/samples.npz").exists()             # of other settings
+
 def test_an_older_record_lacks_a_setting(run, capsys):
     """What 04 did not know then was as its default is now."""
     draw("a", num=4)
@@ -243,14 +270,19 @@ def test_without_a_trained_null_class_there_is_no_guidance(work, capsys):
 
 def test_pictures_of_the_process(work, monkeypatch, capsys):
     """Columns are spread over all steps, the last among them; rows have names; --out is honoured."""
-    assert call(train, *TINY_FLAGS, "--steps", 6, "--snapshots", 3, "--run", "p") == 0
+    assert call(train, *TINY_FLAGS, "--steps", 6, "--snapshots", 3, "--noise-scale", 2, "--run", "p") == 0
     drawn, real = [], data.picture
     monkeypatch.setattr(data, "picture", lambda rows, titles=(), names=(): drawn.append((rows, list(titles), list(names))) or real(rows, titles, names))
     assert call(sample, "--run", "p", "--solver", "heun", "--steps", 50, "--shift", 1, "--trajectory", "--labels", "star,3") == 0
     rows, titles, names = drawn.pop()
+    start = sample.noise_for(range(4), (3, 16, 16), 0, 2.0) / 2              # at k = 2, shown in the range of pictures
+    assert all(np.array_equal(row[0], picture) for row, picture in zip(rows[::2], model.to_pictures(start)))
     assert titles[0] == "t = 0.00" and titles[-2:] == ["t = 0.98", "result"] and len(titles) == len(rows[0]) == 10 and names == ["z", "x_pred"] * 4
     assert call(sample, "--run", "p", "--steps", 2, "--trajectory", "--out", "here.png") == 0
     assert Image.open("runs/p/trajectory.png").width > 100 and Image.open("here.png").width > 100
+    asked, guided = set(), sample.guided
+    monkeypatch.setattr(sample, "guided", lambda net, z, t, labels, cfg, *more: asked.add(cfg) or guided(net, z, t, labels, cfg, *more))
+    assert call(sample, "--run", "p", "--steps", 2, "--trajectory", "--cfg", 2.5) == 0 and asked == {2.5}
 
 def test_the_network_shift_of_training_is_recommended(work):
     assert call(train, *TINY_FLAGS, "--steps", 2, "--shift", 2.5, "--preset", "cifar10", "--data", "shapes", "--run", "s") == 0

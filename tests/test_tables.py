@@ -1,4 +1,5 @@
 """Every preset, size and default, written a second time: to change one is a decision, never a slip of the pen."""
+import inspect
 from dataclasses import fields
 from pathlib import Path
 
@@ -69,7 +70,16 @@ def test_numbers_of_the_paper_that_stand_alone():
     assert model.T_EPS == 0.05 and train.BINS == 5 and train.MAX_BAD == 10
     assert (evaluate.KEPT, evaluate.NEIGHBOURS) == (50_000, 10_000) and evaluate.WEIGHTS_HASH == "6726825d"
     assert model.AuxHead.weight == 0.1 and model.AuxHead.after == -1
-    assert data.ARCHIVES["cifar10"][2] == "c32a1d4ab5d03f1284b67883e8d87530" and data.ARCHIVES["imagenette-160"][2] == "e793b78cc4c9e9a4ccc0c1155377a412"
+    assert {name: (row[0], row[2]) for name, row in data.ARCHIVES.items()} == {
+        "cifar10": (32, "c32a1d4ab5d03f1284b67883e8d87530"), "imagenette-160": (160, "e793b78cc4c9e9a4ccc0c1155377a412"),
+        "imagenette-320": (320, "3df6f0d01a2c9592104656642f5e78a3")}
+    assert data.CIFAR_CLASSES == ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    assert [line.split()[1] for line in data.IMAGENETTE_CLASSES.split("\n") if line] == ["tench", "springer", "cassette", "chainsaw", "church", "horn", "truck",
+                                                                                        "pump", "golf", "parachute"]
+    arguments = lambda function: {k: p.default for k, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
+    assert arguments(evaluate.kernel_distance) == {"subsets": 100, "size": 1000} and arguments(evaluate.inception_score) == {"splits": 10}
+    assert arguments(evaluate.share_inside) == {"k": 3, "block": 1000}
+    assert arguments(sample.walk) == {"solver": "heun", "steps": 50, "cfg": 1.0, "interval": (0.0, 1.0), "t_eps": 0.05, "shift": 1.0, "step_noise": None}
 
 # image size, images -> steps, learning rate, warm-up, patch, noise scale: what presets leave open, worked out by hand
 SETTLED = {

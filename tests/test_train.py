@@ -391,7 +391,7 @@ def test_sizes_that_make_no_good_patches_are_refused(size, next_size):
 def test_a_dry_run_says_all_and_writes_nothing(work, capsys):
     assert call(train, *TINY_FLAGS, "--steps", 2000, "--ema", "0.998,0.9999", "--dry-run") == 0
     said = capsys.readouterr().out
-    assert "step 0 to 2000, batch 8" in said and "micro-batches of 8" in said and "EMA over 223 and 223 steps" in said and "GiB" in said and not Path("runs").exists()
+    assert "step 0 to 2000, batch 8" in said and "micro-batches of 8" in said and "EMA over 223 and 223 steps" in said and "about 0.0 GiB" in said and not Path("runs").exists()
 
 def test_a_folder_that_is_no_runs_is_not_touched(work, capsys):
     Path("runs/shapes").mkdir(parents=True)
@@ -499,8 +499,9 @@ def test_ten_steps_written_a_second_time(work):
             means = sums[:, 0] / np.maximum(sums[:, 1], 1)
             rows.append([step + 1, 8 * (step + 1), sums[:5, 0].sum() / sums[:5, 1].sum(), *means, lr])
             sums[:] = 0
-    assert call(train, *TINY_FLAGS, *flags) == 0
+    assert call(train, *TINY_FLAGS, *flags, "--snapshots", 3) == 0
     state = model.read_checkpoint("runs/again/checkpoint.pt")
+    assert sorted(path.name for path in Path("runs/again/snapshots").iterdir()) == ["0000004.pt", "0000007.pt", "0000010.pt"]          # thirds
     for name, p in weights.items():
         assert torch.allclose(state["model"][name], p, atol=2e-4) and all(torch.allclose(a[name], b[name], atol=2e-4) for a, b in zip(state["ema"], averages)), name
     for row, expected in zip(csv.DictReader(open("runs/again/log.csv")), rows):
@@ -508,8 +509,9 @@ def test_ten_steps_written_a_second_time(work):
         assert row["skipped"] == "0" and bool(row["held_out"]) == (row["step"] == "10")
 
 def test_the_speed_in_the_log(work):
-    options, config, arrays = settings("--steps", 9)
-    recorder = recorder_of(train.Trainer(options, config, torch.device("cpu")), arrays)
+    options, config, arrays = settings("--steps", 9, "--micro-batch", 4)
+    recorder = recorder_of(train.Trainer(options, config, torch.device("cpu")), {**arrays, "val": tuple(part[:0] for part in arrays["val"])})
+    assert len(recorder.shown[1]) == 200                                       # nothing is held out: training images
     recorder.trainer.step, recorder.line_step, recorder.line_at = 7, 2, time.perf_counter() - 10
     recorder.write_line(False)
     assert recorder.trainer.log.rows[-1]["images_per_s"] == pytest.approx(5 * 8 / 10, rel=0.05) and recorder.line_step == 7
