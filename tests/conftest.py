@@ -38,6 +38,17 @@ def shell(*args, cwd, env=None, timeout=300):
     return subprocess.run([sys.executable, ROOT / args[0], *map(str, args[1:])], cwd=cwd, capture_output=True, text=True, timeout=timeout,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "card: runs on a GPU where there is one")
+
+@pytest.fixture(autouse=True)
+def exact(request, monkeypatch):
+    """Most tests compare numbers that only a CPU repeats exactly, so they see no GPU; those marked `card` run as the scripts would."""
+    if "card" not in request.keywords:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
     """A function that an assignment has emptied says so in one line."""

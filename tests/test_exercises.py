@@ -274,19 +274,19 @@ def test_exercise_08_ema_of_all():
 
 # ---- 9 training step --------------------------------------------------------------------------------------------------
 class Scaler:
-    """GradScaler with a factor of 2, which writes down when it is called."""
+    """GradScaler with a fixed factor, which writes down when it is called."""
 
-    def __init__(self, parameters, done):
-        self.parameters, self.done = parameters, done
+    def __init__(self, parameters, factor):
+        self.parameters, self.factor, self.done = parameters, factor, []
 
     def scale(self, loss):
         self.done.append("scale")
-        return loss * 2
+        return loss * self.factor
 
     def unscale_(self, optimizer):
         self.done.append("unscale_")
         for p in self.parameters:
-            p.grad /= 2
+            p.grad /= self.factor
 
     def step(self, optimizer):
         self.done.append("step")
@@ -296,30 +296,27 @@ class Scaler:
         self.done.append("update")
 
 class Toy(train.Trainer):
-    """One weight, beginning at 1; the loss is weight * image, so the gradient is the image; plain SGD."""
+    """One weight, beginning at 1; the loss is weight * image, so the gradient is the image; plain SGD.  Writes down what is done."""
 
-    def __init__(self):
-        self.net, self.done, self.inside, self.outside = torch.nn.Linear(1, 1, bias=False), [], False, False
+    def __init__(self, rank=0, world=1, factor=1.0):
+        self.net, self.given, self.last, self.averaged, self.inside, self.places = torch.nn.Linear(1, 1, bias=False), [], [], [], False, []
         torch.nn.init.ones_(self.net.weight)
-        self.forward, self.parameters, self.world, self.rank = self.net, list(self.net.parameters()), 2, 1
-        self.optimizer, self.scaler = torch.optim.SGD(self.parameters, lr=100.0, fused=True), Scaler(self.parameters, self.done)
+        self.forward, self.parameters, self.world, self.rank = self.net, list(self.net.parameters()), world, rank
+        self.optimizer, self.scaler = torch.optim.SGD(self.parameters, lr=100.0, fused=True), Scaler(self.parameters, factor)
         self.step, self.skipped, self.bad, self.log = 0, torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64), train.Log("cpu")
 
     def indices(self):
-        return range(1, 2 * self.micro_batches, 2)                     # every second one is another process's
+        return range(self.rank, self.options.batch_size, self.world)
 
     def lr(self, step):
         return 0.5 if step == 0 else 0.25
 
     def loss(self, index, images, labels):
-        must(index == labels, f"train_step: self.loss needs the number of the micro-batch, {labels}, as self.indices() lists it; it got {index}")
-        must(self.inside, "train_step: the forward pass goes inside `with self.summing(...)`")
+        self.given.append(index)
+        self.places.append(self.inside)
         loss = (self.net.weight * images).sum()
-        loss.register_hook(self.look)
+        loss.register_hook(lambda gradient: self.places.append(self.inside))
         return loss
-
-    def look(self, gradient):
-        self.outside |= not self.inside
 
     @contextmanager
     def summing(self, last):
@@ -332,47 +329,58 @@ class Toy(train.Trainer):
         self.averaged.append(self.net.weight.item())
 
     def run(self, *images):
-        """One step, each image a micro-batch of its own; the next step's are already waiting."""
-        self.micro_batches, self.last, self.averaged, n = len(images), [], [], len(images)
-        self.options = types.SimpleNamespace(batch_size=2 * n, micro_batch=1)
-        self.done.clear()
-        waiting = [(torch.tensor([float(image)]), index) for image, index in zip(images * 2, [*self.indices()] * 2)]
-        feed = iter(waiting)
+        """One step, each image a micro-batch of its own; the next step's are already waiting.  `left`: how many are afterwards."""
+        self.options = types.SimpleNamespace(batch_size=self.world * len(images), micro_batch=1)
+        feed = iter([(torch.tensor([float(image)]), torch.tensor([0])) for image in images * 2])
         self.train_step(feed)
-        left = len(list(feed))
-        must(left == n, f"train_step takes the {n} micro-batches of its step from the feed and leaves the next step's there; it took {2 * n - left}")
-        calls, done = ["scale"] * n + ["unscale_", "update"], [name for name in self.done if name != "step"]          # its step is as good as the optimizer's
-        must(done == calls, f"train_step, {n} micro-batch{'es' * (n > 1)}: self.scaler is called in the order {', '.join(calls)}; got {', '.join(done)}")
-        must(not self.outside, "train_step: the backward pass, too, goes inside `with self.summing(...)`")
+        self.left = len(list(feed))
         return self
 
 def test_exercise_09_step_moves_the_weights():
-    toy = Toy().run(2.0)
-    close(toy.net.weight.flatten(), [0.0], "train_step, weight 1, gradient 2, the learning rate self.lr gives is 0.5: the weight after the step")
+    close(Toy().run(2.0).net.weight.flatten(), [0.0], "train_step, weight 1, gradient 2, the learning rate self.lr gives is 0.5: the weight after the step")
+
+def test_exercise_09_step_counts():
+    toy = Toy().run(1.0)
     must(toy.step == 1, f"train_step counts the step: self.step was 0 and is {toy.step}")
 
 def test_exercise_09_step_accumulates():
-    toy = Toy().run(2.0, 1.0, 0.0)
-    close(toy.net.weight.flatten(), [0.5], "train_step, weight 1, three micro-batches with gradients 2, 1, 0, whose mean counts, learning rate 0.5: the weight after the step")
-    must(toy.last == [False, False, True], f"train_step: processes exchange gradients with the last micro-batch only, so self.summing(last) is given False, False, True; got {toy.last}")
+    close(Toy().run(2.0, 1.0, 0.0).net.weight.flatten(), [0.5], "train_step, weight 1, three micro-batches with gradients 2, 1, 0, whose mean counts, learning rate 0.5: the weight after the step")
 
 def test_exercise_09_step_begins_anew():
-    toy = Toy().run(1.0).run(1.0)
-    close(toy.net.weight.flatten(), [0.25], "train_step twice, gradient 1, learning rates 0.5 and 0.25: the weight (are the old gradients gone?)")
+    close(Toy().run(1.0).run(1.0).net.weight.flatten(), [0.25], "train_step twice, gradient 1, learning rates 0.5 and 0.25: the weight (are the old gradients gone?)")
+
+def test_exercise_09_step_micro_batches():
+    toy = Toy(rank=1, world=2).run(2.0, 1.0, 0.0)
+    must(toy.left == 3, f"train_step takes this process's 3 micro-batches from the feed and leaves the next step's 3 there; it left {toy.left}")
+    must(toy.given == [1, 3, 5], f"train_step, the second of two processes: self.loss is given the number of each micro-batch, which self.indices() lists, 1, 3, 5; got {toy.given}")
+
+def test_exercise_09_step_sums():
+    toy = Toy().run(2.0, 1.0, 0.0)
+    must(toy.last == [False, False, True], f"train_step: processes exchange gradients with the last micro-batch only, so self.summing(last) is given False, False, True; got {toy.last}")
+    must(all(toy.places), "train_step: forward and backward pass both go inside `with self.summing(last)`")
+
+def test_exercise_09_step_scales():
+    toy, calls = Toy(factor=2.0).run(1.0, 1.0), ["scale", "scale", "unscale_", "update"]
+    done = [name for name in toy.scaler.done if name != "step"]        # its step is as good as the optimizer's
+    must(done == calls, f"train_step, 2 micro-batches: self.scaler is called in the order {', '.join(calls)}; got {', '.join(done) or 'no call'}")
+    close(toy.net.weight.flatten(), [0.5], "train_step, weight 1, gradient 1, scaled by 2 and unscaled, learning rate 0.5: the weight after the step")
+    close(toy.log.sums[-1, 0], 1.0, "train_step, gradient 1, scaled by 2: what gradient_norm has put into the log, taken after unscaling")
+
+def test_exercise_09_step_measures():
+    times = int(Toy().run(1.0, 1.0).log.sums[-1, 1])
+    must(times == 1, f"train_step calls gradient_norm once a step, it goes into the log; it was called {times} times")
 
 def test_exercise_09_step_averages():
-    toy = Toy().run(1.0)
+    toy = Toy().run(1.0, 1.0)
     must(len(toy.averaged) == 1, f"train_step calls update_ema once a step; it was called {len(toy.averaged)} times")
     close(toy.averaged, [0.5], "train_step: update_ema must see the weights after the step")
-    must(toy.log.sums[-1, 1] == 1, f"train_step calls gradient_norm once a step, it goes into the log; it was called {int(toy.log.sums[-1, 1])} times")
-    close(toy.log.sums[-1, 0], 1.0, "train_step, gradient 1: what gradient_norm has put into the log, taken after unscaling")
 
 def test_exercise_09_step_survives_a_bad_gradient():
     toy = Toy().run(math.inf).run(math.nan)
     close(toy.net.weight.flatten(), [1.0], "train_step: a gradient that is not finite must not reach the weights")
-    must((toy.step, toy.skipped, toy.bad) == (2, 2, 2), f"train_step, two steps, both bad: step, skipped and bad are 2, 2, 2; got {toy.step}, {toy.skipped}, {toy.bad}")
+    must((toy.skipped, toy.bad) == (2, 2), f"train_step, two steps, both bad: skipped and bad are 2, 2; got {toy.skipped}, {toy.bad}")
     toy.run(1.0)
-    must((toy.step, toy.skipped, toy.bad) == (3, 2, 0), f"train_step, a good step after two bad ones: step, skipped and bad are 3, 2, 0; got {toy.step}, {toy.skipped}, {toy.bad}")
+    must((toy.skipped, toy.bad) == (2, 0), f"train_step, a good step after two bad ones: skipped and bad are 2, 0; got {toy.skipped}, {toy.bad}")
 
 # ---- 10 guidance ------------------------------------------------------------------------------------------------------
 def guided(monkeypatch, t, *args, **more):
@@ -436,6 +444,8 @@ def test_exercise_12_heun(monkeypatch):
     close(heun(monkeypatch, 0.9, 0.98)[0], [2.82912], "heun_step from z = 2 at t = 0.9 to 0.98, which is not the last step, where v(z, t) is 4 z + t")
 
 def test_exercise_12_heun_last_step(monkeypatch):
+    found = heun(monkeypatch, 0.25, 0.5)[0]
+    must(abs(float(found) - EULER[0.25]) > 1e-5, f"heun_step: the last step alone is Euler's; from z = 2 at t = 0.25 to 0.5, where v(z, t) is 4 z + t, it is at {EULER[0.25]}, too")
     found, times = heun(monkeypatch, 0.5, 1.0)
     must(1.0 not in times, f"heun_step: at t = 1 the velocity is not defined, so the last step, to t_next = 1, must not ask for it; it asked at {times}")
     close(found, [6.25], "heun_step from z = 2 at t = 0.5 to 1, the last step, where v(z, t) is 4 z + t")

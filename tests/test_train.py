@@ -101,6 +101,19 @@ def test_two_processes_train_the_same_model_as_one(work):
     one, two = (json.loads(Path(path).read_text()) for path in ("runs/two/metrics.json", "two.json"))
     assert two["fd"] == pytest.approx(one["fd"], rel=1e-6) and two["precision"] == one["precision"] and two["class_accuracy"] == one["class_accuracy"]
 
+@pytest.mark.card
+def test_a_gpu_learns_what_a_cpu_does(work):
+    """As the scripts run there, with whatever they choose; a CPU and a GPU draw other numbers, so losses are compared, not bits."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    flags = [flag for flag in TINY_FLAGS if flag not in ("--amp", "off", "--no-compile")]
+    for device in ("cpu", "cuda"):
+        assert call(train, *flags, "--steps", 200, "--log-every", 50, "--warmup", 5, "--device", device, "--run", device) == 0
+        assert call(train, *flags, "--steps", 220, "--warmup", 5, "--device", device, "--run", device, "--resume") == 0
+    rows = [list(csv.DictReader(open(f"runs/{device}/log.csv"))) for device in ("cpu", "cuda")]
+    assert float(rows[1][3]["loss"]) == pytest.approx(float(rows[0][3]["loss"]), rel=0.3)
+    assert float(rows[1][-1]["held_out"]) == pytest.approx(float(rows[0][-1]["held_out"]), rel=0.2)
+
 def test_a_rank_that_fails_ends_the_run(work):
     done = torchrun("03_train.py", *TINY_FLAGS, "--steps", 5, "--data", "nowhere", cwd=work)
     assert done.returncode != 0 and done.stderr.count("no data set at data/nowhere") == 1
@@ -638,6 +651,7 @@ def test_held_out_loss_by_definition(work):
 ROWS = [*(["--preset", name, "--data", "shapes"] for name in train.PRESETS), *(["--experiment", name] for name in train.EXPERIMENTS), ["--num-classes", 0], ["--in-context-len", 0, "--bottleneck-dim", 0], ["--pred", "v", "--loss", "e"],
         ["--pred", "e", "--loss", "x", "--shift", 2], ["--amp", "fp16"], ["--amp", "bf16"], ["--checkpointing"]]
 
+@pytest.mark.card
 @pytest.mark.parametrize("flags", ROWS, ids=lambda flags: " ".join(map(str, flags)))
 def test_every_row_trains_and_samples(work, flags):
     from conftest import sample
@@ -677,8 +691,6 @@ def test_what_a_finished_run_answers(work, capsys, monkeypatch):
     (["--lr", 0], "(0, inf)", 2), (["--patch-embed", "nonlinear", "--bottleneck-dim", 0], "needs a bottleneck", 2), (["--pred", "y"], "one of x, e, v", 2), (["--steps", "many"], "invalid int", 2),
     (["--data", "nope"], "no data set at data/nope", 1), (["--resume"], "there is no", 1), (["--device", "cuda"], "this machine has 0", 2), (["--device", "gpu"], "give cuda or cpu", 2), (["--device", "meta"], "give cuda or cpu", 2), (["--device", "cpu:1"], "give cuda or cpu", 2), (["--nonsense"], "unrecognized", 2)])
 def test_wrong_requests(work, capsys, flags, words, code):
-    if "cuda" in flags and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
     assert call(train, *TINY_FLAGS, *flags) == code
     error = capsys.readouterr().err
     assert words in error and len(error.strip().splitlines()) == 1 and not Path("runs").exists()
