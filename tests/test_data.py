@@ -485,3 +485,22 @@ def test_a_folder_that_is_no_data_set_is_not_touched(there, capsys):
     for extra in ([], ["--overwrite"]):
         assert call(data, "--source", "folder", "--root", "photos", "--size", 16, "--name", "photos", "--out", ".", "--workers", 1, *extra) == 1
         assert "is not a packed data set" in capsys.readouterr().err and len(list((there / "photos").iterdir())) == 3
+
+def test_a_picture_has_its_images_in_their_places():
+    tiles = [np.full((8, 8, 3), value, np.uint8) for value in (10, 20, 30)]
+    sheet = np.asarray(data.picture([[tiles[0], tiles[1]], [tiles[2], None], [None, tiles[0]]], cell=8))
+    assert sheet[4::8, 4::8, 0].tolist() == [[10, 20], [30, 255], [255, 10]]
+
+def test_sixteen_bits_of_a_pgm_file(there):
+    grey = np.arange(64).reshape(8, 8) * 1000
+    Path("a.pgm").write_bytes(b"P5 8 8 65535\n" + grey.astype(">u2").tobytes())
+    assert np.abs(np.asarray(data.read_image("a.pgm"))[..., 0] - grey / 257.0).max() <= 0.5
+
+def test_a_tenth_of_the_shapes_is_held_out():
+    splits = data.shapes_source(data.Options())[2]
+    assert {split: len(pairs) for split, pairs in splits.items()} == {"train": 20_000, "val": 2_000}
+
+def test_a_script_that_is_asked_to_end_says_so():
+    code = "import os, signal, sys, time; from importlib import import_module; sys.exit(import_module('01_data').run(lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(9)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr.count("\n") == 1 and "stopped; the same command" in done.stderr

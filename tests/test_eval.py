@@ -475,3 +475,19 @@ def test_memory_of_precision_and_recall_is_not_quadratic():
     code = ("import sys, resource, numpy as np; sys.path.insert(0, %r); from importlib import import_module; e = import_module('05_eval'); x = np.random.rand(10000, 16);"
             "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; e.share_inside(x, x[::-1].copy()); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)" % str(ROOT))
     assert int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) < 600_000
+
+def test_nothing_is_cached_in_a_folder_of_the_users(there):
+    Path("mine").mkdir()
+    for i, image in enumerate(images_of(9)):
+        Image.fromarray(image).save(f"mine/{i}.png")
+    Path("mine/samples.json").write_text(json.dumps({"labels": [0] * 9, "classes": ["a"]}))
+    net = lambda x: {"features": x.float().mean(dim=(1, 2)), "logits": x[:, 0, 0].float()}
+    assert evaluate.describe_reference(evaluate.ImageSet("mine"), net, "d", torch.device("cpu"), 7)["n"] == 9 and len(list(Path("mine").iterdir())) == 10
+
+def test_large_images_are_averaged_for_the_classifier():
+    seen, net = [], evaluate.Classifier(3).eval()
+    net.body.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    images = torch.from_numpy(images_of(2, 128))
+    net(images)
+    wanted = F.avg_pool2d(images.permute(0, 3, 1, 2).float() / 127.5 - 1, 2)
+    assert seen[0].shape == (2, 3, 64, 64) and torch.allclose(seen[0], wanted, atol=1e-5)

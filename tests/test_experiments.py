@@ -21,8 +21,8 @@ from test_train import torchrun, weights
 
 FOLDER = ROOT / "tests" / "experiments"
 NAMES = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
-one_step, repa, differential, convnext, td_norm, dimr, dice, ddt, collapse, manifold, width = (
-    model.load_experiment(name) for name in ("one_step", "repa", "differential", "convnext", "td_norm", "dimr", "dice", "ddt", "collapse", "manifold", "width"))
+one_step, repa, differential, convnext, td_norm, dimr, dice, ddt, collapse, manifold, width, both_ffn = (
+    model.load_experiment(name) for name in ("one_step", "repa", "differential", "convnext", "td_norm", "dimr", "dice", "ddt", "collapse", "manifold", "width", "both_ffn"))
 
 def config_with(**more):
     settings = TINY | more
@@ -231,6 +231,33 @@ def test_two_processes_fine_tune_as_one(work):
     for a, b in zip(weights("runs/one/checkpoint.pt"), weights("runs/two/checkpoint.pt")):
         assert (a - b).abs().max() < 1e-5
 
+# ---- What samplers do to a direction of small variance, with an exact network -------------------------------------------
+@pytest.mark.parametrize("solver, steps, shift, k, ratio", [
+    ("ddpm", 25, 3.0, 2.0, 0.552), ("euler", 25, 3.0, 2.0, 0.588), ("heun", 12, 3.0, 2.0, 0.348), ("heun", 25, 3.0, 2.0, 0.642),
+    ("ddpm", 25, 3.0, 1.0, 0.690), ("euler", 25, 3.0, 1.0, 0.768), ("heun", 25, 3.0, 1.0, 0.865), ("heun", 50, 1.0, 2.0, 1.014)])
+def test_samplers_shrink_a_narrow_direction(solver, steps, shift, k, ratio):
+    """Of N(0, 0.2^2) the exact denoiser is x = s^2 t z / (t^2 s^2 + k^2 (1-t)^2); std after sampling, over 0.2."""
+    def net(z, t, y):
+        t = model.expand(t, z)
+        return 0.04 * t * z / (0.04 * t**2 + k**2 * (1 - t)**2)
+    net.config = types.SimpleNamespace(pred="x", path="linear", noise_scale=k, num_classes=0)
+    torch.manual_seed(0)
+    noise = torch.randn(1, 1, 300, 300)
+    x = sample.generate(net, noise / noise.std() * k, torch.zeros(1).long(), solver=solver, steps=steps, shift=shift)
+    assert abs(x.std() / 0.2 - ratio) < (0.006 if solver == "ddpm" else 0.001)
+
+def test_what_the_clamp_leaves():
+    """A network that always says x: Heun 50 ends at 0.983 x + 0.017 e.
+
+    Where 1-t is clamped at 0.05, a step of 0.02 leaves 1 - 0.02 / 0.05 = 0.6 of the distance instead of less.  Euler: of 0.04, left at t = 0.96, 0.6 twice.
+    Heun: of 0.06, left at t = 0.94, first 1 - 0.02 (1/0.06 + (2/3)/0.05) / 2 = 0.7, then 1 - 0.02 (1 + 0.6) / 0.05 / 2 = 0.68, then 0.6.
+    """
+    net = lambda z, t, y: torch.full_like(z, 0.7)
+    net.config = types.SimpleNamespace(pred="x", path="linear", noise_scale=1.0, num_classes=0)
+    for solver, left in (("heun", 0.06 * 0.7 * 0.68 * 0.6), ("euler", 0.04 * 0.6**2)):
+        out = sample.generate(net, torch.full((1, 1, 1, 1), -1.3), torch.zeros(1).long(), solver=solver, steps=50)
+        assert abs(out.item() - (1 - left) * 0.7 - left * -1.3) < 1e-6
+
 # ---- REPA --------------------------------------------------------------------------------------------------------------
 def test_repa_loss_is_minus_the_mean_cosine():
     answer, features = torch.randn(2, 16, 8), torch.randn(2, 8, 4, 4)
@@ -346,6 +373,19 @@ def test_parameters_by_hand():
     assert count(mixer="dice") == 4 * (2 * (49 * D + D) + D * D + D + 1 - attention)
     assert count(norm="td", network="td_norm") == 9 * (D + 2)                  # two a block, and the final one
     assert count(network="one_step") == D * D + 256 * D + D + D * D + D
+    swiglu = lambda inner: D * 2 * inner + 2 * inner + inner * D + D
+    bottleneck = lambda inner: D * d + d + d * inner + inner + inner * D + D
+    assert count(ffn="both") == 4 * (swiglu(42) + bottleneck(64) - swiglu(85))                             # half of 128 each
+
+def test_both_ffns_are_summed():
+    torch.manual_seed(0)
+    net, x = model.FFNS["both"](32, 128, 0.0), torch.randn(2, 5, 32)
+    a, b = (x @ net.wide.w12.weight.T + net.wide.w12.bias).chunk(2, dim=-1)
+    wide = (a * torch.sigmoid(a) * b) @ net.wide.w3.weight.T + net.wide.w3.bias
+    narrow = x
+    for layer, act in ((net.narrow[0], F.gelu), (net.narrow[2], F.silu), (net.narrow[4], lambda value: value)):
+        narrow = act(narrow @ layer.weight.T + layer.bias)
+    assert (net(x) - wide - narrow).abs().max() < 1e-5
 
 def test_a_convolution_keeps_the_variance_whatever_the_width():
     """Initialised as a map of 49 inputs; with D as fan-in the output's variance was 0.12 at width 768."""
@@ -497,7 +537,7 @@ def test_wide_head_trains_resumes_and_samples(work):
 # ---- The door: rows, files, paths; what they bring, and what is refused -------------------------------------------------
 GRID = ["--patch-size", 4, "--depth", 4, "--num-heads", 2, "--hidden-size", 32]           # a cascade halves a grid of 4 twice
 
-@pytest.mark.parametrize("name", [name for name in NAMES if getattr(model.load_experiment(name), "SETTINGS", None) and name not in ("one_step", "repa", "vae", "rae")])
+@pytest.mark.parametrize("name", [name for name in NAMES if getattr(model.load_experiment(name), "SETTINGS", None) and name not in ("one_step", "repa", "vae", "rae", "reg")])
 def test_every_experiment_trains_resumes_and_samples(work, name):
     """The same command goes on in the middle; 04 needs no flag."""
     flags = [*TINY_FLAGS, *GRID, "--experiment", name, "--micro-batch", 4, "--log-every", 2, "--run", "e"]
@@ -595,6 +635,24 @@ def test_only_x_prediction_survives_512_dimensions():
     assert distance["x"] < 0.25, distance
     assert distance["e"] > 3 * distance["x"] and distance["v"] > 3 * distance["x"], distance
 
+def test_the_bent_plane_is_curved_and_embeddings_differ_in_the_act_alone(monkeypatch):
+    torch.manual_seed(0)
+    spiral, place = manifold.spiral(2000), manifold.bend(512)
+    values = torch.linalg.svdvals(place(spiral) - place(spiral).mean(dim=0))**2 / 1999
+    assert values[:2].sum() < 0.5 * values.sum() and values[:8].sum() < 0.9 * values.sum()                 # of flat ones 1
+    assert values[40:].sum() < 1e-3 * values.sum() and 0.7 < values.sum() / spiral.var(dim=0).sum() < 1.4
+    nets = []
+    monkeypatch.setattr(manifold, "fit", lambda net, dimension, place, *_: nets.append((net, place(spiral))) or (None, 0.0))
+    for act in (torch.nn.Identity(), torch.nn.SiLU()):
+        manifold.bent_experiment(act, 8, dimension=64, seed=3)
+    (linear, x), (silu, same) = nets
+    assert torch.equal(x, same) and all(torch.equal(a, b) for a, b in zip(linear.state_dict().values(), silu.state_dict().values(), strict=True))
+    z = torch.randn(5, 64)
+    inner = z @ linear.embed[0].weight.T
+    for net, act in ((linear, lambda value: value), (silu, F.silu)):
+        assert (net.embed(z) - act(inner) @ net.embed[2].weight.T - net.embed[2].bias).abs().max() < 1e-5
+        assert (net(z, torch.zeros(5), None) - net.layers(F.pad(net.embed(z), (0, 1)))).abs().max() < 1e-5
+
 def test_no_prediction_beats_the_bound_of_its_width():
     """The best rank-2 prediction of correlated data, given everything, loses exactly the bound."""
     x = np.random.default_rng(0).standard_normal((4000, 5)) @ np.diag([3, 2, 1, 0.5, 0.1]) @ np.linalg.qr(np.random.default_rng(1).standard_normal((5, 5)))[0]
@@ -619,7 +677,7 @@ def test_effective_rank_of_known_spectra():
 
 SHORT = [*TINY_FLAGS, *GRID, "--steps", 2]
 
-@pytest.mark.parametrize("name", ["paths", "dit", "sd3", "differential", "convnext", "td_norm", "ddt", "mean_colour"])
+@pytest.mark.parametrize("name", ["paths", "dit", "sd3", "differential", "convnext", "td_norm", "ddt", "mean_colour", "both_ffn"])
 def test_the_main_of_a_comparison(work, capsys, name):
     """python tests/experiments/NAME.py, short: a line for each row."""
     module = model.load_experiment(name)
@@ -632,9 +690,11 @@ def test_the_main_of_a_comparison(work, capsys, name):
 
 def test_the_mains_that_draw(there, capsys):
     manifold.main("m.png", dimensions=(2, 8), steps=3)
+    manifold.compare_embeddings(widths=(2,), seeds=1, dimension=64, steps=2)
     collapse.main("c.png", count=600, steps=2)
     assert data.Image.open("m.png").size == (650, 316) and data.Image.open("c.png").width > 100
-    assert capsys.readouterr().out.count("prediction: mean distance") == 6
+    said = capsys.readouterr().out
+    assert said.count("prediction: mean distance") == 6 and said.count("embedding: distance to the curve") == 2
 
 def test_the_main_of_width_and_of_one_step(work, capsys):
     from test_latents import make
@@ -662,3 +722,37 @@ def test_templates(work, capsys, number):
     for steps in (2, 4):
         assert call(train, *TINY_FLAGS, "--experiment", "mine.py", "--save-minutes", 0, "--run", "mine", "--steps", steps, *(["--resume"] if steps == 4 else [])) == 0, capsys.readouterr().err
     assert call(sample, "--run", "mine", "--experiment", "mine.py", "--num", 2, "--steps", 2) == 0, capsys.readouterr().err
+
+def test_the_tangent_is_the_velocity_and_the_log_has_the_times_used(monkeypatch):
+    net, batch, seen, real = shaken(config_with(**PAIR)), small_batch(None), [], one_step.mean_flow_target
+    spans = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.9, 0.6, 0.3, 0.4])
+    monkeypatch.setattr(one_step, "draw_spans", lambda t: spans)
+    monkeypatch.setattr(one_step, "mean_flow_target", lambda *args: seen.append(args) or real(*args))
+    one_step.one_step_objective(trainer_of(net), batch)
+    u, z, t, r, _, tangent = seen[0]
+    with torch.no_grad():
+        assert torch.equal(r, spans[1][:2]) and torch.allclose(tangent, u(z, t, t)) and not torch.allclose(tangent, u(z, t, r), atol=1e-3)
+    assert torch.equal(batch["t"], spans[0])
+
+def test_a_comparison_shows_the_held_out_loss(there, monkeypatch, capsys):
+    compare = model.load_experiment("_compare")
+    monkeypatch.setattr(compare, "call", lambda *args: None)
+    Path("runs/compare-x-y").mkdir(parents=True)
+    Path("runs/compare-x-y/log.csv").write_text("step,loss,held_out\n300,9,8\n600,1,2\n")
+    Path("runs/compare-x-y/metrics.json").write_text(json.dumps({"fd": 3.0, "class_accuracy": 0.5}))
+    assert compare.compare({"x y": []}) == {"x y": (2.0, 3.0, 0.5)} and capsys.readouterr().out.endswith("| 2.000 | 3.0 | 0.50 |\n")
+
+def test_numbers_of_the_papers_in_experiments():
+    """DiT's and SD3's objectives; the weight of an error of x, 1 / (1-t)^2 at the times of the held-out loss."""
+    dit, sd3 = model.load_experiment("dit").SETTINGS, model.load_experiment("sd3").SETTINGS
+    assert {name: dit.get(name) for name in ("pred", "loss", "path", "times", "sampling")} == {"pred": "e", "loss": "e", "path": "ddpm-linear", "times": "uniform", "sampling": {"solver": "ddpm", "steps": 250, "shift": None}}
+    assert {name: sd3.get(name) for name in ("pred", "loss", "path", "p_mean", "p_std")} == {"pred": "v", "loss": "v", "path": "linear", "p_mean": 0.0, "p_std": 1.0}
+    t = torch.sigmoid(torch.distributions.Normal(-0.8, 0.8).icdf((torch.arange(256) + 0.5) / 256))
+    assert width.weight_of_x() == pytest.approx((1 / (1 - t).clamp_min(0.05)**2).mean().item(), rel=1e-4)
+
+def test_the_gap_counts_what_is_left_out():
+    half, whole = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0], [2.0, 0.0]])
+    assert manifold.gap(half, whole) == manifold.gap(whole, half) == 1.0
+
+def test_settings_of_experiments_that_nothing_shows():
+    assert one_step.SETTINGS["ema"] == (0.995,) and dimr.MultiScale.weight == 1.0 and repa.RepaHead.weight == 0.5

@@ -11,7 +11,7 @@ from PIL import Image
 
 from conftest import TINY, TINY_FLAGS, call, data, evaluate, model, sample, train
 
-latents, vae, rae = (model.load_experiment(name) for name in ("latents", "vae", "rae"))
+latents, vae, rae, reg = (model.load_experiment(name) for name in ("latents", "vae", "rae", "reg"))
 TINY_DINO = np.load(Path(__file__).parent / "dinov2_tiny.npz")
 LATENT_FLAGS = [*TINY_FLAGS, "--patch-size", 1, "--steps", 4, "--log-every", 2]
 
@@ -132,6 +132,32 @@ def test_time_shift_of_feature_spaces():
     assert rae.DINOv2(256, 1000, depth=1).shift == pytest.approx(6.93, abs=0.01)
     assert rae.RAE(64, 10).shift == pytest.approx((192 * 16 / 4096)**0.5) and vae.VAE(64, 10).shift == 1.0
 
+def test_the_probe_is_a_ridge_regression():
+    """Against least squares with sqrt(n penalty) I below the data; the constant is not punished."""
+    random, classes = np.random.default_rng(0), 3
+    labels = random.integers(0, classes, 500)
+    z = (random.standard_normal((500, 2, 2, 5)) + 2).astype(np.float16)
+    z[:, 1, 0, 2] += labels == 1                          # in one place of one channel
+    arrays = {"train": (z[:300], labels[:300]), "val": (z[300:], labels[300:])}
+    flat, hot = z.reshape(500, 20).astype(np.float64), np.eye(classes)[labels]
+    mean, shares = flat[:300].mean(axis=0), hot[:300].mean(axis=0)
+    def solved(penalty):
+        below = np.sqrt(300 * penalty) * np.eye(20)
+        return np.linalg.lstsq(np.vstack([flat[:300] - mean, below]), np.vstack([hot[:300] - shares, np.zeros((20, classes))]), rcond=None)[0]
+    for penalty in (1e-3, 1.0):
+        w = latents.ridge(torch.from_numpy(flat[:300] - mean).float(), torch.from_numpy(hot[:300] - shares).float(), penalty)
+        assert np.abs(w.numpy() - solved(penalty)).max() < 1e-5
+    right = ((flat[300:] - mean) @ solved(1e-3) + shares).argmax(axis=1) == labels[300:]
+    assert latents.linear_probe(arrays, classes) == pytest.approx(right.mean()) and 0.4 < right.mean() < 0.7
+    assert latents.linear_probe(arrays | {"val": (z[:0], labels[:0])}, classes) > right.mean()             # nothing held out
+
+def test_the_probe_averages_what_is_too_wide():
+    z = np.random.default_rng(0).standard_normal((3, 4, 4, 1000)).astype(np.float16)
+    flat, labels = latents.flattened(z, np.arange(3), 2)
+    assert len(labels) == 2 and flat.shape == (2, 4000)
+    wanted = z[labels].astype(np.float32).reshape(2, 2, 2, 2, 2, 1000).mean((2, 4)).transpose(0, 3, 1, 2)  # quarters of the grid
+    assert np.abs(flat.numpy() - wanted.reshape(2, 4000)).max() < 1e-3
+
 @pytest.mark.parametrize("size, classes, kind", [(18, 3, "vae"), (16, 3, "dinov2"), (96, 3, "dinov2")])
 def test_sizes_that_do_not_halve_are_refused(size, classes, kind):
     with pytest.raises(ValueError, match="do not become"):
@@ -145,7 +171,7 @@ def test_latents_from_pixels_to_scores(work, capsys, coder):
     z, labels = arrays["train"]
     pixels = data.open_data("data/shapes")[1]
     assert z.dtype == np.float16 and z.shape == (200, 4, 4, {"vae": 4, "rae": 192}[coder]) and np.array_equal(labels, pixels["train"][1])
-    assert {"channels", "mean", "std", "coder", "psnr"} <= meta.keys() and meta["coder"]["pixels"] == "data/shapes" and meta["coder"]["experiment"] == coder
+    assert {"channels", "mean", "std", "coder", "psnr", "linear_probe"} <= meta.keys() and meta["coder"]["pixels"] == "data/shapes" and meta["coder"]["experiment"] == coder
     assert np.abs(z.astype(np.float64).mean((0, 1, 2))).max() < 0.02 and np.abs(z.astype(np.float64).std((0, 1, 2)) - 1).max() < 0.02
     net = model.load_coder(f"latents/{coder}", meta["coder"])
     x = model.to_float(np.array(pixels["val"][0]))
@@ -179,6 +205,33 @@ def test_latents_from_pixels_to_scores(work, capsys, coder):
     assert call(evaluate, "--run", "z", "--metrics", "fd") == 0
     assert json.loads(Path("runs/z/metrics.json").read_text())["reference"] == "data/shapes"
     assert call(evaluate, "--samples", f"latents/{coder}/reconstructions.npz", "--reference", "shapes", "--metrics", "fd") == 0
+
+def test_reg_is_a_vae_and_a_token(work, capsys):
+    """Also the names of data sets that --name does not say."""
+    out = ["--steps", 3, "--out", "latents"]
+    assert call(rae, *out) == 0 and call(vae, *out) == 0 and call(reg, "--encoder", "latents/shapes-rae", *out) == 0
+    meta, arrays = data.open_data("latents/shapes-reg")
+    assert 0 <= meta["linear_probe"] <= 1 and capsys.readouterr().out.count("trained with labels") == 2
+    ours, plain, teacher = (model.load_coder(f"latents/shapes-{name}", data.open_data(f"latents/shapes-{name}")[0]["coder"]) for name in ("reg", "vae", "rae"))
+    images = data.open_data("data/shapes")[1]["train"][0]
+    x = model.to_float(np.array(images))
+    z, token = ours.encode(x), teacher.features(x)[:, :32].mean((2, 3))
+    assert z.shape == (200, 36, 4, 4) and torch.equal(z[:, :4], plain.encode(x))                           # the VAE of the same seed
+    token = (token - token.mean(dim=0)) / token.std(dim=0)
+    assert (z[:, 4:] * 4 - token[:, :, None, None]).abs().max() < 0.05         # std 1/side, the same everywhere
+    assert np.abs(arrays["train"][0].astype(np.float32) - z.permute(0, 2, 3, 1).numpy()).max() < 1e-2
+    assert torch.equal(ours.decode(z), plain.decode(z[:, :4])) and torch.equal(ours.decode(z), ours.decode(torch.cat([z[:, :4], -z[:, 4:]], dim=1)))
+    assert call(train, *LATENT_FLAGS, "--experiment", "reg", "--data", "latents/shapes-reg", "--run", "z") == 0
+    assert call(sample, "--run", "z", "--num", 4, "--steps", 1) == 0 and np.asarray(Image.open("runs/z/samples/0000003.png")).shape == (16, 16, 3)
+    capsys.readouterr()
+    assert call(reg, "--encoder", "latents/shapes-vae", *out) == 2 and "no encoder made by" in capsys.readouterr().err
+
+def test_dice_subtracts_noise_in_latents(work):
+    assert make("vae") == 0
+    flags = [*LATENT_FLAGS, "--data", "latents/vae", "--pred", "e", "--noise-scale", 1, "--depth", 4, "--num-heads", 2, "--in-context-len", 0]
+    assert call(train, *flags, "--experiment", "vae,dice", "--run", "z") == 0 and call(sample, "--run", "z", "--num", 2, "--steps", 1) == 0
+    net, _ = model.load_network("runs/z/checkpoint.pt")
+    assert [stage.config.image_size for stage in net.stages] == [1, 2, 4] and net.config.pred == "e" and net.config.mixer == "dice"
 
 def test_the_shift_of_the_data_is_used_in_sampling_too(work):
     assert make("rae") == 0
@@ -239,3 +292,68 @@ def test_an_interrupted_latent_set_leaves_nothing(work, monkeypatch):
         patch.setattr(latents, "show", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert make("vae") == 130 and not list(Path("latents").glob("vae*"))
     assert make("vae") == 0
+
+def test_the_losses_of_the_rae_by_hand():
+    """Masked patches alone are reconstructed; the decoder's noise is uniform up to 0.8."""
+    torch.manual_seed(0)
+    net, x, y = rae.RAE(16, 3), torch.rand(2, 3, 16, 16), torch.tensor([0, 2])
+    torch.manual_seed(1)
+    masked = torch.rand(2, 16) < 0.5
+    tokens = net.encoder(x, masked)[1].flatten(2).transpose(1, 2)
+    error = (net.pixel_head(tokens) - model.patchify(x, 4)).abs().mean(dim=-1)
+    wanted = F.cross_entropy(net.class_head(tokens.mean(dim=1)), y) + error[masked].mean()
+    torch.manual_seed(1)
+    assert abs(net.encoder_loss(x, y) - wanted) < 1e-6
+    torch.manual_seed(1)
+    z, sigma = net.encode(x), torch.rand(2, 1, 1, 1) * 0.8
+    wanted = (net.decode(z + sigma * torch.randn_like(z)) - x).abs().mean()
+    torch.manual_seed(1)
+    assert abs(net.decoder_loss(x, y) - wanted) < 1e-6
+
+def test_heads_of_the_official_dinov2(there):
+    """64 channels a head: S has 6, B 12, L 16."""
+    heads = []
+    for hidden in (384, 768, 1024):
+        torch.save({name: torch.zeros(()).expand(shape) for name, shape in official_shapes(hidden, 1).items()}, "dino.pth")
+        heads.append(rae.read_dinov2("dino.pth")[0]["heads"])
+    assert heads == [6, 12, 16]
+
+def test_a_coder_is_mirrored_left_to_right_and_measured_on_all_classes(monkeypatch):
+    class Stub(torch.nn.Module):
+        decoder_loss = None
+
+        def __init__(self):
+            super().__init__()
+            self.p = torch.nn.Parameter(torch.zeros(1))
+
+        def encoder_loss(self, x, y):
+            seen.append(x)
+            return self.p.sum()
+    seen, rows = [], []
+    monkeypatch.setattr(latents, "measure", lambda coder, images, chosen, device: rows.extend(chosen))
+    images = np.zeros((8, 8, 3), np.uint8)
+    images[:, 0] = 255                                    # the left column
+    latents.train_coder(Stub(), np.broadcast_to(images, (30_000, 8, 8, 3)), np.arange(30_000) // 3_000, 0, 2, torch.device("cpu"))
+    assert (seen[0][..., 0] == 1).all() and (seen[1][..., -1] == 1).all() and seen[1][..., 0].max() == -1
+    assert len(rows) == 10_000 and np.bincount(np.array(rows) // 3_000, minlength=10).min() > 800                   # they lie sorted by class
+
+def test_latents_as_samples_npz(work):
+    """Decoded pixels, not latents."""
+    assert make("vae") == 0 and call(train, *LATENT_FLAGS, "--data", "latents/vae", "--run", "z") == 0
+    assert call(sample, "--run", "z", "--num", 4, "--steps", 1, "--npz") == 0 and np.load("runs/z/samples/samples.npz")["arr_0"].shape == (4, 16, 16, 3)
+
+def test_reconstructions_have_their_own_labels(there):
+    class Stub:
+        side, channels = 4, 3
+        encode = lambda self, x: F.avg_pool2d(x, 2)
+        decode = lambda self, z: F.interpolate(z, scale_factor=2)
+    labels = np.arange(3000) // 300                       # sorted, as packed folders are; the image's colour is its label
+    images = np.broadcast_to((labels * 20).astype(np.uint8)[:, None, None, None], (3000, 8, 8, 3))
+    latents.show(Stub(), {"val": (images, labels)}, Path("."), torch.device("cpu"))
+    with np.load("reconstructions.npz") as file:
+        assert len(file["arr_1"]) == 2000 and np.array_equal(file["arr_0"][:, 0, 0, 0], file["arr_1"] * 20)
+
+def test_what_the_coders_recommend():
+    """Latents of std 1 take noise of std 1; a quarter of the side up to 128 pixels, then an eighth."""
+    assert vae.SETTINGS["noise_scale"] == rae.SETTINGS["noise_scale"] == 1.0
+    assert [vae.VAE(size, 3).side for size in (64, 128, 256)] == [16, 32, 32]

@@ -373,3 +373,8 @@ def test_more_processes_than_gpus_is_said(monkeypatch):
     with pytest.raises(ValueError, match="GPU 2 is asked for, this machine has 2"):
         with model.device_and_processes():
             pass
+
+def test_the_rotary_tables_of_an_official_file_are_left_out(tiny_official):
+    path, net = tiny_official
+    state = {"net." + k: v for k, v in net.state_dict().items()} | {"net.feat_rope.freqs_cos": torch.ones(16, 8)}
+    assert torch.equal(model.load_network(official(path, net, model_ema1=state))[0].pos_embed, net.pos_embed)

@@ -702,3 +702,33 @@ def test_resume_refuses_what_is_not_a_run(work, capsys):
         assert call(train, "--resume") == 1 and words in capsys.readouterr().err
     torch.save({"config": {}, "ema": []}, "runs/shapes/checkpoint.pt")
     assert call(train, "--resume") == 1 and "not the state of a training run" in capsys.readouterr().err
+
+def test_init_takes_the_averaged_weights(work):
+    assert call(train, *TINY_FLAGS, "--steps", 5, "--run", "jit") == 0
+    net, state = train.open_init("jit").state_dict(), model.read_checkpoint("runs/jit/checkpoint.pt")
+    name = "blocks.0.attn.qkv.weight"
+    assert torch.equal(net[name], state["ema"][0][name]) and not torch.equal(net[name], state["model"][name])
+
+def test_the_preview_has_its_titles(work, monkeypatch):
+    options, config, arrays = settings("--steps", 9)
+    trainer, drawn = train.Trainer(options, config, torch.device("cpu")), []
+    monkeypatch.setattr(data, "picture", lambda rows, titles, names: drawn.append((rows, titles, names)))
+    images, labels = np.array(arrays["val"][0][:2]), arrays["val"][1][:2]
+    train.preview(trainer, images, labels, None)
+    (rows, titles, names), = drawn
+    assert titles == ["clean", "t = 0.1", "t = 0.3", "t = 0.5", "t = 0.7", "t = 0.9"] and names == ["z", "x_pred"] * 2 and len(rows) == 4
+    assert all(np.array_equal(rows[k][0], images[k // 2]) for k in range(4))
+    difference = [np.abs(rows[0][k].astype(int) - images[0]).mean() for k in range(1, 6)]
+    assert difference == sorted(difference, reverse=True) and difference[-1] < 40         # z is nearer and nearer to the image
+
+def test_every_tenth_line_has_the_held_out_loss(work):
+    assert call(train, *TINY_FLAGS, "--steps", 25, "--log-every", 1) == 0
+    assert [int(row["step"]) for row in csv.DictReader(open("runs/shapes/log.csv")) if row["held_out"]] == [10, 20, 25]
+
+def test_the_log_counts_every_step_that_was_skipped(work):
+    options, config, arrays = settings("--steps", 9)
+    recorder = recorder_of(train.Trainer(options, config, torch.device("cpu")), arrays)
+    recorder.trainer.step = 7
+    recorder.trainer.skipped.fill_(3)                     # and the last one was a good one: bad is 0
+    recorder.write_line(False)
+    assert recorder.trainer.log.rows[-1]["skipped"] == 3

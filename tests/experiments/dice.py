@@ -8,8 +8,11 @@ The cascade: stages at 1/4, 1/2 and 1 of the resolution; each stage's output, up
 one's input.  One loss, at full resolution.
 
 departure: DICE's f is (l + r) / (1 + exp(a (l-r)^2)), the same for a > 0, but where its exponential overflows (in half
-precision above exp(11.09)) its gradient is NaN.  DICE works in latents without patches, predicts the noise and subtracts
-it, and its stages are 1 : 2 : 3 wide; here stages are alike, in pixels, and predict x.
+precision above exp(11.09)) its gradient is NaN.
+departure: DICE works in latents without patches, and what a stage subtracts is the noise that it predicts; here, in
+pixels and patches, it is the clean image.  The last command below is nearer to it.
+departure: from full resolution down, DICE's stages are 1 : 2 : 3 wide, with 6, 2 and 1 blocks; here all have one width,
+and from the coarsest up 3, 2 and 1 blocks.
 
 python tests/experiments/dimr.py          shows it beside DiMR and JiT
 03_train.py --experiment dice             (registers MIXERS dice, NETWORKS dice, MODELS DICE-T/8)

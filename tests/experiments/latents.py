@@ -3,6 +3,8 @@
 A latent set is a data set: its arrays hold latents (N,h,w,C) float16 of mean 0 and variance 1 in every channel, and
 coder.pt beside them turns them back into pixels.  03_train.py trains on it as on any other (patch 1, no mirroring),
 04_sample.py decodes what it draws, 05_eval.py scores the pictures against the pixels that the latents were made of.
+Two numbers describe a coder: the PSNR of what it gives back, and how often a linear map reads the class off its
+latents.
 
 departure: statistics are per channel (RAE normalises each place by itself), and the decoder is convolutional, with an
 L1 loss alone (LDM's and RAE's have perceptual and adversarial losses, RAE's is a ViT).
@@ -17,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 data, model = import_module("01_data"), import_module("02_model")
@@ -49,12 +52,14 @@ class Coder(nn.Module):
     """
     encoder_loss = decoder_loss = None
     shift = 1.0                                           # of time, recommended for training on these latents
+    saw_labels = False                                    # the encoder, in its training: then a probe flatters it
 
     def __init__(self, size, side, channels):
         super().__init__()
         factor = size // side
-        data.refuse(size % side or factor < 2 or factor & (factor - 1), f"images of {size} pixels do not become {side} x "
-                    f"{side} latents by halving: pack them at another --size, such as {side * 4}")
+        data.refuse(size % side or factor < 2 or factor & (factor - 1),
+                    f"images of {size} pixels do not become {side} x {side} latents by halving: pack them at another "
+                    f"--size, such as {side * 4}")
         self.side, self.channels, self.decoder = side, channels, grow(factor, channels)
         self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
         self.register_buffer("std", torch.ones(1, channels, 1, 1))
@@ -141,7 +146,7 @@ def pack(options, experiment, kind, make, recipe):
     pixels, arrays = data.open_data(root)
     if "coder" in pixels:
         raise ValueError(f"{root} holds latents: give the data set that they were made from")
-    options.name = options.name or f"{pixels['name']}-{kind}"
+    options.name = options.name or f"{root.resolve().name}-{kind}"
     folder = options.out / options.name
     data.refuse(folder.resolve() == root.resolve(), f"--name {options.name} is the data set of the pixels")
     recipe |= {"source": kind, "pixels": pixels["id"], "steps": options.steps, "seed": options.seed}
@@ -162,15 +167,22 @@ def pack(options, experiment, kind, make, recipe):
                 data.save_rows(part / f"{split}_images.npy", encoded(coder, images, split, device), shape, np.float16)
                 np.save(part / f"{split}_labels.npy", labels)
             psnr = show(coder, arrays, part, device)
+            classes, stored = len(pixels["classes"]), {}
+            for split, (_, labels) in arrays.items():
+                stored[split] = np.load(part / f"{split}_images.npy", mmap_mode="r"), labels
+            probe = linear_probe(stored, classes) if classes > 1 else None
             data.save_json(part / "meta.json", {
-                "id": key, "name": options.name, "size": coder.side, "channels": coder.channels,
+                "id": key, "size": coder.side, "channels": coder.channels,
                 "classes": pixels["classes"], "counts": pixels["counts"], "preprocessing": kind, "recipe": recipe,
-                "psnr": psnr, "shift": coder.shift, "mean": coder.mean.flatten().tolist(),
+                "psnr": psnr, "linear_probe": probe, "shift": coder.shift, "mean": coder.mean.flatten().tolist(),
                 "std": coder.std.flatten().tolist(),
                 "coder": {"experiment": experiment, "kind": kind, "id": key, "pixels": str(root),
                           "pixels_id": pixels["id"], "size": pixels["size"]}})
     print(f"{folder}: {coder.channels} x {coder.side} x {coder.side} numbers an image, PSNR {psnr:.1f} dB; look at "
           f"{folder / 'preview.png'}")
+    if probe is not None:
+        print(f"a linear map of these latents names the class of {probe:.1%} of the held-out images"
+              f"{' (the encoder was trained with labels)' * coder.saw_labels}")
 
 def encoded(coder, images, split, device):
     """The latents (h,w,C) of images, one by one."""
@@ -201,3 +213,33 @@ def show(coder, arrays, part, device):
     rows.append(model.to_pictures(model.to_float(noise, device), coder))
     model.save_picture(part / "preview.png", data.picture(rows, names=["image", "decoded"] * 4 + ["noise"]))
     return 10 * math.log10(255**2 / ((real.astype(np.float32) - made)**2).mean())
+
+# ---- How much of the class is linear in the latents ------------------------------------------------------------------
+def ridge(z, y, penalty):
+    """The W (D,C) of least mean |z W - y|^2 + penalty |W|^2, in closed form.  z: (N,D).  y: (N,C)."""
+    gram = z.T @ z / len(z) + penalty * torch.eye(z.shape[1])
+    return torch.linalg.solve(gram, z.T @ y / len(z))
+
+def linear_probe(arrays, classes, most=10_000):
+    """Share of held-out images whose class a linear map of the latents names, fitted to one-hot labels by ridge().
+
+    arrays: those of a data set, of latents or pixels; at most `most` images of each split.  Latents are flattened, not
+    averaged over places: a shape is an arrangement, of which a VAE's four means would say nothing.  What is wider than
+    4,096 numbers is averaged to a coarser grid.
+    """
+    z, y = flattened(*arrays["train"], most)
+    z_new, y_new = flattened(*arrays["val" if len(arrays["val"][1]) else "train"], most)
+    mean, one_hot = z.mean(dim=0), F.one_hot(y, classes).float()
+    shares = one_hot.mean(dim=0)
+    answers = (z_new - mean) @ ridge(z - mean, one_hot - shares, 1e-3) + shares
+    return (answers.argmax(dim=1) == y_new).float().mean().item()
+
+def flattened(images, labels, most):
+    """Latents (N,D) of some images, D at most 4,096, and their labels."""
+    chosen = np.sort(np.random.default_rng(0).permutation(len(labels))[:most])
+    parts = []
+    for rows in data.in_parts(chosen, 100):
+        x = model.to_float(images[rows])                                                           # B C h w
+        side = min(x.shape[-1], max(1, math.isqrt(4096 // x.shape[1])))
+        parts.append(F.adaptive_avg_pool2d(x, side).flatten(1))
+    return torch.cat(parts), torch.from_numpy(labels[chosen])

@@ -71,6 +71,8 @@ class Constant(nn.Module):
         return self.bias
 
 class RAE(latents.Coder):
+    saw_labels = True
+
     def __init__(self, size, classes, hidden=192):
         patch = 16 if size >= 64 else size // 4
         super().__init__(size, size // patch, hidden)
