@@ -14,7 +14,6 @@ A data set is whole, or it is not there.  Pixels stay uint8 on disk, 0..255; 03_
 import argparse
 import colorsys
 import hashlib
-import http.client
 import json
 import math
 import os
@@ -99,7 +98,7 @@ def open_data(folder):
     folder = Path(folder)
     if not (folder / "meta.json").is_file():
         raise ValueError(f"no data set at {folder}: make it first (python 01_data.py --name {folder.name} ...; "
-                         "python 01_data.py alone draws data/shapes)")
+                         "python 01_data.py alone draws data/shapes; latents come from tests/experiments/)")
     try:
         meta = load_json(folder / "meta.json", id=str, size=int, classes=list, counts=dict, recipe=dict)
         side, classes = meta["size"], len(meta["classes"])
@@ -115,8 +114,8 @@ def open_data(folder):
                 raise ValueError(f"a label in {split}_labels.npy is outside 0..{classes - 1}")
             arrays[split] = images, labels
     except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
-        raise ValueError(f"the data set at {folder} is damaged or outdated ({error}): delete the folder, and pack it "
-                         "again")
+        raise ValueError(f"the data set at {folder} cannot be read ({error}): if it is damaged or outdated, delete the "
+                         "folder, and pack it again")
     return meta, arrays
 
 # ---- Source "shapes": outlines in about the unit circle, y pointing down, all symmetric left to right ---
@@ -343,7 +342,7 @@ def fetch(source, folder):
                 download(url, part)
                 if file_hash(part, "md5") != md5:
                     raise OSError(f"its md5 is not {md5}")
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except Exception as error:                        # urllib, http and ssl each have their own
             raise ValueError(f"cannot download {url} ({type(error).__name__}: {error}): fetch it yourself and put it "
                              f"into {folder}")
     elif file_hash(path, "md5") != md5:
@@ -443,7 +442,7 @@ def option(default, text, within="(-inf, inf)", choices=None, group=None, flag=T
 def check(name, value, within="(-inf, inf)", choices=None, **_):
     """Raise UsageError unless value is one of the choices, and its numbers are finite and in the interval."""
     names = list(choices()) if choices else [value]
-    refuse(value not in names, f"{name} {value!r} is unknown: one of {', '.join(map(str, names))}")
+    refuse(value not in (*names, None), f"{name} {value!r} is unknown: one of {', '.join(map(str, names))}")
     low, high = map(float, within[1:-1].split(","))
     for number in value if isinstance(value, tuple) else [value]:
         if isinstance(number, (int, float)):
@@ -654,7 +653,7 @@ def class_picture(labels, names, image_of):
 # ---- Running it ------------------------------------------------------------------------------------------------------
 SET_FILES = ("train_images.npy", "train_labels.npy", "val_images.npy", "val_labels.npy", "preview.png", "skipped.txt",
              "coder.pt", "reconstructions.npz")           # of an unfinished set; a finished one has these too:
-FINISHED_FILES = (*SET_FILES, "meta.json", "classifier-*", "statistics-*")
+FINISHED_FILES = (*SET_FILES, "meta.json", "classifier-????????.pt*", "statistics-*????????-????????.npz*")
 
 @dataclass
 class Options:

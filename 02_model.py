@@ -95,8 +95,7 @@ class JiTConfig:
     aux: str = option("none", "auxiliary head, used in training only", choices=lambda: AUX_HEADS)
 
     def __post_init__(self):
-        for entry in fields(self):
-            data.check(entry.name, getattr(self, entry.name), **entry.metadata)
+        check_fields(self)
         refuse(self.image_size % self.patch_size,
                f"image size {self.image_size} is not a multiple of patch size {self.patch_size}")
         refuse(self.hidden_size % (4 * self.num_heads),
@@ -558,7 +557,7 @@ def load_experiment(name):
         sys.modules[key] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(sys.modules[key])
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[key]
             line = getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
             raise ValueError(f"--experiment {name}: {type(error).__name__}: {error} ({path}, line {line})")
@@ -597,10 +596,10 @@ def read_checkpoint(path):
         with torch.serialization.safe_globals([argparse.Namespace]):        # the official files' only foreign class
             state = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception:                                     # torch raises many kinds
-        raise ValueError(f"{path} is not a checkpoint: damaged, not written by torch.save, or holding more than "
-                         "tensors and plain values")
-    if not ({"config", "ema"} <= state.keys() or {"model_ema1", "args"} <= state.keys()):
-        raise ValueError(f"{path} is not a JiT checkpoint: it holds neither config and ema nor model_ema1 and args")
+        raise ValueError(f"{path} is not a checkpoint: no access, damaged, not written by torch.save, or holding more "
+                         "than tensors and plain values")
+    if not {"ema", "model_ema1"} & state.keys():
+        raise ValueError(f"{path} is not a JiT checkpoint: it holds neither ema nor model_ema1")
     return state
 
 def load_network(path, ema=0, experiment=""):
@@ -663,6 +662,11 @@ def save(state, path):
 # ---- Plumbing of the later scripts: device and processes ------------------------------------------------------------
 def warn(message):
     print(f"warning: {message}", file=sys.stderr)
+
+def check_fields(self):
+    """Raise UsageError unless the fields of a dataclass are what their option() says; what is open is None."""
+    for entry in fields(self):
+        data.check(entry.name, getattr(self, entry.name), **entry.metadata)
 
 def names_of(cls):
     """The fields of a dataclass."""
@@ -752,11 +756,10 @@ def autocast(amp, device, cache=True):
     return torch.autocast(device.type, dtype, enabled=amp != "off", cache_enabled=cache)
 
 def save_picture(path, image):
-    """Write a PNG file with our mark; outside a run's folder what it replaces must have it, too.  Raises ValueError."""
+    """Write a PNG file with our mark; what it replaces must have it, too.  Raises ValueError."""
     mark = PngInfo()
     mark.add_text("Software", "JiT scripts")
-    in_a_run = any((place / "checkpoint.pt").exists() for place in path.parents[:2])
-    if path.exists() and not in_a_run and b"JiT scripts" not in path.read_bytes():
+    if path.exists() and b"Software\0JiT scripts" not in path.read_bytes():
         raise ValueError(f"{path} is there, and was not drawn by these scripts: move it away")
     with data.whole(path) as part:
         image.save(part, "png", pnginfo=mark)

@@ -301,12 +301,12 @@ def restore(trainer, state, folder):
                 value.copy_(saved[name])
         if trainer.rank == 0:                             # they are those of all processes
             trainer.log.sums.copy_(state["sums"])
-    except (RuntimeError, LookupError) as error:
+        trainer.log.rows = state["rows"]
+        trainer.step = state["info"]["step"]
+        trainer.skipped.fill_(state["skipped"])
+        trainer.bad.fill_(state["bad"])
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"the checkpoint of {folder} is damaged ({str(error).splitlines()[-1]})")
-    trainer.log.rows = state["rows"]
-    trainer.step = state["info"]["step"]
-    trainer.skipped.fill_(state["skipped"])
-    trainer.bad.fill_(state["bad"])
 
 @torch.no_grad()
 def predict_clean(trainer, z, t, y):
@@ -559,6 +559,7 @@ context      true   true     -
 
 @dataclass
 class Options:
+    __post_init__ = model.check_fields                    # subtle: below, model is a field
     preset: str = option("shapes", "row of PRESETS", choices=lambda: PRESETS, group="what to train on")
     experiment: str = option("", "rows of EXPERIMENTS, files of tests/experiments/ or paths of your own, with commas "
                              f"between: {', '.join(EXPERIMENTS)}, ... (default: none)")
@@ -750,7 +751,7 @@ def checkpoint_of(folder, resume=False, overwrite=False):
     if overwrite or not path.exists():
         return None
     state = model.read_checkpoint(path)
-    if not {"info", "options", "sums", "rows", "skipped", "bad", *STATEFUL} <= state.keys():
+    if not {"config", "info", "options", "sums", "rows", "skipped", "bad", *STATEFUL} <= state.keys():
         raise ValueError(f"{path} is not the state of a training run, or of an older version: pass --run NAME, or "
                          "--overwrite to move it aside")
     return state

@@ -216,8 +216,8 @@ def parse_labels(text, num, classes, num_classes):
     return [ids[i % len(ids)] for i in range(num)]
 
 # ---- Writing: a folder of PNG files that knows its settings ----------------------------------------------------------
-PARTS = ("[0-9]*.png.part", "samples.*.part", "arr_0.npy*")              # left by a kill
-SAMPLE_FILES = ("[0-9][0-9][0-9][0-9][0-9][0-9][0-9].png", "samples.json", "samples.npz", *PARTS)
+PARTS = ("[0-9][0-9][0-9][0-9][0-9][0-9][0-9].png.part", "samples.*.part")             # left by a kill
+SAMPLE_FILES = ("[0-9][0-9][0-9][0-9][0-9][0-9][0-9].png", "samples.json", "samples.npz", "arr_0.npy*", *PARTS)
 
 def file_of(out, i):
     return out / f"{i:07d}.png"
@@ -275,7 +275,7 @@ def write_samples(options, sampler, record, folder, rank, world):
         wait()                                            # all have looked before the first writes
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
-            for file in out.iterdir() if options.overwrite else ():
+            for file in sorted(out.iterdir()) if options.overwrite else ():    # the record last
                 file.unlink()
             data.save_json(out / "samples.json", record)
         wait()

@@ -315,7 +315,7 @@ def load_classifier(folder, device):
 
     def read(path):
         net = Classifier(classes).to(device)
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        model.load_weights(net, torch.load(path, map_location="cpu", weights_only=True))
         return net.eval()
     net = remembered(Path(folder) / f"classifier-{meta['id'][:8]}.pt", read,
                      lambda: train_classifier(*arrays["train"], classes, device),
@@ -363,7 +363,7 @@ class ImageSet:
         else:
             files = data.list_images(path)
             if not files:
-                raise ValueError(f"no images at {path}: make samples first (python 04_sample.py)")
+                raise ValueError(f"no images at {path}: make samples first (python 04_sample.py), or the data set")
             self.images = ImageFiles(files)
             if (path / "samples.json").exists():
                 self.record = data.load_json(path / "samples.json", labels=list, classes=list)
@@ -520,7 +520,7 @@ def print_table(files, out):
         print(" | ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
     axes = [name for name in varied if isinstance(rows[0][name], (int, float))]
     if out and axes:
-        curve = sorted((row[axes[0]], row["fd"]) for row in rows)
+        curve = sorted((row[axes[0]], row["fd"]) for row in rows if {axes[0], "fd"} <= row.keys())
         model.save_picture(out, model.chart(rows[0]["score"], axes[0], {"score": curve}))
         print(f"look at {out}")
 

@@ -195,6 +195,14 @@ def test_packing_begins_anew_after_a_kill(there, number, victim):
     with data.locked(Path("data/killed")):                # free again
         pass
 
+def test_a_hunt_of_one_kill(there, monkeypatch):
+    """The short form of tests/kill_test.py 50 01."""
+    import kill_test
+    monkeypatch.setitem(kill_test.STAGES, "01", ("01_data.py", "--size 16 --count 1500 --name NAME", "data/NAME", ()))
+    assert kill_test.hunt(there, 1, "01") == 0
+    Path("data/hunted/train_labels.npy").write_bytes(b"x")
+    assert kill_test.content(Path("data/hunted")) != kill_test.content(Path("data/calm"))
+
 def test_what_is_left_out_leaves_no_hole(there):
     """Rows follow each other, whatever could not be read."""
     make = lambda i: "bad" if i % 3 == 0 else np.full((2, 2, 3), i % 251, np.uint8)
@@ -264,10 +272,12 @@ def test_existing_sets_are_neither_overwritten_nor_ignored(there, capsys):
     assert call(data, "--size", 16, "--count", 100) == 0 and "nothing to do" in capsys.readouterr().out
     assert call(data, "--size", 32, "--count", 100) == 1 and "--overwrite" in capsys.readouterr().err
     assert data.open_data("data/shapes")[0]["size"] == 16
-    for name in ("classifier-0123abcd.pt", "statistics-train-0123abcd-4567.npz"):          # what 05 keeps there
+    for name in ("classifier-0123abcd.pt", "statistics-train-0123abcd-01234567.npz"):          # what 05 keeps there
         Path("data/shapes", name).touch()
     assert call(data, "--size", 32, "--count", 100, "--workers", 1, "--overwrite") == 0 and data.open_data("data/shapes")[0]["size"] == 32
     assert call(data, "--size", 32, "--count", 100, "--seed", 5) == 1 and "seed 0, now 5" in capsys.readouterr().err
+    Path("data/shapes/classifier-mine.txt").write_text("x")
+    assert call(data, "--size", 16, "--count", 100, "--overwrite") == 1 and Path("data/shapes/classifier-mine.txt").exists()
 
 def test_a_broken_download_leaves_nothing(there, monkeypatch, capsys):
     monkeypatch.setitem(data.ARCHIVES, "cifar10", (32, (there / "served" / "cifar-10-binary.tar.gz").as_uri(), "0" * 32))

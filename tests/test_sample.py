@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import TINY, TINY_FLAGS, call, data, evaluate, model, randomised, sample, shell, train
+from conftest import ROOT, TINY, TINY_FLAGS, call, data, evaluate, model, randomised, sample, shell, train
 from test_model import official
 
 @pytest.fixture
@@ -244,7 +244,7 @@ def test_a_foreign_picture_is_not_replaced(run, capsys):
     Path("a-grid.png").unlink()
     assert draw("a", num=9).shape[0] == draw("a", num=9).shape[0] == 9
 
-@pytest.mark.parametrize("name", ["0000000.png", "0000099.png", "thesis.part", "samples.npz"])
+@pytest.mark.parametrize("name", ["0000000.png", "0000099.png", "thesis.part", "samples.npz", "arr_0.npy"])
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]], ids=str)
 def test_a_folder_without_our_record_is_not_touched(run, capsys, name, flags):
     """What looks like samples is only ours where samples.json, which is written first, lies beside it."""
@@ -282,6 +282,10 @@ def test_pictures_of_the_process(work, monkeypatch, capsys):
     assert titles[0] == "t = 0.00" and titles[-2:] == ["t = 0.98", "result"] and len(titles) == len(rows[0]) == 10 and names == ["z", "x_pred"] * 4
     assert call(sample, "--run", "p", "--steps", 2, "--trajectory", "--out", "here.png") == 0
     assert Image.open("runs/p/trajectory.png").width > 100 and Image.open("here.png").width > 100
+    Path("copy.py").write_bytes((ROOT / "02_model.py").read_bytes())           # it names the mark, and does not carry it
+    for kept in ("runs/p/checkpoint.pt", "runs/p/log.csv", "copy.py"):
+        before = Path(kept).read_bytes()
+        assert call(sample, "--run", "p", "--steps", 2, "--trajectory", "--out", kept) == 1 and Path(kept).read_bytes() == before
     asked, guided = set(), sample.guided
     monkeypatch.setattr(sample, "guided", lambda net, z, t, labels, cfg, *more: asked.add(cfg) or guided(net, z, t, labels, cfg, *more))
     assert call(sample, "--run", "p", "--steps", 2, "--trajectory", "--cfg", 2.5) == 0 and asked == {2.5}
@@ -325,7 +329,7 @@ def test_another_ema_than_there_is_is_refused(work, capsys):
     (["--steps", -1], "[1, 100000]", 2), (["--interval", "0.5"], "two times", 2), (["--interval", "0.9,0.1"], "two times", 2), (["--interval", "0,2"], "in [0, 1]", 2), (["--solver", "rk4"], "is unknown", 2),
     (["--labels", "moon"], "is not a class", 2), (["--ema", 3], "averaged weights are numbered 0 to 0", 1), (["--run", "nope"], "train one first", 1), (["--checkpoint", "x.pth"], "no checkpoint at x.pth", 1), (["--seed", -1], "[0, inf)", 2),
     (["--device", "gpu"], "give cuda or cpu", 2), (["--num", 0], "[1, 10000000]", 2), (["--num", "9999999999"], "[1, 10000000]", 2), (["--cfg", "nan"], "give a number", 2),
-    (["--t-eps", "inf"], "in (0, 1)", 2), (["--shift", "inf"], "in [0.001, 1000]", 2), (["--checkpoint", "notes.txt"], "notes.txt is not a checkpoint: damaged, not written by torch.save", 1)])
+    (["--t-eps", "inf"], "in (0, 1)", 2), (["--shift", "inf"], "in [0.001, 1000]", 2), (["--checkpoint", "notes.txt"], "notes.txt is not a checkpoint: no access, damaged, not written by torch.save", 1)])
 def test_wrong_requests(run, capsys, flags, words, code):
     Path("notes.txt").write_text("remember the milk")
     assert call(sample, *(["--run", "r"] if "--run" not in flags else []), *flags) == code

@@ -93,11 +93,9 @@ def test_two_processes_train_the_same_model_as_one(work):
     done = torchrun("04_sample.py", "--run", "two", "--num", 30, "--steps", 3, "--amp", "off", cwd=work)
     assert done.returncode and done.stderr.count("04_sample.py: error") == 1 and '04_sample.py", line' not in done.stderr
     assert done.stdout == ""
-    for _ in range(2):                                    # the second time it is done already, on both
-        done = torchrun("05_eval.py", "--run", "two", "--batch-size", 4, "--out", "two.json", cwd=work)
-        assert done.returncode == 0, done.stderr
-    assert torchrun("03_train.py", *flags, "--run", "two", cwd=work).returncode == 0
-    assert torchrun("04_sample.py", "--run", "two", "--trajectory", cwd=work).returncode == 0
+    done = torchrun("05_eval.py", "--run", "two", "--batch-size", 4, "--out", "two.json", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert torchrun("03_train.py", *flags, "--run", "two", cwd=work).returncode == 0       # finished, on both
     one, two = (json.loads(Path(path).read_text()) for path in ("runs/two/metrics.json", "two.json"))
     assert two["fd"] == pytest.approx(one["fd"], rel=1e-6) and two["precision"] == one["precision"] and two["class_accuracy"] == one["class_accuracy"]
 
@@ -270,7 +268,7 @@ def test_nohup_is_honoured():
         signal.signal(signal.SIGHUP, before[signal.SIGHUP])
 
 def test_no_compiler_is_said_in_one_line(work):
-    done = shell("03_train.py", *TINY_FLAGS, "--steps", 2, "--compile", cwd=work, env={"CXX": "/nonexistent", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"})
+    done = shell("03_train.py", *TINY_FLAGS, "--steps", 2, "--depth", 1, "--compile", cwd=work, env={"CXX": "/nonexistent", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"})
     assert done.returncode == 1 and "pass --no-compile" in done.stderr and "Traceback" not in done.stderr
 
 def test_torchrun_restart_goes_on(work, monkeypatch, capsys):
@@ -285,7 +283,7 @@ def test_torchrun_restart_goes_on(work, monkeypatch, capsys):
 def test_random_kills(work):
     """The short form of tests/kill_test.py."""
     import kill_test
-    assert kill_test.torture(work, kills=2, steps=100, seed=1) == 0 and kill_test.hunt(work, 1, "01") == 0
+    assert kill_test.torture(work, kills=2, steps=100, seed=1) == 0
 
 def test_non_finite_steps_are_skipped_and_counted(work, capsys, monkeypatch):
     options, config, arrays = settings("--steps", 10)
@@ -673,6 +671,21 @@ def test_preview_log_and_snapshots(work):
     assert [row["images"] for row in rows] == ["16", "32", "48", "64"] and list(rows[0]) == train.COLUMNS and Image.open("runs/shapes/loss.png").width > 100
     assert call(train, *TINY_FLAGS, "--steps", 8, "--preview-every", 4, "--snapshots", 2, "--log-every", 2) == 0          # finished: nothing to do
     assert call(train, *TINY_FLAGS, "--steps", 8, "--preview-every", 4, "--snapshots", 2, "--overwrite") == 0
+
+@pytest.mark.parametrize("settings,word", [({"schedule": "cosin"}, "cosin"), ({"loss": "q"}, "'q'"), ({"label_drop": 2}, "[0, 1)"), ({"batch_size": 0}, "[1, 1000000]"),
+                                           ({"ema": (2.0,)}, "[0, 1)"), ({"amp": "fp8"}, "fp8"), ({"stepz": 3}, "stepz")], ids=str)
+def test_a_slip_in_an_experiments_settings_is_said(work, capsys, settings, word):
+    Path("slip.py").write_text(f"SETTINGS = {settings!r}\n")
+    flags = TINY_FLAGS[:]                                 # flags would override the settings
+    for name in ("--batch-size", "--amp"):
+        place = flags.index(name)
+        del flags[place:place + 2]
+    assert call(train, *flags, "--steps", 2, "--experiment", "slip.py") == 2
+    assert word in capsys.readouterr().err and not Path("runs").exists()
+
+def test_an_experiment_that_ends_python_is_no_success(work, capsys):
+    Path("ends.py").write_text("import sys\nsys.exit(0)\n")
+    assert call(train, *TINY_FLAGS, "--experiment", "ends.py") == 1 and "SystemExit" in capsys.readouterr().err
 
 def test_what_a_finished_run_answers(work, capsys, monkeypatch):
     assert call(train, *TINY_FLAGS, "--steps", 8) == 0
