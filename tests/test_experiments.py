@@ -738,9 +738,9 @@ def test_a_comparison_shows_the_held_out_loss(there, monkeypatch, capsys):
     compare = model.load_experiment("_compare")
     monkeypatch.setattr(compare, "call", lambda *args: None)
     Path("runs/compare-x-y").mkdir(parents=True)
-    Path("runs/compare-x-y/log.csv").write_text("step,loss,held_out\n300,9,8\n600,1,2\n")
+    Path("runs/compare-x-y/log.csv").write_text("step,images,loss,held_out,images_per_s\n300,9600,9,8,300\n600,19200,1,2,340\n")
     Path("runs/compare-x-y/metrics.json").write_text(json.dumps({"fd": 3.0, "class_accuracy": 0.5}))
-    assert compare.compare({"x y": []}) == {"x y": (2.0, 3.0, 0.5)} and capsys.readouterr().out.endswith("| 2.000 | 3.0 | 0.50 |\n")
+    assert compare.compare({"x y": []}) == {"x y": (2.0, 3.0, 0.5)} and capsys.readouterr().out.endswith("| x y | 100 | 2.000 | 3.0 | 0.50 |\n")
 
 def test_numbers_of_the_papers_in_experiments():
     """DiT's and SD3's objectives; the weight of an error of x, 1 / (1-t)^2 at the times of the held-out loss."""

@@ -7,7 +7,6 @@ import csv
 import json
 import re
 import sys
-import time
 from importlib import import_module
 from pathlib import Path
 
@@ -28,15 +27,14 @@ def compare(rows, more=(), num=500, sampling=(), common=SHORT):
     results = {}
     for label, flags in rows.items():
         run = "compare-" + re.sub(r"\W+", "-", label)
-        start = time.perf_counter()
         call(train, *common, "--run", run, *flags, *more)
-        seconds = time.perf_counter() - start
         own = flags[flags.index("--experiment"):][:2] if "--experiment" in flags else []
         call(sample, "--run", run, "--num", num, *own, *sampling)
         call(evaluate, "--run", run, "--metrics", "fd")
         log = list(csv.DictReader(open(f"runs/{run}/log.csv")))
         scores = json.loads(Path(f"runs/{run}/metrics.json").read_text())
         results[label] = float(log[-1]["held_out"]), scores["fd"], scores.get("class_accuracy", float("nan"))
-        print("| {} | {:.0f} | {:.3f} | {:.1f} | {:.2f} |".format(label, seconds / int(log[-1]["step"]) * 1e3, *results[label]),
-              flush=True)
+        speed = sum(float(row["images_per_s"]) for row in log) / len(log)
+        milliseconds = 1e3 * float(log[-1]["images"]) / float(log[-1]["step"]) / speed
+        print("| {} | {:.0f} | {:.3f} | {:.1f} | {:.2f} |".format(label, milliseconds, *results[label]), flush=True)
     return results

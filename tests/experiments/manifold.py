@@ -7,7 +7,7 @@ A second part bends the plane: x = W sin(F s + b), F, b and W random and fixed, 
 4.3.1) says that a linear patch embedding W2 W1 z cannot unroll a curved manifold, and that W2 SiLU(W1 z) can.  Both are
 put in front of the same MLP, with x-prediction and the same random numbers.
 
-python tests/experiments/manifold.py [FILE.png]      twelve networks and the figure: 66 s on two cores; twelve more
+python tests/experiments/manifold.py [FILE.png]      the figure, 66 s on two cores; the bent plane, 164 s on one
 """
 import sys
 import types
