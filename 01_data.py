@@ -513,8 +513,8 @@ def run(main):
     if rank != "0":                                       # if all processes fail alike, the first speaks and torchrun
         signal.signal(signal.SIGTERM, signal.SIG_DFL)     # ends the others in this time; one that fails alone speaks
         time.sleep(3)
-    who = f"[rank {rank}] " if rank != "0" else ""
-    print(f"{os.path.basename(sys.argv[0])}: error: {who}{message}", file=sys.stderr)
+        message = f"[rank {rank}] {message}"
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     return code
 
 @contextmanager

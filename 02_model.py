@@ -699,6 +699,7 @@ def device_and_processes(name=None):
     keep_freed_memory()
     if "WORLD_SIZE" in os.environ:                        # a day: others wait while the first process scores or saves
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(days=1))
+        dist.barrier()                                    # subtle: one that leaves early would cut others' connections
     with torchs_errors():
         yield device, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if dist.is_initialized():
