@@ -514,3 +514,27 @@ def test_a_script_that_is_asked_to_end_says_so():
     code = "import os, signal, sys, time; from importlib import import_module; sys.exit(import_module('01_data').run(lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(9)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 130 and done.stderr.count("\n") == 1 and "stopped; the same command" in done.stderr
+
+def test_a_panorama_is_read(there):
+    photo(1, (340, 17)).save("wide.png"), photo(1, (16, 1500)).save("tall.png")
+    assert all(isinstance(data.decode((name, 16)), np.ndarray) for name in ("wide.png", "tall.png"))         # up to 100 : 1
+
+def test_a_change_of_the_held_out_images_is_another_set(there, capsys):
+    folder(there / "in")
+    assert pack() == 0
+    photo(7).save("in/val/cat/new.png")
+    assert pack() == 1 and "was made with other settings (jobs" in capsys.readouterr().err
+
+def test_the_space_that_is_needed_counts_every_colour(there, monkeypatch):
+    folder(there / "in")
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 24 * 16 * 16 * 3 - 1})())
+    assert pack() == 1
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 24 * 16 * 16 * 3})())
+    assert pack() == 0
+
+def test_an_image_of_suspiciously_many_pixels_is_left_out(there, monkeypatch):
+    """Pillow refuses twice its limit by itself, and only warns of less."""
+    folder(there / "in")
+    photo(1, (40, 41)).save("in/train/cat/many.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 30 + 1)
+    assert pack() == 0 and "many.png" in Path("data/set/skipped.txt").read_text() and data.open_data("data/set")[0]["counts"]["train"] == 12

@@ -501,3 +501,12 @@ def test_large_images_are_averaged_for_the_classifier():
     net(images)
     wanted = F.avg_pool2d(images.permute(0, 3, 1, 2).float() / 127.5 - 1, 2)
     assert seen[0].shape == (2, 3, 64, 64) and torch.allclose(seen[0], wanted, atol=1e-5)
+
+def test_a_distance_that_is_no_number_is_never_the_best():
+    x = np.eye(3)
+    assert np.isnan(evaluate.frechet_distance(np.full(3, np.nan), x, np.zeros(3), x)) and evaluate.frechet_distance(np.zeros(3), x, np.zeros(3), x) < 1e-9
+
+def test_only_the_scores_that_are_asked_for_are_made(scored):
+    assert call(evaluate, "--metrics", "fd,recall") == 0
+    result = json.loads(Path("runs/shapes/metrics.json").read_text())
+    assert {"fd", "recall"} == result.keys() & evaluate.SCORES.keys() and result["left_out"] == {}

@@ -380,3 +380,14 @@ def test_the_rotary_tables_of_an_official_file_are_left_out(tiny_official):
     path, net = tiny_official
     state = {"net." + k: v for k, v in net.state_dict().items()} | {"net.feat_rope.freqs_cos": torch.ones(16, 8)}
     assert torch.equal(model.load_network(official(path, net, model_ema1=state))[0].pos_embed, net.pos_embed)
+
+def test_dropout_takes_the_attention_and_the_inside_of_the_ffn():
+    """With all of it dropped, a block adds no more than the gated bias of the FFN's last map."""
+    block, x, c = randomised(model.JiTConfig(**{**TINY, "depth": 8, "dropout": 0.2})).blocks[2].train(), torch.randn(2, 5, 32), torch.randn(2, 1, 32)
+    block.dropout.p = block.mlp.dropout.p = 1.0
+    assert torch.allclose(block(x, c), x + block.adaLN_modulation(c).chunk(6, dim=-1)[5] * block.mlp.w3.bias, atol=1e-6)
+
+def test_a_bare_name_is_a_run_whatever_else_is_called_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    assert model.folder_of("photos", "runs") == Path("runs/photos") and model.folder_of("./photos", "runs") == Path("photos")

@@ -348,3 +348,12 @@ def test_an_unconditional_run_has_no_class_accuracy(work):
     assert call(train, *TINY_FLAGS, "--steps", 2, "--num-classes", 0) == 0 and call(sample, "--num", 20, "--steps", 2, "--amp", "off") == 0
     assert json.loads(Path("runs/shapes/samples/samples.json").read_text())["classes"] == []
     assert call(evaluate) == 0 and "class_accuracy" not in json.loads(Path("runs/shapes/metrics.json").read_text())
+
+def test_the_trajectory_ends_with_the_images(work, monkeypatch):
+    assert call(train, *TINY_FLAGS, "--steps", 2) == 0
+    drawn, real = [], data.picture
+    monkeypatch.setattr(data, "picture", lambda rows, *more: drawn.append(rows) or real(rows, *more))
+    flags = ["--solver", "euler", "--steps", 3, "--amp", "off"]
+    assert call(sample, *flags, "--trajectory") == 0 and call(sample, *flags, "--num", 4, "--batch-size", 4) == 0
+    for k in range(4):
+        assert all(np.abs(row[-1].astype(int) - pictures("runs/shapes/samples")[k]).max() <= 1 for row in drawn[0][2 * k:2 * k + 2])

@@ -745,3 +745,20 @@ def test_the_log_counts_every_step_that_was_skipped(work):
     recorder.trainer.skipped.fill_(3)                     # and the last one was a good one: bad is 0
     recorder.write_line(False)
     assert recorder.trainer.log.rows[-1]["skipped"] == 3
+
+def test_what_init_brings_comes_before_the_preset(work):
+    """The noise scale of the preset would be another than the weights know; flags come before both."""
+    init = {"noise_scale": 1.5, "pred": "v", "num_classes": 7}
+    options = train.gather(train.read_flags(["--preset", "shapes"]), init=init)
+    assert (options["noise_scale"], options["pred"]) == (1.5, "v") and "num_classes" not in options
+    assert train.gather(train.read_flags(["--noise-scale", "1.2"]), init=init)["noise_scale"] == 1.2
+
+def test_every_space_of_the_loss_has_an_effect(work):
+    for flags, objective in (([], "jit"), (["--loss", "x"], "grid"), (["--loss", "e"], "grid"), (["--pred", "v"], "grid")):
+        assert settings(*flags)[0].objective == objective
+
+def test_what_is_watched_is_the_first_average(work):
+    options, config, arrays = settings("--steps", 1, "--ema", "0.9,0.5")
+    trainer = train.Trainer(options, config, torch.device("cpu"))
+    trainer.ema[1] = {name: value * math.nan for name, value in trainer.ema[1].items()}
+    assert math.isfinite(train.held_out_loss(trainer, np.array(arrays["val"][0][:4]), arrays["val"][1][:4]))
