@@ -652,8 +652,8 @@ def class_picture(labels, names, image_of):
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
 SET_FILES = ("train_images.npy", "train_labels.npy", "val_images.npy", "val_labels.npy", "preview.png", "skipped.txt",
-             "coder.pt", "reconstructions.npz")           # of an unfinished set; a finished one has these too:
-FINISHED_FILES = (*SET_FILES, "meta.json", "classifier-????????.pt*", "statistics-*????????-????????.npz*")
+             "coder.pt", "reconstructions.npz", "meta.json*",
+             "classifier-????????.pt*", "statistics-*????????-????????.npz*")              # the last two: 05's
 
 @dataclass
 class Options:
@@ -688,10 +688,10 @@ def recipe_of(options, splits):
 @contextmanager
 def new_set(folder):
     """with new_set(folder) as part: fill the empty folder `part`.  At the end it takes the place of `folder`."""
-    part = folder.with_name(folder.name + ".partial")
-    for place, patterns in ((part, SET_FILES), (folder, FINISHED_FILES)):
+    part = folder.with_name(f".{folder.name}.partial")    # no data set can be called so
+    for place in (part, folder):
         if place.exists():
-            only_ours(place, patterns, "nothing is touched; move it away, or choose --name or --out")
+            only_ours(place, SET_FILES, "nothing is touched; move it away, or choose --name or --out")
     shutil.rmtree(part, ignore_errors=True)               # left there by a kill
     part.mkdir(parents=True)
     try:

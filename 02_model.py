@@ -49,7 +49,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-sys.path.append(str(Path(__file__).parent))               # python -P does not look there
 data = import_module("01_data")                           # a name that begins with a digit cannot follow `import`
 option, refuse = data.option, data.refuse
 
@@ -183,7 +182,10 @@ def rotate(x, cos, sin):
 
     cos, sin: (L,d), sin with its signs -+.  A turned q times a turned k depends on how far apart their tokens are only.
     """
-    swapped = x.unflatten(-1, (-1, 2)).roll(1, dims=-1).flatten(-2)                                # B h L d
+    if x.is_cpu and not torch.compiler.is_compiling():    # the same as one complex product, faster there
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                            # B h L d/2
+        return torch.view_as_real(pairs * torch.complex(cos[:, ::2], sin[:, 1::2])).flatten(-2)
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)                                        # B h L d
     return x * cos + swapped * sin
 
 # ---- Conditions: time and class -------------------------------------------------------------------------------------
@@ -830,7 +832,7 @@ def print_shapes(config, batch=2):
         if name.count(".") == 1 or name in ("x_embedder", "final_layer"):      # the parts, and every block
             module.register_forward_hook(lambda module, inputs, output, name=name: show(name, output.shape))
     z = torch.randn(batch, config.in_channels, config.image_size, config.image_size)
-    show("z: the noised images", z.shape)
+    show("One batch through JiT-T/16: z", z.shape)
     with torch.no_grad():
         x_pred = net(z, torch.rand(batch), torch.zeros(batch).long())
     show("unpatchify: the predicted clean images", x_pred.shape)
@@ -838,7 +840,6 @@ def print_shapes(config, batch=2):
 def main(argv=None):
     data.parse(argv, "Print the table of sizes, and walk one batch through the network of the first command.")
     print_table()
-    print("\nOne batch through JiT-T/16:")
     print_shapes(JiTConfig(**MODELS["JiT-T/16"]))
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent))               # python -P does not look there
 data, model = import_module("01_data"), import_module("02_model")
 import numpy as np
 import torch
@@ -428,8 +427,8 @@ class Recorder:
         if trainer.rank == 0:
             for name in ("snapshots", "preview"):
                 (folder / name).mkdir(exist_ok=True)
-            settings = {"options": asdict(trainer.options), "config": asdict(trainer.config)}
-            data.save_json(folder / "config.json", settings)
+            data.save_json(folder / "config.json",
+                           {"options": asdict(trainer.options), "config": asdict(trainer.config)})
 
     def after_step(self):
         """Write whatever is due after this step.

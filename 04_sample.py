@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent))               # python -P does not look there
 data, model = import_module("01_data"), import_module("02_model")
 import numpy as np
 import torch

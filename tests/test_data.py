@@ -107,7 +107,7 @@ def test_folder_with_splits(there):
     meta, arrays = data.open_data("data/set")
     assert meta["classes"] == ["cat", "dog"] and meta["counts"] == {"train": 12, "val": 12}
     assert np.array_equal(arrays["train"][0][7], data.center_crop(Image.open("in/train/dog/1.png"), 16)) and arrays["train"][1].tolist() == [0] * 6 + [1] * 6
-    assert Path("data/set/preview.png").exists() and not Path("data/set.partial").exists()
+    assert Path("data/set/preview.png").exists() and not Path("data/.set.partial").exists()
     assert len(meta["id"]) == 32 and len(meta["recipe"]["jobs"]) == 8
 
 def test_flat_folder_holds_out_a_part_and_empties_no_class(there):
@@ -180,7 +180,7 @@ def test_packing_begins_anew_after_a_kill(there, number, victim):
     """Killed in the middle nothing is there; the same command makes the whole set.  Asked to stop, it stops between two blocks, in one line."""
     command = [sys.executable, ROOT / "01_data.py", "--size", "48", "--count", "6000", "--workers", "2", "--name", "killed"]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    part = Path("data/killed.partial/train_images.npy")
+    part = Path("data/.killed.partial/train_images.npy")
     while child.poll() is None and not (part.exists() and part.stat().st_size > 1000 * 48 * 48 * 3):
         time.sleep(0.005)
     os.killpg(child.pid, number) if victim == "group" else child.send_signal(number)
@@ -217,11 +217,11 @@ def test_a_mended_image_is_read_and_foreign_files_are_kept(there, capsys):
     folder(there / "in", classes=("a", "b"), count=1)
     good = (there / "in/train/b/0.png").read_bytes()
     (there / "in/train/b/0.png").write_bytes(b"x")
-    assert pack() == 1 and "class b has no readable image" in capsys.readouterr().err and not Path("data/set.partial").exists()
+    assert pack() == 1 and "class b has no readable image" in capsys.readouterr().err and not Path("data/.set.partial").exists()
     (there / "in/train/b/0.png").write_bytes(good)
     assert pack() == 0
-    Path("data/mine.partial").mkdir(), Path("data/mine.partial/thesis.txt").write_text("x")
-    assert call(data, "--size", 16, "--count", 100, "--name", "mine") == 1 and "did not write" in capsys.readouterr().err and Path("data/mine.partial/thesis.txt").exists()
+    Path("data/.mine.partial").mkdir(), Path("data/.mine.partial/thesis.txt").write_text("x")
+    assert call(data, "--size", 16, "--count", 100, "--name", "mine") == 1 and "did not write" in capsys.readouterr().err and Path("data/.mine.partial/thesis.txt").exists()
 
 def test_two_at_once_are_refused(there, capsys):
     with data.locked(Path("data/shapes")):
