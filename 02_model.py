@@ -666,9 +666,11 @@ def warn(message):
     print(f"warning: {message}", file=sys.stderr)
 
 def check_fields(self):
-    """Raise UsageError unless the fields of a dataclass are what their option() says; what is open is None."""
+    """Raise UsageError unless the fields of a dataclass that differ from their default are what their option() says."""
     for entry in fields(self):
-        data.check(entry.name, getattr(self, entry.name), **entry.metadata)
+        value = getattr(self, entry.name)
+        if value is not entry.default:                    # a default may be None: open
+            data.check(entry.name, value, **entry.metadata)
 
 def names_of(cls):
     """The fields of a dataclass."""
@@ -832,7 +834,7 @@ def print_shapes(config, batch=2):
         if name.count(".") == 1 or name in ("x_embedder", "final_layer"):      # the parts, and every block
             module.register_forward_hook(lambda module, inputs, output, name=name: show(name, output.shape))
     z = torch.randn(batch, config.in_channels, config.image_size, config.image_size)
-    show("One batch through JiT-T/16: z", z.shape)
+    show("z: the noised images", z.shape)
     with torch.no_grad():
         x_pred = net(z, torch.rand(batch), torch.zeros(batch).long())
     show("unpatchify: the predicted clean images", x_pred.shape)
@@ -840,6 +842,7 @@ def print_shapes(config, batch=2):
 def main(argv=None):
     data.parse(argv, "Print the table of sizes, and walk one batch through the network of the first command.")
     print_table()
+    print("\nOne batch through JiT-T/16:")
     print_shapes(JiTConfig(**MODELS["JiT-T/16"]))
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 
-data, model = import_module("01_data"), import_module("02_model")
+data, model = import_module("01_data"), import_module("02_model")       # first: 02 says how torch's threads wait
 import numpy as np
 import torch
 import torch.distributed as dist

@@ -68,10 +68,11 @@ def hunt(folder, kills, stage, seed=0):
     command = lambda name: [sys.executable, str(ROOT / name_of_script), *flags.replace("NAME", name).split()]
     calm, hunted = (Path(folder) / made.replace("NAME", name) for name in ("calm", "hunted"))
 
-    def forget():
+    def forget(name="hunted"):
         for pattern in (made, *memory):
-            for path in Path(folder).glob(pattern.replace("NAME", "hunted")):
+            for path in Path(folder).glob(pattern.replace("NAME", name)):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+    forget("calm")                                        # of an earlier hunt: its time would be that of looking
     start = time.time()
     subprocess.run(command("calm"), cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL)
     seconds = time.time() - start

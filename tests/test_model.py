@@ -223,7 +223,7 @@ def test_the_table_of_sizes_is_printed_in_the_papers_unit(capsys, monkeypatch):
     assert row[6:] == ["131,123,712", f"{model.count_macs(model.JiTConfig()) / 1e9:.2f}", "25"]
 
 @pytest.mark.parametrize("change", [{"image_size": 30, "patch_size": 8}, {"hidden_size": 30}, {"ffn": "relu"}, {"pred": "y"}, {"path": "quadratic"},
-                                    {"patch_embed": "nonlinear", "bottleneck_dim": 0}, {"mixer": "nope"}, {"network": "nope"}, {"dropout": 1.0}, {"depth": 0}, {"noise_scale": 0.0}])
+                                    {"patch_embed": "nonlinear", "bottleneck_dim": 0}, {"mixer": "nope"}, {"network": "nope"}, {"pred": None}, {"dropout": 1.0}, {"depth": 0}, {"noise_scale": 0.0}])
 def test_unusable_configurations_are_refused(change):
     with pytest.raises(ValueError) as error:
         model.JiTConfig(**{**TINY, **change})

@@ -17,7 +17,7 @@ departure: channels at every place, not a token in attention.  The encoder is th
 with labels and has no class token: the mean of its features stands for it, of which K = 32 channels are taken.  So the
 token weighs 32 / 1024 = 0.03 of the image, as with REG's beta.  REPA's loss, which REG keeps, is left out.
 
-python tests/experiments/rae.py && python tests/experiments/reg.py      makes data/shapes-reg: 36 x 16 x 16 numbers
+python tests/experiments/rae.py && python tests/experiments/reg.py      makes data/shapes-reg: 36 x 16 x 16 numbers, 90 s
 03_train.py --experiment reg && 04_sample.py --run shapes-reg && 05_eval.py --run shapes-reg
 """
 import sys
