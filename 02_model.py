@@ -110,7 +110,7 @@ class Linear(nn.Linear):
     """A linear map that begins with Xavier-uniform weights and zero bias."""
 
     def reset_parameters(self):
-        nn.init.xavier_uniform_(self.weight)
+        nn.init.xavier_uniform_(self.weight.flatten(1))   # subtle: PatchLinear's is (D,C,p,p), a map of whole patches
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -135,26 +135,28 @@ def unpatchify(tokens, p):
     x = tokens.reshape(B, side, side, p, p, -1).permute(0, 5, 1, 3, 2, 4)                          # B C  H/p p  W/p p
     return x.reshape(B, -1, side * p, side * p)
 
-class PatchEmbed(nn.Module):
-    """Patch -> bottleneck -> hidden: two linear maps (JiT section 4.2, figure 4); nonlinear puts a SiLU between them.
+class PatchLinear(nn.Conv2d):
+    """A linear map of patches (B,N,C*p*p): what a convolution does whose stride is its kernel.  Official weights fit."""
 
-    A convolution whose stride equals its kernel is a linear map on patches; it is kept for the official weights' names.
-    """
+    reset_parameters = Linear.reset_parameters
+
+    def forward(self, patches):
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+class PatchEmbed(nn.Module):
+    """Patch -> bottleneck -> hidden: two linear maps (JiT section 4.2, figure 4); nonlinear puts a SiLU between them."""
 
     def __init__(self, config):
         super().__init__()
         C, p, D, width = config.in_channels, config.patch_size, config.hidden_size, config.bottleneck_dim
-        self.proj1 = nn.Conv2d(C, width or D, p, p, bias=not width)
+        self.proj1 = PatchLinear(C, width or D, p, bias=not width)
         self.act = nn.SiLU() if config.patch_embed == "nonlinear" else nn.Identity()
-        self.proj2 = nn.Conv2d(width, D, 1) if width else nn.Identity()
-        for name, weight in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(weight)
-            else:
-                nn.init.xavier_uniform_(weight.flatten(1))          # subtle: a view, of a linear map of whole patches
+        self.proj2 = PatchLinear(width, D, 1) if width else nn.Identity()
 
     def forward(self, x):                                                                          # B C H W
-        return self.proj2(self.act(self.proj1(x))).flatten(2).transpose(1, 2)                      # B N D
+        p = self.proj1.kernel_size
+        patches = F.unfold(x, p, stride=p).transpose(1, 2)                                         # B N C*p*p
+        return self.proj2(self.act(self.proj1(patches)))                                           # B N D
 
 def position_table(hidden, side):
     """Fixed 2-D sine-cosine positions (1,N,D): half the channels from the column, half from the row (as MAE, DiT)."""

@@ -71,7 +71,7 @@ def diffusion_loss(x_pred, x, z, t):
     d = model.expand(1 - t, x).clamp_min(model.T_EPS)
     v = (x - z) / d
     v_pred = (x_pred.float() - z) / d
-    return ((v_pred - v)**2).flatten(1).mean(dim=1)
+    return (v_pred - v).square().flatten(1).mean(dim=1)
 
 def jit_objective(trainer, batch):
     """Mix, predict, compare: (loss to differentiate, loss of each image (B,) for the log)."""
@@ -195,7 +195,7 @@ def grid_loss(out, batch, config, space):
     path, t = model.PATHS[config.path], batch["t"]
     truth = batch[config.pred] if config.pred != "v" else path.velocity_target(batch["x"], batch["e"], t)
     u, _ = path.conversion(config.pred, space, t)
-    return u**2 * ((out.float() - truth)**2).flatten(1).mean(dim=1)
+    return u**2 * (out.float() - truth).square().flatten(1).mean(dim=1)
 
 def grid_objective(trainer, batch):
     """As jit_objective, for the prediction, loss and path of the settings; the log has its losses in v-space."""
