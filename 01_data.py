@@ -509,7 +509,7 @@ def run(main):
         code, message = 130, str(stop) or "stopped; the same command begins again, or goes on where it was"
     except (ValueError, OSError, NotImplementedError, MemoryError) as error:
         code, message = 2 if isinstance(error, UsageError) else 1, error
-    rank = os.environ.get("RANK", "0")
+    rank = os.environ.get("RANK") or "0"
     if rank != "0":                                       # if all processes fail alike, the first speaks and torchrun
         signal.signal(signal.SIGTERM, signal.SIG_DFL)     # ends the others in this time; one that fails alone speaks
         time.sleep(3)
@@ -599,7 +599,7 @@ class Progress(tqdm):
     """A tqdm bar on a terminal, elsewhere a line every half minute; the first process alone shows it."""
 
     def __init__(self, total, title, unit, **more):
-        silent = sys.stderr is None or os.environ.get("RANK", "0") != "0"
+        silent = sys.stderr is None or (os.environ.get("RANK") or "0") != "0"
         self.lines = silent or not sys.stderr.isatty()
         if self.lines:
             more |= {"mininterval": 30, "delay": 4,

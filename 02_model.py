@@ -148,8 +148,8 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        C, p, D, width = config.in_channels, config.patch_size, config.hidden_size, config.bottleneck_dim
-        self.proj1 = PatchLinear(C, width or D, p, bias=not width)
+        D, width = config.hidden_size, config.bottleneck_dim
+        self.proj1 = PatchLinear(config.in_channels, width or D, config.patch_size, bias=not width)
         self.act = nn.SiLU() if config.patch_embed == "nonlinear" else nn.Identity()
         self.proj2 = PatchLinear(width, D, 1) if width else nn.Identity()
 
@@ -568,12 +568,13 @@ def load_experiment(name):
     return sys.modules[key]
 
 def load_recorded(names, place, given=""):
-    """Import the experiments that a file names.  A path it names must be given again: data never chooses our code."""
+    """Import the experiments given, and those a file names: a path must be given again, data never chooses our code."""
     for name in names:
         plain = "/" not in name and (EXPERIMENTS_FOLDER / f"{name}.py").is_file()
         refuse(not plain and name not in map(experiment_name, given.split(",")),
                f"{place} was made with an experiment of your own: pass --experiment {name} again (a file never makes "
                "us run code from outside the project)")
+    for name in [*names, *filter(None, given.split(","))]:
         load_experiment(name)
 
 def load_coder(folder, made_by):
@@ -689,25 +690,27 @@ def device_and_processes(name=None):
     Under torchrun every process gets its own GPU.  Raises UsageError.
     """
     places = [os.environ.get(variable, "") for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+    launched = any(places)
     known = all(map(str.isdecimal, places)) and int(places[0]) < int(places[2])
-    refuse(any(places) and not known, "RANK, LOCAL_RANK and WORLD_SIZE are set, but not as by torchrun: unset them")
+    refuse(launched and not known, "RANK, LOCAL_RANK and WORLD_SIZE are set, but not as by torchrun: unset them")
+    rank, index, world = map(int, places) if launched else (0, 0, 1)
     kind = name or ("cuda" if torch.cuda.is_available() else "cpu")
     kinds = ["cuda", "cpu"] + ["mps"] * torch.backends.mps.is_available()      # the last has not been tried
     refuse(kind not in kinds, f"--device {name}: give {' or '.join(kinds)}")
     device = torch.device(kind)
     if kind == "cuda":
-        index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        count = torch.cuda.device_count()
         refuse(index >= count, f"--device {name}: GPU {index} is asked for, this machine has {count}: start fewer "
                "processes, or leave it out")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     keep_freed_memory()
-    if "WORLD_SIZE" in os.environ:                        # a day: others wait while the first process scores or saves
+    if launched:                                          # a day: others wait while the first process scores or saves
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(days=1))
         dist.barrier()                                    # subtle: one that leaves early would cut others' connections
     with torchs_errors():
-        yield device, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        yield device, rank, world
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -574,6 +574,7 @@ def test_a_file_of_ones_own(work, capsys):
         assert call(script, *more) in (1, 2)
         error = capsys.readouterr().err
         assert f"pass --experiment {again} again" in error and error.count("\n") == 1
+        assert call(script, *more, "--experiment", "lab/my_head.py,nosuch") in (1, 2) and "there is no" in capsys.readouterr().err
         assert call(script, *more, "--experiment", "lab/my_head.py") == 0
     state = torch.load("runs/shapes-my_head/checkpoint.pt", weights_only=True)
     Path("lab/evil.py").write_text("open('was_here', 'w')")

@@ -371,6 +371,13 @@ def test_ranks_that_are_not_torchruns_are_refused(monkeypatch, places):
         with model.device_and_processes("cpu"):
             pass
 
+def test_empty_ranks_are_none(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+    with model.device_and_processes("cpu") as (_, rank, world):
+        assert (rank, world) == (0, 1)
+    assert not model.data.Progress(1, "", "").disable
+
 def test_more_processes_than_gpus_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
