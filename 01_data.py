@@ -437,7 +437,7 @@ def option(default, text, within="(-inf, inf)", choices=None, group=None, flag=T
     when a value is checked, so that experiments can add some.  group: title of the flags from here on.
     resumable: may differ when a run goes on.
     """
-    return field(default=default, metadata={k: v for k, v in locals().items() if k != "default"})
+    return field(default=default, metadata=locals())
 
 def check(name, value, within="(-inf, inf)", choices=None, **_):
     """Raise UsageError unless value is one of the choices, and its numbers are finite and in the interval."""
@@ -492,7 +492,7 @@ def parse(argv, description, *classes, shown={}):
 def help_text(about, default):
     text = about["text"]
     if about["choices"]:
-        text += "; " + " | ".join(filter(None, map(str, about["choices"]())))
+        text += "; " + " | ".join(about["choices"]())
     if default not in (None, "") and default is not False and "(default" not in text:
         text += f" (default: {'on' if default is True else default})"
     return text.replace("%", "%%")

@@ -613,9 +613,13 @@ def files_of(names):
 
 def experiment_settings(names):
     """--experiment NAME[,NAME] -> settings of each: a row of EXPERIMENTS, or SETTINGS of a file.  Raises UsageError."""
+    brought = set()
     for name in filter(None, names.split(",")):
         settings = EXPERIMENTS.get(name) or getattr(model.load_experiment(name), "SETTINGS", None)
         refuse(not isinstance(settings, dict), f"--experiment {name}: the file has no dict SETTINGS")
+        refuse("network" in brought & settings.keys(), f"--experiment {names}: {name} brings a network, and so does "
+               "one before it: pass one of them")
+        brought |= settings.keys()
         yield settings
 
 def merge(*layers):
@@ -724,7 +728,7 @@ def micro_batch_of(options, config, device, world):
 # ---- Running it ------------------------------------------------------------------------------------------------------
 def read_flags(argv):
     """The flags given; --preset and --experiment are looked for first, since they bring defaults and flags along."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", default="shapes")
     early.add_argument("--experiment", default="")
     first, _ = early.parse_known_args(argv)
@@ -763,7 +767,8 @@ def refuse_other_settings(state, options, config, folder):
         raise ValueError(f"data set {options.data} is another, or was packed anew, since {folder} was begun: pass "
                          "--run NAME, or --overwrite")
     free = {entry.name for entry in fields(Options) if entry.metadata["resumable"]}
-    free |= {"steps", "epochs", "lr", "amp", "warmup"} if options.resume else set()
+    if options.resume:
+        free |= {"steps", "epochs", "lr", "amp", "warmup"}
     new = {name: value for name, value in (asdict(options) | asdict(config)).items() if name not in free}
     old = asdict(Options()) | asdict(type(config)()) | state["options"] | state["config"]      # it may lack a setting
     data.refuse_other(old, new, folder, "pass --run NAME for a new run, --overwrite, or, to go on with other steps, "

@@ -132,12 +132,12 @@ def describe(images, net, device, batch_size, title, chosen=None):
     images: anything with len() and indexing by arrays to uint8 (N,H,W,3); all, or those chosen.
     """
     chosen = np.arange(len(images)) if chosen is None else chosen
-    cores = os.cpu_count()                                # all of them read and decode, ahead of the network
     kept = np.isin(np.arange(len(chosen)), random_subset(KEPT, len(chosen)))
     sums, parts = {}, []
     with data.Progress(len(chosen), title, " images") as bar:
         parts_of = data.in_parts(np.arange(len(chosen)), batch_size)
-        read = model.ahead(lambda rows: torch.from_numpy(np.array(images[chosen[rows]])), parts_of, cores)
+        # all cores read and decode, ahead of the network
+        read = model.ahead(lambda rows: torch.from_numpy(np.array(images[chosen[rows]])), parts_of, os.cpu_count())
         for rows, batch in zip(parts_of, read):
             out = net(batch.to(device))
             for name in out.keys() & {"features", "spatial"}:

@@ -1,7 +1,8 @@
 """Both feed-forward networks at once: SwiGLU's many channels, and Improved JiT's bottleneck beside them, summed.
 
 Improved JiT ends with a plan (section 5): a model of high capacity, for variety, and one with a bottleneck, for
-fidelity, trained together and fused.  The smallest form of it lies in each block:
+fidelity, trained together and fused.  (Its sentence has the two the other way round; its Table 1 has them so.)  The
+smallest form of it lies in each block:
 
     FFN(x) = SwiGLU(x) + bottleneck(x),    each with half the inner width
 

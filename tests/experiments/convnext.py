@@ -4,7 +4,7 @@ Each channel of a token looks at the same channel of the 49 tokens around it, wi
 there.  Context tokens have no place in a grid, so the class acts through adaLN alone.
 
 departure: only the mixer of a ConvNeXt block, and a linear map after it, as attention has; norm, FFN and conditioning
-are JiT's.
+are JiT's.  The convolution begins with a std of 1/7, the rest as in JiT, where ConvNeXt has 0.02 for all.
 
 python tests/experiments/convnext.py      against attention with and without context, 600 steps: three minutes
 03_train.py --experiment convnext         (registers MIXERS convnext)

@@ -8,7 +8,7 @@ The class acts through s alone.  Head as wide as the backbone: DDT.  Wider: DiT-
 wide feature spaces (width.py).  Since s changes slowly, sampling may keep it for `--reuse` steps; 1 is exact.
 
 departure: DDT has no linear map at equal width, rotary positions instead of the table, and one SiLU less (adaLN has its
-own after ours).
+own after ours).  DDT's backbone is trained with REPA's loss; here each of the two brings a network, and 03 takes one.
 
 python tests/experiments/ddt.py           against JiT, and with reuse 1, 2, 4: four minutes on two cores
 03_train.py --experiment ddt --depth 4 --head-depth 2              (registers NETWORKS ddt)

@@ -11,13 +11,14 @@ departure: DICE's f is (l + r) / (1 + exp(a (l-r)^2)), the same for a > 0, but w
 precision above exp(11.09)) its gradient is NaN.
 departure: DICE works in latents without patches, and what a stage subtracts is the noise that it predicts; here, in
 pixels and patches, it is the clean image.  The last command below is nearer to it.
-departure: from full resolution down, DICE's stages are 1 : 2 : 3 wide, with 6, 2 and 1 blocks; here all have one width,
-and from the coarsest up 3, 2 and 1 blocks.
+departure: DICE's first, second and third stage (it does not say whether the finest comes first) are 1 : 2 : 3 wide, with
+6, 2 and 1 blocks; here all have one width, and from the coarsest up 3, 2 and 1 blocks.  Its layers begin with a std of
+0.02, ours as JiT's.  Cascaded Diffusion, on which it builds, trains a network per stage; this is one.
 
 python tests/experiments/dimr.py          shows it beside DiMR and JiT
 03_train.py --experiment dice             (registers MIXERS dice, NETWORKS dice, MODELS DICE-T/8)
 03_train.py --experiment dice --network jit --patch-size 16        the mixer alone, in JiT
-03_train.py --experiment vae,dice --pred e --noise-scale 1         nearer to the original: noise, in latents
+03_train.py --experiment dice --data shapes-vae --pred e --noise-scale 1       nearer to the original: noise, in latents
 """
 import sys
 from importlib import import_module

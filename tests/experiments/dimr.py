@@ -5,7 +5,8 @@ stage's tokens, through a linear map and a pixel shuffle, are ADDED to the next 
 the others a convolution (convnext.py); norms follow the time (td_norm.py).  Every stage predicts an image of its own
 size and is graded: the coarse ones against the averaged image, by their share of the pixels (1/16, 1/4).
 
-departure: in pixels and small; DiMR's own sizes are far larger, and its coarse losses have the weight 1/4.
+departure: in pixels and small; DiMR-XL/2R has two stages (the coarse one weighs 1/4, its share of the pixels), hands up
+the outputs of every block, and has long skips.
 
 python tests/experiments/dimr.py          against JiT and DICE, 600 steps: four minutes on two cores
 03_train.py --experiment dimr             (registers NETWORKS dimr, AUX_HEADS multiscale, MODELS DiMR-T/8)

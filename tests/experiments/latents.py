@@ -1,4 +1,4 @@
-"""Latent sets: images as the features of an autoencoder, here called the coder.  Shared by vae.py and rae.py.
+"""Latent sets: images as the features of an autoencoder, here called the coder.  Shared by vae.py, rae.py, reg.py.
 
 A latent set is a data set: its arrays hold latents (N,h,w,C) float16 of mean 0 and variance 1 in every channel, and
 coder.pt beside them turns them back into pixels.  03_train.py trains on it as on any other (patch 1, no mirroring),

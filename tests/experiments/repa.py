@@ -1,8 +1,9 @@
 """REPA (Yu et al. 2024, section 3.2): do the tokens know what a frozen encoder sees in the clean image?
 
-The image tokens after a third of the blocks (block 4 of 12, 8 of 24), through an MLP of three linear maps, are compared
-with the encoder's patch features of the clean image: loss = - mean over patches of their cosine, weight 0.5.  Nothing
-of it is left in sampling.  The teacher is the encoder of a latent set: rae.py's, or DINOv2.
+The image tokens after a third of the blocks (block 4 of 12, 8 of 24; REPA takes the 8th of XL's 28, too), through an
+MLP of three linear maps, are compared with the encoder's patch features of the clean image: loss = - mean over patches
+of their cosine, weight 0.5.  Nothing of it is left in sampling.  The teacher is the encoder of a latent set: rae.py's,
+or DINOv2.
 
 departure: the target are features after the last LayerNorm without its affine part, as RAE takes them.
 

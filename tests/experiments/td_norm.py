@@ -4,7 +4,8 @@
 
 adaLN computes 6 D signals per block from (t, y) with a D x 6D matrix; this norm follows the time with 2 D + 2 numbers.
 
-departure: DiMR's is a LayerNorm that moves its shift too, in place of adaLN; here adaLN stays beside it.
+departure: DiMR's is a LayerNorm that moves its shift too (in its released blocks an RMSNorm without one, a and b per
+channel), in place of adaLN; here adaLN stays beside it.
 
 python tests/experiments/td_norm.py       against the plain norm, 600 steps: two minutes on two cores
 03_train.py --experiment td_norm          (registers NORMS td, NETWORKS td_norm)

@@ -7,7 +7,8 @@ eigenvalues of S beyond the width are lost:
     error per channel  >=  (sum of the eigenvalues of S from the (width+1)-th on) / channels
 
 For x, S = Cov(x), whose eigenvalues fall off quickly.  For v = x - e, S = Cov(x) + I: the noise has no direction that
-could be left out.  A wide head (ddt.py) is the other way out.
+could be left out: with a single image Cov(x) = 0, and the bound for v is still 1 - width / channels = 0.75, which is why
+RAE finds that a narrow DiT "cannot even overfit one sample".  A wide head (ddt.py) is the other way out.
 
 python tests/experiments/rae.py && python tests/experiments/width.py [data/shapes-rae]      four trainings: 110 s
 """
