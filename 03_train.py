@@ -446,8 +446,7 @@ class Recorder:
         if done or step % options.log_every == 0:
             self.write_line(done)
         if first and (done or options.preview_every and step % options.preview_every == 0):
-            picture = preview(trainer, *(part[:4] for part in self.shown), self.coder)
-            model.save_picture(self.folder / "preview" / f"{step:07d}.png", picture)
+            self.draw(f"preview/{step:07d}.png", preview(trainer, *(part[:4] for part in self.shown), self.coder))
             self.draw_loss()
         if first and step * options.snapshots % options.steps < options.snapshots:     # equal parts of the run
             model.save(sampling_state(trainer), self.folder / "snapshots" / f"{step:07d}.pt")
@@ -502,11 +501,18 @@ class Recorder:
         lines = {name: [(row["step"], row[name]) for row in rows if row.get(name, 0) > 0]
                  for name in ("loss", "held_out")}
         if all(lines.values()):
-            model.save_picture(self.folder / "loss.png", model.chart("loss in v-space", "step", lines, log=True))
+            self.draw("loss.png", model.chart("loss in v-space", "step", lines, log=True))
+
+    def draw(self, name, picture):
+        """Write a picture into the run's folder, but not over one of yours: that is no reason to stop."""
+        try:
+            model.save_picture(self.folder / name, picture)
+        except ValueError as error:
+            model.warn(error)
 
 def largest(numbers, world):
     """The largest of the processes' integers, place by place; all of them get it."""
-    numbers = torch.tensor(numbers, dtype=torch.int64)
+    numbers = torch.tensor(numbers)
     if world > 1:
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
     return numbers.tolist()

@@ -663,6 +663,12 @@ def test_every_row_trains_and_samples(work, flags):
     wanted["cfg"] = 1.0 if "--num-classes" in flags else wanted["cfg"]
     assert {k: record[k] for k in wanted} == wanted and len(record["labels"]) == 4      # what the row says is stored and never asked again
 
+def test_a_picture_of_yours_in_a_runs_folder_stays_and_training_goes_on(work, capsys):
+    assert call(train, *TINY_FLAGS, "--steps", 4) == 0
+    Image.new("RGB", (3, 3)).save("runs/shapes/loss.png")
+    assert call(train, *TINY_FLAGS, "--steps", 6, "--resume") == 0 and Image.open("runs/shapes/loss.png").width == 3
+    assert "was not drawn by these scripts" in capsys.readouterr().err and Path("runs/shapes/preview/0000006.png").exists()
+
 def test_preview_log_and_snapshots(work):
     assert call(train, *TINY_FLAGS, "--steps", 8, "--preview-every", 4, "--snapshots", 2, "--log-every", 2) == 0
     assert sorted(p.name for p in Path("runs/shapes/preview").iterdir()) == ["0000004.png", "0000008.png"]
