@@ -538,3 +538,66 @@ def test_an_image_of_suspiciously_many_pixels_is_left_out(there, monkeypatch):
     photo(1, (40, 41)).save("in/train/cat/many.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 30 + 1)
     assert pack() == 0 and "many.png" in Path("data/set/skipped.txt").read_text() and data.open_data("data/set")[0]["counts"]["train"] == 12
+
+def test_an_archive_is_kept_under_out(there, monkeypatch):
+    Path("elsewhere/downloads").mkdir(parents=True)
+    archive = Path("elsewhere/downloads/cifar-10-binary.tar.gz")
+    cifar_archive(archive)
+    monkeypatch.setitem(data.ARCHIVES, "cifar10", (32, (there / "nowhere" / archive.name).as_uri(), data.file_hash(archive, "md5")))
+    assert call(data, "--source", "cifar10", "--out", "elsewhere") == 0 and not Path("data").exists()
+
+def test_a_set_behind_a_link_is_packed_where_it_lies(there):
+    """On another disk, say."""
+    flags = ["--size", 16, "--workers", 1]
+    assert call(data, *flags, "--count", 100, "--out", "disk") == 0
+    Path("data").mkdir(), Path("data/shapes").symlink_to(Path("disk/shapes").resolve())
+    assert call(data, *flags, "--count", 120, "--overwrite") == 0
+    assert Path("data/shapes").is_symlink() and data.open_data("disk/shapes")[0]["counts"]["train"] == 120
+
+def test_a_transparent_colour_of_a_palette_is_white(there):
+    image = Image.new("P", (8, 8))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.paste(1, (4, 0, 8, 8))
+    image.save("a.png", transparency=1)
+    found = np.asarray(data.read_image("a.png"))
+    assert (found[:, :4] == (255, 0, 0)).all() and (found[:, 4:] == 255).all()
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_every_turn_that_exif_knows(there, turn):
+    from PIL import ImageOps
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    photo(1).save("a.png", exif=exif)
+    with Image.open("a.png") as image:
+        assert np.array_equal(np.asarray(data.read_image("a.png")), np.asarray(ImageOps.exif_transpose(image)))
+
+def test_shapes_lie_beside_the_centre_in_any_direction():
+    """By up to a twentieth of the side, across and down by chance of their own."""
+    centres = []
+    for index in range(0, 400, 10):                       # circles
+        image = data.draw_shape(0, index, 48).astype(float)
+        inside = np.abs(image - image[0, 0]).sum(-1) > 20
+        centres.append([place.mean() / 47 - 0.5 for place in np.nonzero(inside)])
+    down, across = np.array(centres).T
+    assert 0.03 < np.abs(down).max() < 0.06 and 0.03 < np.abs(across).max() < 0.06 and abs(np.corrcoef(down, across)[0, 1]) < 0.5
+
+def test_titles_stand_above_their_columns_also_beside_names(monkeypatch):
+    placed = {}
+    monkeypatch.setattr(data, "write", lambda draw, place, text, *more: placed.update({text: place[0]}))
+    data.picture([[np.zeros((64, 64, 3), np.uint8)] * 2], ["a", "b"], ["row"])
+    assert placed == {"a": 80 + 3, "b": 80 + 64 + 3, "row": 3}
+
+def test_images_below_a_hidden_folder_are_read(there):
+    """Hidden is what lies hidden in --root, not where --root lies."""
+    folder(there / "home" / ".cache" / "@in")
+    assert call(data, "--source", "folder", "--root", "home/.cache/@in", "--size", 16, "--name", "set", "--workers", 1) == 0
+
+def test_another_programs_meta_is_no_permission(there, capsys):
+    Path("data/shapes").mkdir(parents=True)
+    Path("data/shapes/meta.json").write_text('{"title": "mine"}'), Path("data/shapes/preview.png").write_bytes(b"mine")
+    assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--overwrite") == 1 and "meta.json is damaged" in capsys.readouterr().err
+    assert Path("data/shapes/preview.png").read_bytes() == b"mine"
+
+def test_the_seed_reaches_the_pencil(there):
+    assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--seed", 3) == 0
+    assert np.array_equal(data.open_data("data/shapes")[1]["train"][0][13], data.draw_shape(3, 13, 16))

@@ -510,3 +510,57 @@ def test_only_the_scores_that_are_asked_for_are_made(scored):
     assert call(evaluate, "--metrics", "fd,recall") == 0
     result = json.loads(Path("runs/shapes/metrics.json").read_text())
     assert {"fd", "recall"} == result.keys() & evaluate.SCORES.keys() and result["left_out"] == {}
+
+def test_labels_are_smoothed_for_the_classifier(monkeypatch):
+    asked, real = [], F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda *args, **more: asked.append(more) or real(*args, **more))
+    evaluate.train_classifier(images_of(9), np.arange(9) % 3, 3, torch.device("cpu"))
+    assert asked and all(more == {"label_smoothing": 0.05} for more in asked)
+
+def test_a_covariance_is_symmetric(there):
+    np.savez("tilted.npz", mu=np.zeros(2), sigma=np.array([[1.0, 0.5], [0.0, 1.0]]))
+    with pytest.raises(ValueError, match="symmetric"):
+        evaluate.ImageSet("tilted.npz")
+
+def test_one_held_out_image_is_no_floor(work):
+    """And no reason to give no score."""
+    shutil.copytree("data/shapes", "d")
+    meta, arrays = data.open_data("d")
+    np.save("d/val_images.npy", arrays["val"][0][:1].copy()), np.save("d/val_labels.npy", arrays["val"][1][:1])
+    Path("d/meta.json").write_text(json.dumps({**meta, "counts": {**meta["counts"], "val": 1}}))
+    np.savez("few.npz", arr_0=images_of(9))
+    assert call(evaluate, "--samples", "few.npz", "--reference", "./d", "--metrics", "fd", "--out", "x.json") == 0
+    result = json.loads(Path("x.json").read_text())
+    assert result["fd"] > 0 and not {"fd_floor", "class_accuracy_real"} & result.keys()
+
+def test_the_report_counts_the_features_not_the_statistics(there, capsys):
+    """ADM's files: statistics of all, features of 10,000."""
+    np.savez("r.npz", arr_0=images_of(30), mu=np.zeros(3), sigma=np.eye(3), n=50_000), np.savez("s.npz", arr_0=images_of(40))
+    net = lambda x: {"features": x.float().mean(dim=(1, 2)), "logits": x[:, 0, 0].float()}
+    options = evaluate.Options(metrics="fd", features="inception")
+    result = evaluate.score(evaluate.ImageSet("s.npz"), evaluate.ImageSet("r.npz"), net, options, "d", torch.device("cpu"))
+    assert (result["n_generated"], result["n_real"], result["n_features"]) == (40, 50_000, 30)
+
+def test_scores_of_other_features_are_not_put_in_one_table(there, capsys):
+    for score in ("FID", "FD (classifier features)"):
+        Path(f"{score[:3]}.json").write_text(json.dumps({"score": score, "n_real": 9, "n_generated": 9, "reference_id": "a", "sampling": {}, "fd": 1.0}))
+    assert call(evaluate, "--table", "FID.json", "FD .json") == 2 and "differ in features" in capsys.readouterr().err
+
+@pytest.mark.parametrize("missing", [True, False], ids=["one too few", "one too many"])
+def test_samples_that_do_not_fit_their_record_are_refused(scored, capsys, missing):
+    sample_of = Path("runs/shapes/samples")
+    (sample_of / "0000007.png").unlink() if missing else shutil.copy(sample_of / "0000007.png", sample_of / "0000030.png")
+    assert call(evaluate, "--metrics", "fd") == 1 and "finish it by the same 04_sample.py command" in capsys.readouterr().err
+
+def test_a_result_makes_its_folder(scored):
+    assert call(evaluate, "--metrics", "fd", "--out", "new/place/x.json") == 0 and Path("new/place/x.json").exists()
+
+def test_too_few_neighbours_on_either_side_are_said():
+    for x, y in ((features(60, 3), features(3, 3)), (features(3, 3), features(60, 3))):
+        with pytest.raises(ValueError, match="need 30 images a side"):
+            evaluate.share_inside(x, y)
+
+def test_distances_are_those_of_fp64():
+    """Features in fp32, far from zero: a product of matrices would lose what they differ by."""
+    a, b = ((features(60, 30, seed) * 0.1 + 1000).astype(np.float32) for seed in (0, 1))
+    assert evaluate.share_inside(a, b) == evaluate.share_inside(a.astype(np.float64), b.astype(np.float64)) > 0.05

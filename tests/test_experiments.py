@@ -761,3 +761,7 @@ def test_the_gap_counts_what_is_left_out():
 
 def test_settings_of_experiments_that_nothing_shows():
     assert one_step.SETTINGS["ema"] == (0.995,) and dimr.MultiScale.weight == 1.0 and repa.RepaHead.weight == 0.5
+
+def test_a_path_needs_no_suffix(there):
+    Path("lab").mkdir(), Path("lab/plain.py").write_text("SETTINGS = {'depth': 3}\n")
+    assert model.experiment_name("lab/plain") == str(there.resolve() / "lab" / "plain") and model.load_experiment("lab/plain").SETTINGS == {"depth": 3}

@@ -357,3 +357,12 @@ def test_what_the_coders_recommend():
     """Latents of std 1 take noise of std 1; a quarter of the side up to 128 pixels, then an eighth."""
     assert vae.SETTINGS["noise_scale"] == rae.SETTINGS["noise_scale"] == 1.0
     assert [vae.VAE(size, 3).side for size in (64, 128, 256)] == [16, 32, 32]
+
+def test_a_latent_set_never_chooses_our_code(there):
+    Path("evil.py").write_text("open('was_here', 'w')")
+    with pytest.raises(ValueError, match="an experiment of your own"):
+        model.load_coder("d", {"experiment": str(Path("evil.py").resolve())})
+    assert not Path("was_here").exists()
+
+def test_another_seed_is_another_coder(work, capsys):
+    assert make("vae") == 0 and make("vae", "--seed", 3) == 1 and "seed 0, now 3" in capsys.readouterr().err

@@ -403,3 +403,37 @@ def test_a_bare_name_is_a_run_whatever_else_is_called_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("photos").mkdir()
     assert model.folder_of("photos", "runs") == Path("runs/photos") and model.folder_of("./photos", "runs") == Path("photos")
+
+def test_a_chart_has_each_axis_own_numbers_and_a_legend_side_by_side(monkeypatch):
+    words, real = [], data.write
+    monkeypatch.setattr(data, "write", lambda draw, place, text, *more, **how: words.append((text, *(int(x) for x in place))) or real(draw, place, text, *more, **how))
+    model.chart("loss", "step", {"first": [(1, 70), (5, 90)], "second": [(1, 80), (5, 80)]})
+    assert [text for text, x, y in words if y == 320 - 31] == ["1", "2", "3", "4", "5"]              # below, from left to right
+    assert [text for text, x, y in words if x == 46] == ["70", "75", "80", "85", "90"]               # left, from below
+    shown = {text: x for text, x, y in words}
+    assert shown["second"] - shown["first"] >= 95
+
+def test_an_official_file_says_its_size_and_classes(tmp_path, monkeypatch):
+    """Whatever the row of MODELS has."""
+    monkeypatch.setitem(model.MODELS, "JiT-tiny", TINY)
+    net = randomised(model.JiTConfig(**{**TINY, "image_size": 24, "num_classes": 5}))
+    args = argparse.Namespace(model="JiT-tiny", img_size=24, class_num=5)
+    config = model.load_network(official(tmp_path / "other.pth", net, args=args))[0].config
+    assert (config.image_size, config.num_classes, config.noise_scale) == (24, 5, 1.0)
+
+def test_the_walk_names_every_part(capsys):
+    model.print_shapes(model.JiTConfig(**TINY))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shown = {row[0]: " ".join(row[1:]) for row in rows}
+    assert [row[0] for row in rows if row[0].startswith("blocks")] == [f"blocks.{i}" for i in range(4)]
+    assert shown["x_embedder"] == shown["blocks.0"] == "2 x 16 x 32" and shown["blocks.1"] == "2 x 18 x 32" and shown["final_layer"] == "2 x 16 x 48"
+
+def test_a_heads_channels_turn_in_pairs():
+    """Half of the pairs with the row, half with the column: heads of 18 channels are refused, not found out in a reshape."""
+    with pytest.raises(data.UsageError, match="not a multiple of 4 x 2 heads"):
+        model.JiTConfig(**{**TINY, "hidden_size": 36})
+
+@pytest.mark.parametrize("flags,precision", [("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("avx512f", "off")])
+def test_a_cpu_takes_bf16_where_it_is_fast(monkeypatch, flags, precision):
+    monkeypatch.setattr(model, "Path", lambda place: model.SimpleNamespace(exists=lambda: True, read_text=lambda: f"flags: {flags}"))
+    assert model.choose_precision(None, torch.device("cpu")) == precision

@@ -357,3 +357,58 @@ def test_the_trajectory_ends_with_the_images(work, monkeypatch):
     assert call(sample, *flags, "--trajectory") == 0 and call(sample, *flags, "--num", 4, "--batch-size", 4) == 0
     for k in range(4):
         assert all(np.abs(row[-1].astype(int) - pictures("runs/shapes/samples")[k]).max() <= 1 for row in drawn[0][2 * k:2 * k + 2])
+
+def test_a_kill_while_old_samples_are_removed(run, monkeypatch):
+    """The record goes last: with it the folder is still ours."""
+    draw("a", num=4)
+    real = Path.unlink
+
+    def dies(path, **how):
+        if path.name == "0000002.png":
+            raise KeyboardInterrupt
+        return real(path, **how)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", dies)
+        assert call(sample, "--run", "r", "--num", 4, "--amp", "off", "--out", "a", "--seed", 1, "--overwrite") == 130
+    assert np.array_equal(draw("a", "--seed", 1, "--overwrite", num=4), draw("b", "--seed", 1, num=4))
+
+@pytest.mark.parametrize("name", ["samples.json.part", "samples.npz.part", "arr_0.npy.part", "arr_0.npy", "0000002.png.part"])
+def test_what_a_kill_leaves_is_no_foreign_file(run, name):
+    """The record is written first: before it there is only a part of it."""
+    if name != "samples.json.part":
+        draw("a", "--npz", num=4)
+    Path("a").mkdir(exist_ok=True), Path("a", name).write_bytes(b"half")
+    assert len(draw("a", "--npz", num=4)) == 4
+
+def test_the_trajectory_asks_for_what_was_asked(run, monkeypatch):
+    asked, real = set(), sample.guided
+    monkeypatch.setattr(sample, "guided", lambda net, z, t, labels, cfg, interval, *more: asked.add((*labels.tolist(), cfg, *interval)) or real(net, z, t, labels, cfg, interval, *more))
+    assert call(sample, "--run", "r", "--trajectory", "--labels", "dot,ring", "--cfg", 3, "--interval", "0.3,0.7", "--amp", "off") == 0
+    assert asked == {(2, 0, 2, 0, 3.0, 0.3, 0.7)}
+
+def test_the_record_says_the_precision_that_was_used(run, monkeypatch, capsys):
+    monkeypatch.setattr(model, "choose_precision", lambda amp, device: amp or "bf16")
+    assert call(sample, "--run", "r", "--num", 3, "--out", "a") == 0 and json.loads(Path("a/samples.json").read_text())["amp"] == "bf16"
+    assert call(sample, "--run", "r", "--num", 3, "--out", "a", "--amp", "off") == 1 and "amp bf16, now off" in capsys.readouterr().err
+
+def test_the_network_runs_in_the_precision_asked_for(run):
+    seen = []
+    run.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    for amp, on in (("bf16", True), ("off", False)):
+        seen.clear()
+        z = sample.Sampler(run, [0], 0, asdict(sample.Settings()) | {"steps": 2}, amp, torch.device("cpu")).images([0])
+        assert seen == [on] * 3 and z.dtype == torch.float32
+
+def test_an_error_of_any_file_is_not_lost(run, monkeypatch, capsys):
+    """Of a batch in the middle, and of an image that the grid does not show."""
+    real = Image.Image.save
+
+    def full(image, path, *more, **how):
+        if "0000031" in str(path):
+            raise OSError(28, "No space left on device")
+        return real(image, path, *more, **how)
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert call(sample, "--run", "r", "--num", 40, "--amp", "off", "--batch-size", 4, "--out", "a") == 1 and "No space left" in capsys.readouterr().err
+
+def test_an_interval_of_nothing_is_refused(run, capsys):
+    assert call(sample, "--run", "r", "--num", 2, "--interval", "0.5,0.5") == 2 and "the lower first" in capsys.readouterr().err

@@ -768,3 +768,69 @@ def test_what_is_watched_is_the_first_average(work):
     trainer = train.Trainer(options, config, torch.device("cpu"))
     trainer.ema[1] = {name: value * math.nan for name, value in trainer.ema[1].items()}
     assert math.isfinite(train.held_out_loss(trainer, np.array(arrays["val"][0][:4]), arrays["val"][1][:4]))
+
+def test_a_closed_terminal_is_a_signal_to_stop():
+    before = signal.signal(signal.SIGHUP, lambda *_: None)
+    try:
+        with data.asked_to_stop() as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.01)
+            assert asked == [1]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+def test_the_curves_run_over_steps(work, monkeypatch):
+    """What is no number has no place on them."""
+    options, config, arrays = settings("--steps", 9)
+    recorder, drawn = recorder_of(train.Trainer(options, config, torch.device("cpu")), arrays), []
+    monkeypatch.setattr(model, "chart", lambda *what, **how: drawn.append(what) or Image.new("RGB", (9, 9)))
+    recorder.trainer.log.rows = [{"step": 5, "images": 40, "loss": 2.0, "held_out": 1.0}, {"step": 10, "images": 80, "loss": math.nan}]
+    recorder.draw_loss()
+    assert drawn == [("loss in v-space", "step", {"loss": [(5, 2.0)], "held_out": [(5, 1.0)]})]
+
+def test_latents_are_never_mirrored(work):
+    meta = {"size": 4, "channels": 4, "classes": ["a", "b"], "counts": {"train": 1000}, "id": "1", "coder": {"id": "2"}}
+    assert settled(meta, "--flip")[0].flip is False
+
+def test_the_memory_that_is_announced(capsys, monkeypatch):
+    """Six numbers for each parameter, and 130 bytes for each number that a pass keeps."""
+    monkeypatch.setattr(model, "choose_precision", lambda amp, device: "off")
+    meta = {"size": 256, "classes": ["a"] * 1000, "counts": {"train": 1000}, "id": "1"}
+    options, config = settled(meta, "--preset", "imagenet-B")
+    train.announce(options, config, Path("r"), 0, 1000, torch.device("cpu"))
+    assert f"about {(24 * 131_123_712 + 130 * 8 * 256 * 768 * 12) / 2**30:.1f} GiB" in capsys.readouterr().out
+
+def test_to_go_on_and_to_begin_anew_is_a_contradiction(work, capsys):
+    assert call(train, *TINY_FLAGS, "--steps", 2) == 0 and call(train, "--resume", "--overwrite", "--steps", 4) == 1
+    assert "--overwrite is given too" in capsys.readouterr().err and model.read_checkpoint("runs/shapes/checkpoint.pt")["info"]["step"] == 2
+
+def test_more_epochs_with_resume(work):
+    """200 images in batches of 8: 25 steps an epoch."""
+    assert call(train, *TINY_FLAGS, "--epochs", 0.2) == 0 and call(train, "--resume", "--epochs", 0.4) == 0
+    assert model.read_checkpoint("runs/shapes/checkpoint.pt")["info"]["step"] == 10
+
+def test_what_is_watched_has_no_dropout(work):
+    options, config, arrays = settings("--depth", 4, "--dropout", 0.5)
+    trainer = train.Trainer(options, config, torch.device("cpu"))
+    for weight in trainer.ema[0].values():
+        weight.add_(torch.randn_like(weight) * 0.1)
+    shown = np.array(arrays["val"][0][:8]), arrays["val"][1][:8]
+    assert train.held_out_loss(trainer, *shown) == train.held_out_loss(trainer, *shown)
+
+def test_settings_of_sampling_are_merged_one_by_one():
+    merged = train.merge({"sampling": {"solver": "ddpm", "cfg": 1.5}}, {"sampling": None}, {"sampling": {"cfg": 2.0}}, {"steps": 3})
+    assert merged == {"sampling": {"solver": "ddpm", "cfg": 2.0}, "steps": 3}
+
+def test_what_another_process_did_meanwhile_is_not_undone(work, monkeypatch):
+    """Between the first look at the checkpoint and the lock."""
+    assert call(train, *TINY_FLAGS, "--steps", 4) == 0
+    real = train.announce
+
+    def meanwhile(*args):
+        monkeypatch.setattr(train, "announce", real)
+        assert call(train, "--resume", "--steps", 10) == 0
+    monkeypatch.setattr(train, "announce", meanwhile)
+    assert call(train, "--resume", "--steps", 8) == 0 and model.read_checkpoint("runs/shapes/checkpoint.pt")["info"]["step"] == 10
+
+def test_the_next_command_names_the_run(work, capsys):
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "mine") == 0 and "then run 04_sample.py --run mine" in capsys.readouterr().out
