@@ -441,8 +441,8 @@ def option(default, text, within="(-inf, inf)", choices=None, group=None, flag=T
 
 def check(name, value, within="(-inf, inf)", choices=None, **_):
     """Raise UsageError unless value is one of the choices, and its numbers are finite and in the interval."""
-    names = list(choices()) if choices else [value]
-    refuse(value not in names, f"{name} {value!r} is unknown: one of {', '.join(map(str, names))}")
+    if choices:
+        refuse(value not in [*choices()], f"{name} {value!r} is unknown: one of {', '.join(choices())}")
     low, high = map(float, within[1:-1].split(","))
     for number in value if isinstance(value, tuple) else [value]:
         if isinstance(number, (int, float)):
@@ -612,7 +612,7 @@ class Progress(tqdm):
 # ---- Plumbing: pictures ----------------------------------------------------------------------------------------------
 def write(draw, place, text, width, anchor="la", fill="black"):
     """Draw text; what does not fit into `width` pixels is cut, and two dots say so."""
-    font, text = ImageFont.load_default(12), str(text)
+    font, text = ImageFont.load_default(12), " ".join(str(text).split())
     room = int(len(text) * width / max(1, draw.textlength(text, font)))
     text = text if len(text) <= room else text[:max(0, room - 2)] + ".."
     draw.text(place, text, fill=fill, font=font, anchor=anchor)
@@ -754,7 +754,7 @@ def main(argv=None):
         build(options, folder, names, make, splits, pool)
     counts = open_data(folder)[0]["counts"]
     print(f"{folder}: {counts['train']} training and {counts['val']} held-out images, {options.size} x {options.size}, "
-          f"{len(names)} classes; look at {folder / 'preview.png'}")
+          f"{len(names)} classes ({', '.join(names)[:80] or 'no labels'}); look at {folder / 'preview.png'}")
 
 if __name__ == "__main__":
     sys.exit(run(main))

@@ -136,7 +136,7 @@ def unpatchify(tokens, p):
     return x.reshape(B, -1, side * p, side * p)
 
 class PatchLinear(nn.Conv2d):
-    """A linear map of patches (B,N,C*p*p): what a convolution does whose stride is its kernel.  Official weights fit."""
+    """A linear map of patches (B,N,C*p*p): what a convolution does whose stride is its kernel.  Official files fit."""
 
     reset_parameters = Linear.reset_parameters
 
@@ -144,7 +144,7 @@ class PatchLinear(nn.Conv2d):
         return F.linear(patches, self.weight.flatten(1), self.bias)
 
 class PatchEmbed(nn.Module):
-    """Patch -> bottleneck -> hidden: two linear maps (JiT section 4.2, figure 4); nonlinear puts a SiLU between them."""
+    """Patch -> bottleneck -> hidden: two linear maps (JiT section 4.2, figure 4); nonlinear puts SiLU between them."""
 
     def __init__(self, config):
         super().__init__()
@@ -554,7 +554,8 @@ def load_experiment(name):
     """Import tests/experiments/NAME.py, or a file by its path; returns the module.  Raises UsageError, ValueError."""
     path = EXPERIMENTS_FOLDER / f"{experiment_name(name).removesuffix('.py')}.py"          # an absolute path stays
     known = ", ".join(sorted(file.stem for file in EXPERIMENTS_FOLDER.glob("[a-z]*.py")))
-    refuse(not path.is_file(), f"--experiment {name}: there is no {path}; known are {known}")
+    refuse(not path.is_file(), f"--experiment {name}: there is no {path}; known are {known}, "
+           "and to 03_train.py the rows that its --help names")
     key = f"experiment {path}"
     if key not in sys.modules:
         spec = importlib.util.spec_from_file_location(key, path)
@@ -620,7 +621,7 @@ def load_network(path, ema=0, experiment=""):
             config = MODELS[args["model"]] | {"image_size": args["img_size"], "num_classes": args["class_num"],
                                               "noise_scale": float(args.get("noise_scale", 1.0))}
             averages = [state[name] for name in ("model_ema1", "model_ema2") if name in state]
-            info = {"decays": [0.9999, 0.9996]}
+            info = {}
         else:
             config, averages = state["config"], list(state["ema"])
             info = state.get("info", {})
@@ -630,7 +631,7 @@ def load_network(path, ema=0, experiment=""):
         if not (0 <= ema < len(averages) or ema == -1 and "model" in state):
             raise ValueError(f"--ema {ema}: its averaged weights are numbered 0 to {len(averages) - 1}, and -1 stands "
                              f"for the raw weights{'' if 'model' in state else ', which it does not hold'}")
-        kind, _ = NETWORKS[config.get("network", "jit")]
+        kind = NETWORKS[config.get("network", "jit")][0]
         net = build(kind(**config | {"aux": "none"}))
         weights = state["model"] if ema == -1 else averages[ema]
         load_weights(net, {name.removeprefix("net."): value for name, value in weights.items()})

@@ -275,7 +275,7 @@ def sampling_state(trainer):
     """What sampling needs of a run: tensors and plain Python values."""
     options = trainer.options
     sampling = {"shift": options.shift} | {k: v for k, v in options.sampling.items() if v is not None}
-    info = {"step": trainer.step, "decays": options.ema, "sampling": sampling}
+    info = {"step": trainer.step, "sampling": sampling}
     info |= {name: getattr(options, name) for name in ("classes", "data", "data_id", "coder", "label_drop")}
     info["experiments"] = files_of(options.experiment)
     return {"config": asdict(trainer.config), "info": info, "ema": trainer.ema}
@@ -418,6 +418,7 @@ class Recorder:
         images, labels = arrays["val"] if len(arrays["val"][1]) else arrays["train"]               # nothing held out
         chosen = np.random.default_rng(0).permutation(len(labels))[:256]           # subtle: they lie sorted by class
         self.shown = np.array(images[chosen]), labels[chosen]
+        self.four = [part[:4] for part in self.shown]
         self.line_at = self.saved_at = time.perf_counter()
         self.line_step = trainer.step
         self.wait = min(1, trainer.options.save_minutes)  # minutes until the next checkpoint
@@ -446,7 +447,7 @@ class Recorder:
         if done or step % options.log_every == 0:
             self.write_line(done)
         if first and (done or options.preview_every and step % options.preview_every == 0):
-            self.draw(f"preview/{step:07d}.png", preview(trainer, *(part[:4] for part in self.shown), self.coder))
+            self.draw(f"preview/{step:07d}.png", preview(trainer, *self.four, self.coder))
             self.draw_loss()
         if first and step * options.snapshots % options.steps < options.snapshots:     # equal parts of the run
             model.save(sampling_state(trainer), self.folder / "snapshots" / f"{step:07d}.pt")
@@ -462,7 +463,7 @@ class Recorder:
 
     def is_good(self):
         """What is saved is good: a step that was finite came last, and the weights that it made have a finite loss."""
-        return not self.trainer.bad and math.isfinite(held_out_loss(self.trainer, *(part[:4] for part in self.shown)))
+        return not self.trainer.bad and math.isfinite(held_out_loss(self.trainer, *self.four))
 
     def save(self):
         """checkpoint.pt."""
@@ -623,6 +624,7 @@ def experiment_settings(names):
     for name in filter(None, names.split(",")):
         settings = EXPERIMENTS.get(name) or getattr(model.load_experiment(name), "SETTINGS", None)
         refuse(not isinstance(settings, dict), f"--experiment {name}: the file has no dict SETTINGS")
+        refuse("init" in settings, f"--experiment {name}: --init is a flag, not one of SETTINGS")
         refuse("network" in brought & settings.keys(), f"--experiment {names}: {name} brings a network, and so does "
                "one before it: pass one of them")
         brought |= settings.keys()

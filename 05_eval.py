@@ -519,8 +519,9 @@ def print_table(files, out):
         print(" | ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
     axes = [name for name in varied if isinstance(rows[0][name], (int, float))]
     if out and axes:
-        curve = sorted((row[axes[0]], row["fd"]) for row in rows if {axes[0], "fd"} <= row.keys())
-        model.save_picture(out, model.chart(rows[0]["score"], axes[0], {"score": curve}))
+        name = axes[0]
+        curve = sorted((row[name], row["fd"]) for row in rows if None not in (row.get(name), row.get("fd")))
+        model.save_picture(out, model.chart(rows[0]["score"], name, {"score": curve}))
         print(f"look at {out}")
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
@@ -585,9 +586,9 @@ def evaluate(options, device):
     if device.type == "mps":
         device = torch.device("cpu")                      # it has no fp64
     samples, real = open_sets(options)
-    folder, path = model.folder_of(options.run, "runs"), samples.path
+    path = samples.path
     beside = path.parent / f"{path.name or 'samples'}-metrics.json"
-    out = options.out or (beside if options.samples else folder / "metrics.json")
+    out = options.out or (beside if options.samples else model.folder_of(options.run, "runs") / "metrics.json")
     if out.exists():                                      # it is replaced, if it is a result
         data.load_json(out, score=str, n_generated=int)
     if options.features == "inception":

@@ -601,3 +601,10 @@ def test_another_programs_meta_is_no_permission(there, capsys):
 def test_the_seed_reaches_the_pencil(there):
     assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--seed", 3) == 0
     assert np.array_equal(data.open_data("data/shapes")[1]["train"][0][13], data.draw_shape(3, 13, 16))
+
+def test_odd_class_names_are_said_and_drawn(there, capsys):
+    """A line break in a name; and train/ within train/ becomes a class, which is said."""
+    folder(there / "in" / "train", classes=("a\nb", "c"))
+    assert call(data, "--source", "folder", "--root", "in/train/train", "--size", 16, "--name", "set", "--workers", 1) == 0
+    assert call(data, "--source", "folder", "--root", "in", "--size", 16, "--name", "two", "--workers", 1) == 0
+    assert "2 classes (train, val)" in capsys.readouterr().out

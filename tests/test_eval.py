@@ -541,6 +541,11 @@ def test_the_report_counts_the_features_not_the_statistics(there, capsys):
     result = evaluate.score(evaluate.ImageSet("s.npz"), evaluate.ImageSet("r.npz"), net, options, "d", torch.device("cpu"))
     assert (result["n_generated"], result["n_real"], result["n_features"]) == (40, 50_000, 30)
 
+def test_a_result_without_a_step_is_left_out_of_the_curve(there):
+    for name, step in (("a", 4), ("b", 8), ("c", None)):
+        Path(f"{name}.json").write_text(json.dumps({"score": "FD", "n_real": 9, "n_generated": 9, "reference_id": "a", "sampling": {"step": step}, "fd": 1.0}))
+    assert call(evaluate, "--table", "a.json", "b.json", "c.json", "--out", "curve.png") == 0 and Path("curve.png").exists()
+
 def test_scores_of_other_features_are_not_put_in_one_table(there, capsys):
     for score in ("FID", "FD (classifier features)"):
         Path(f"{score[:3]}.json").write_text(json.dumps({"score": score, "n_real": 9, "n_generated": 9, "reference_id": "a", "sampling": {}, "fd": 1.0}))

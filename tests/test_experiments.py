@@ -560,6 +560,10 @@ def test_experiments_combine_and_rows_too(work):
     assert (config["patch_embed"], config["network"], config["aux"]) == ("nonlinear", "ddt", "mean_colour")
     assert model.load_network("runs/shapes-exp3-ddt-mean_colour/checkpoint.pt")[1]["experiments"] == ["ddt", "mean_colour"]
 
+def test_init_is_no_setting_of_an_experiment(work, capsys):
+    Path("own.py").write_text("SETTINGS = {'init': 'shapes'}")
+    assert call(train, *TINY_FLAGS, "--experiment", "./own.py", "--steps", 2) == 2 and "--init is a flag" in capsys.readouterr().err
+
 def test_two_networks_do_not_combine(work, capsys):
     assert call(train, *TINY_FLAGS, "--experiment", "ddt,td_norm", "--steps", 2) == 2
     assert "td_norm brings a network, and so does one before it" in capsys.readouterr().err and not Path("runs").exists()

@@ -281,7 +281,7 @@ def test_official_checkpoint_is_loaded(tiny_official):
     args = torch.randn(1, 3, 16, 16), torch.rand(1), torch.tensor([2])
     with torch.no_grad():
         assert torch.equal(loaded(*args), net(*args))
-    assert info["decays"] == [0.9999, 0.9996] and asdict(loaded.config)["image_size"] == 16
+    assert asdict(loaded.config)["image_size"] == 16
     assert torch.equal(model.load_network(path, ema=1)[0].pos_embed, net.pos_embed * 2)
 
 class Evil:
