@@ -569,13 +569,12 @@ def load_experiment(name):
     return sys.modules[key]
 
 def load_recorded(names, place, given=""):
-    """Import the experiments given, and those a file names: a path must be given again, data never chooses our code."""
+    """Import the experiments that a file names.  A path it names must be given again: data never chooses our code."""
     for name in names:
         plain = "/" not in name and (EXPERIMENTS_FOLDER / f"{name}.py").is_file()
         refuse(not plain and name not in map(experiment_name, given.split(",")),
                f"{place} was made with an experiment of your own: pass --experiment {name} again (a file never makes "
                "us run code from outside the project)")
-    for name in [*names, *filter(None, given.split(","))]:
         load_experiment(name)
 
 def load_coder(folder, made_by):
@@ -614,6 +613,8 @@ def load_network(path, ema=0, experiment=""):
     ema picks one set of averaged weights by its place (0 is the first), -1 the raw weights.  Official files are known
     by their keys: model, image size, classes and noise scale come from their args.
     """
+    for name in filter(None, experiment.split(",")):
+        load_experiment(name)
     state = read_checkpoint(path)
     try:
         if "args" in state:

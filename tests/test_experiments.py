@@ -568,6 +568,11 @@ def test_two_networks_do_not_combine(work, capsys):
     assert call(train, *TINY_FLAGS, "--experiment", "ddt,td_norm", "--steps", 2) == 2
     assert "td_norm brings a network, and so does one before it" in capsys.readouterr().err and not Path("runs").exists()
 
+def test_a_row_goes_on_with_resume(work):
+    for more in (["--steps", 2], ["--steps", 4, "--resume", "--run", "shapes-exp3"]):
+        assert call(train, *TINY_FLAGS, "--experiment", "exp3", *more) == 0
+    assert model.read_checkpoint("runs/shapes-exp3/checkpoint.pt")["info"]["step"] == 4
+
 def test_a_file_of_ones_own(work, capsys):
     """By its path; flags of its own stand in --help; it must be passed again, and a checkpoint never chooses it."""
     Path("lab").mkdir()
@@ -582,7 +587,7 @@ def test_a_file_of_ones_own(work, capsys):
         assert call(script, *more) in (1, 2)
         error = capsys.readouterr().err
         assert f"pass --experiment {again} again" in error and error.count("\n") == 1
-        assert call(script, *more, "--experiment", "lab/my_head.py,nosuch") in (1, 2) and "there is no" in capsys.readouterr().err
+        assert call(script, *more, "--experiment", "lab/my_head.py,nosuch") == 2 and "there is no" in capsys.readouterr().err
         assert call(script, *more, "--experiment", "lab/my_head.py") == 0
     state = torch.load("runs/shapes-my_head/checkpoint.pt", weights_only=True)
     Path("lab/evil.py").write_text("open('was_here', 'w')")
