@@ -32,11 +32,9 @@ def moments(sums):
     """Mean (D,) and covariance (D,D), with N-1, of features, from their sums (D+1,D+1) in fp64.
 
     With a 1 in front of each feature vector, F = (1, f), the sum of F^T F holds N in its corner, the sum of f beside it
-    and the sum of f^T f in the rest: batches just add theirs.  Raises ValueError for fewer than two images.
+    and the sum of f^T f in the rest: batches just add theirs.
     """
     n, total = sums[0, 0], sums[0, 1:]
-    if n < 2:
-        raise ValueError(f"{int(n)} images are too few for a covariance")
     mean = total / n
     covariance = (sums[1:, 1:] - n * np.outer(mean, mean)) / (n - 1)
     return mean, covariance
@@ -132,6 +130,8 @@ def describe(images, net, device, batch_size, title, chosen=None):
     images: anything with len() and indexing by arrays to uint8 (N,H,W,3); all, or those chosen.
     """
     chosen = np.arange(len(images)) if chosen is None else chosen
+    if len(chosen) < 2:
+        raise ValueError(f"{len(chosen)} {title} are too few for a covariance")
     kept = np.isin(np.arange(len(chosen)), random_subset(KEPT, len(chosen)))
     sums, parts = {}, []
     with data.Progress(len(chosen), title, " images") as bar:
@@ -142,7 +142,9 @@ def describe(images, net, device, batch_size, title, chosen=None):
             out = net(batch.to(device))
             for name in out.keys() & {"features", "spatial"}:
                 f = F.pad(out[name].double(), (1, 0), value=1.0)                                   # B 1+D: (1, f)
-                sums[name] = sums.get(name, 0) + f.T @ f
+                if name not in sums:
+                    sums[name] = f.new_zeros(f.shape[1], f.shape[1])
+                sums[name].addmm_(f.T, f)                 # in place: a new sum for each batch is 33 MB
             features, logits = out["features"].float(), out["logits"].float()
             parts.append((features[kept[rows]], logits[kept[rows]], logits.argmax(dim=1)))
             bar.update(len(rows))
@@ -287,23 +289,24 @@ def train_classifier(images, labels, classes, device):
             bar.update()
     return net.eval()
 
-def remembered(path, read, make, write):
-    """What a file holds; where there is none, or it is damaged, what make() returns, and the file gets.
+def remembered(path, make):
+    """The arrays in an .npz file; where there is none, or it is damaged, what make() returns, and the file gets.
 
     Files that save time and nothing else: where one cannot be written, a warning will do.
     """
     if path.exists():
         try:
-            return read(path)
-        except Exception:                                 # torch, numpy and zip each have their own
+            with np.load(path, allow_pickle=False) as file:
+                return dict(file)
+        except Exception:                                 # zip, zlib and numpy each have their own
             model.warn(f"{path} is damaged; making it again")
-    value = make()
+    arrays = make()
     try:
-        with data.whole(path) as part:
-            write(value, part)
-    except (OSError, RuntimeError) as error:              # torch's kind
+        with data.whole(path) as part, open(part, "wb") as file:
+            np.savez(file, **arrays)
+    except OSError as error:
         model.warn(f"{path} is not kept ({error})")
-    return value
+    return arrays
 
 def load_classifier(folder, device):
     """(network, name of its score, digest) of the data set's classifier, trained once and cached beside the data."""
@@ -312,13 +315,12 @@ def load_classifier(folder, device):
     if classes < 2:
         raise ValueError(f"{folder} has no classes for a classifier: use --features inception, or pack class folders")
 
-    def read(path):
-        net = Classifier(classes).to(device)
-        model.load_weights(net, torch.load(path, map_location="cpu", weights_only=True))
-        return net.eval()
-    net = remembered(Path(folder) / f"classifier-{meta['id'][:8]}.pt", read,
-                     lambda: train_classifier(*arrays["train"], classes, device),
-                     lambda net, path: torch.save(net.state_dict(), path))
+    def make():
+        trained = train_classifier(*arrays["train"], classes, device)
+        return {name: value.cpu().numpy() for name, value in trained.state_dict().items()}
+    weights = remembered(Path(folder) / f"classifier-{meta['id'][:8]}.npz", make)
+    net = Classifier(classes).eval()
+    net.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
     return net, "FD (classifier features)", model.fingerprint(net)
 
 # ---- Image sets: a folder of image files, an npz batch, a packed data set, or statistics alone -----------------------
@@ -360,7 +362,7 @@ class ImageSet:
         elif path.suffix == ".npz" and path.exists():
             self.images, self.labels, self.statistics = read_npz(path)
         else:
-            files = data.list_images(path)
+            files = data.list_images(path) if path.is_dir() else []
             if not files:
                 raise ValueError(f"no images at {path}: make samples first (python 04_sample.py), or the data set")
             self.images = ImageFiles(files)
@@ -375,7 +377,8 @@ def read_npz(path):
     """(images, labels, statistics) of a sample batch (arr_0, arr_1), or of statistics (mu, sigma, mu_s, sigma_s, n)."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            content = {name: file[name] for name in STATISTICS | {"arr_0", "arr_1"} if name in file.files}
+            known = ("arr_0", "arr_1", "mu", "sigma", "mu_s", "sigma_s", "n")
+            content = {name: file[name] for name in known if name in file.files}
     except Exception as error:                            # zip, zlib and numpy each have their own
         raise ValueError(f"{path} is not a readable npz file ({error})")
     images, labels = content.pop("arr_0", None), content.pop("arr_1", None)
@@ -389,8 +392,6 @@ def read_npz(path):
     for name in content:
         check_statistic(path, name, content)
     return images, labels, {"n": 0} | content if content else {}               # ADM's do not say of how many images
-
-STATISTICS = {"mu", "sigma", "mu_s", "sigma_s", "n"}
 
 def check_statistic(path, name, content):
     """Raise ValueError unless it is a mean (D,), a covariance (D,D), or a number n."""
@@ -407,26 +408,17 @@ def describe_reference(real, net, digest, device, batch_size):
     """describe() of the real images, cached beside a packed data set; a file's own mu and sigma come first."""
     def make():
         return describe(real.images, net, device, batch_size, "real images") | real.statistics
-
-    def read(path):
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-
-    def write(result, path):
-        with open(path, "wb") as file:                    # mu and sigma are what other tools read
-            np.savez(file, **result)
     if real.images is None:
         return real.statistics
     if "id" not in real.record:
         return make()
-    return remembered(real.path / f"statistics-{real.split}-{digest}-{real.record['id'][:8]}.npz",
-                      read, make, write)
+    return remembered(real.path / f"statistics-{real.split}-{digest}-{real.record['id'][:8]}.npz", make)
 
 # ---- From two image sets to a result ---------------------------------------------------------------------------------
 def frechet(suffix):
     """The distance of two descriptions, by the moments whose names end so."""
-    names = ("mu" + suffix, "sigma" + suffix)
-    return lambda fake, real: frechet_distance(*(side[name] for side in (fake, real) for name in names))
+    mu, sigma = "mu" + suffix, "sigma" + suffix
+    return lambda fake, real: frechet_distance(fake[mu], fake[sigma], real[mu], real[sigma])
 
 def neighbours(real):
     return real["features"][random_subset(NEIGHBOURS, len(real["features"]))]
@@ -501,9 +493,9 @@ def report(result):
     n, judge = result["n_generated"], result.get("class_accuracy_real")
     if n < 2048:
         model.warn(f"{n} images are few: {result['score']} is biased upwards and only comparable at the same N")
-    if result["features"] == "classifier" and (judge is None or judge < 0.5):
-        model.warn(f"the classifier is right on {judge} of held-out real images: neither its features nor its class "
-                  "accuracy are to be trusted")
+    if result["features"] == "classifier" and (not judge or judge < 0.5):
+        model.warn(f"the classifier is right on {judge or 'no share'} of held-out real images: neither its features "
+                   "nor its class accuracy are to be trusted")
 
 def print_table(files, out):
     """--table: a line per result, with the settings in which they differ; with --out a curve over the first of them."""
@@ -561,10 +553,10 @@ def open_sets(options):
                          f"--reference {name} to compare them all the same")
     if options.features == "classifier" and "classes" not in real.record:
         raise ValueError(f"{name} is not a packed data set, the classifier is trained on one: use --features inception")
-    size = samples.images[np.arange(1)].shape[1]
-    if size != real.record.get("size", size):
-        raise ValueError(f"{samples.path} has images of {size} pixels, {real.path} of {real.record['size']}: is it "
-                         "the right --reference?")
+    _, height, width, _ = samples.images[np.arange(1)].shape
+    if "size" in real.record and {height, width} != {real.record["size"]}:
+        raise ValueError(f"{samples.path} has images of {height} x {width} pixels, {real.path} of others: is it the "
+                         "right --reference?")
     classes = real.record.get("classes")
     if made and made.get("classes", []) != classes:
         samples.labels = None                             # labels of other classes say nothing to this classifier
