@@ -237,8 +237,7 @@ def folders_in(place):
 def every_file(folder):
     """Every file below a folder, but for packed data sets.  Links are followed, but not in circles.  Raises OSError."""
     def fail(error):
-        if not isinstance(error, FileNotFoundError):
-            raise error
+        raise error
     seen = set()
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(parent)
@@ -288,7 +287,7 @@ def list_folder(root, val_fraction, seed):
         if names != val_names:
             raise ValueError(f"{folders['train']} and {folders['val']} must hold the same class folders; "
                              f"{min({*names} ^ {*val_names})} is in one only (ImageNet's val/ comes without: sort it)")
-    left_out = Counter(Path(file).suffix for file in every_file(root))
+    left_out = Counter(Path(file).suffix for file in every_file(root) if not file.endswith("classes.txt"))
     for split in found.values():
         left_out -= Counter(Path(file).suffix for file, _ in split)
     if left_out:
@@ -385,7 +384,9 @@ def folder_source(options):
     refuse(not options.root, "--source folder needs --root, its folder")
     names, splits = list_folder(options.root, options.val_fraction, options.seed)
     file = options.root / "classes.txt"
-    names = called(names, file.read_text(encoding="utf-8-sig") if file.is_file() else "")
+    if file.is_file():
+        print(f"names of classes are read from {file}")
+        names = called(names, file.read_text(encoding="utf-8-sig"))
     print(f"every image is cropped and scaled to {options.size} x {options.size}, small ones enlarged")
     return names, lambda path: decode((path, options.size)), splits
 
@@ -480,10 +481,11 @@ def parse(argv, description, *classes, shown={}):
         if entry.type is bool:
             how = {"action": "store_true" if entry.default is False else argparse.BooleanOptionalAction}
         elif entry.type is tuple:
-            how, default = {"type": numbers}, ",".join(map(str, default))
+            how, default = {"type": numbers}, str(default).strip("()[],").replace(" ", "")
         elif entry.type is list:
             how = {"nargs": "+"}
         group.add_argument(flag(name), help=help_text(about, default), **how)
+    refuse("" in (argv or sys.argv[1:]), "an argument is empty: leave its flag out, or is a variable not set?")
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         check(flag(name), value, **options[name].metadata)
@@ -547,14 +549,15 @@ def whole(path):
 def load_json(path, **kinds):
     """The dict in a JSON file, whose entries named here have these types.  Raises ValueError."""
     try:
-        record = {"": json.loads(path.read_text())}
-        record |= record[""] if isinstance(record[""], dict) else {}
-        for name, kind in {"": dict, **kinds}.items():
+        record = json.loads(path.read_text())
+        if type(record) is not dict:
+            raise ValueError("it is not a dict")
+        for name, kind in kinds.items():
             if type(record.get(name)) is not kind:
-                raise ValueError(f"{name or 'it'} is not a {kind.__name__}")
+                raise ValueError(f"{name} is not a {kind.__name__}")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error})")
-    return record.pop("")
+    return record
 
 def save_json(path, value):
     with whole(path) as part:
@@ -617,13 +620,13 @@ def write(draw, place, text, width, anchor="la", fill="black"):
     text = text if len(text) <= room else text[:max(0, room - 2)] + ".."
     draw.text(place, text, fill=fill, font=font, anchor=anchor)
 
-def picture(rows, titles=(), names=(), cell=64):
+def picture(rows, titles=(), names=()):
     """Rows of images (H,W,3) uint8 -> one PIL picture: a title above each column, a name left of each row.
 
     None in a row is an empty place.
     """
     small = len(rows[0][0])
-    side = max(small, cell // small * small)              # small images are enlarged
+    side = max(small, 64 // small * small)                # small images are enlarged
     left, top = 80 * bool(names), 16 * bool(titles)
     sheet = Image.new("RGB", (left + side * max(map(len, rows)), top + side * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -653,7 +656,7 @@ def class_picture(labels, names, image_of):
 # ---- Running it ------------------------------------------------------------------------------------------------------
 SET_FILES = ("train_images.npy", "train_labels.npy", "val_images.npy", "val_labels.npy", "preview.png", "skipped.txt",
              "coder.pt", "reconstructions.npz", "meta.json*",
-             "classifier-????????.pt*", "statistics-*????????-????????.npz*")              # the last two: 05's
+             "classifier-????????.*", "statistics-*????????-????????.npz*")              # the last two: 05's
 
 @dataclass
 class Options:

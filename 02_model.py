@@ -36,7 +36,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from importlib import import_module
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -675,6 +674,8 @@ def check_fields(self):
     for entry in fields(self):
         value = getattr(self, entry.name)
         if value is not entry.default:                    # a default may be None: open
+            good = isinstance(value, (entry.type, int))   # an integer is a float, too
+            refuse(not good, f"{entry.name} {value!r}: give it the type {entry.type.__name__}")
             data.check(entry.name, value, **entry.metadata)
 
 def names_of(cls):
@@ -743,13 +744,14 @@ def keep_freed_memory():
 
 def ahead(function, jobs, count):
     """Yield function(job) for every job, in order; threads work on the `count` jobs after the one in use."""
-    jobs = iter(jobs)
     with ThreadPoolExecutor(count) as pool:
-        waiting = deque(pool.submit(function, job) for job in islice(jobs, count))
+        waiting = deque()
+        for job in jobs:
+            waiting.append(pool.submit(function, job))
+            if len(waiting) > count:
+                yield waiting.popleft().result()
         while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(pool.submit(function, job) for job in islice(jobs, 1))
-            yield result
+            yield waiting.popleft().result()
 
 def choose_precision(amp, device):
     """bf16, fp16 or off -> the same; None -> what the hardware is fast at.

@@ -24,7 +24,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 
@@ -231,8 +231,8 @@ def skip_if_not_finite(trainer, norm):
 def wrap(net, head, options, config, device, world):
     """What the step calls: the network, compiled or recorded, with its head if it has one, averaged by DDP."""
     for block in net.modules():
-        if options.checkpointing and isinstance(block, model.Block):           # memory for time
-            block.forward = recomputed(block.forward)
+        if options.checkpointing and isinstance(block, model.Block):           # keep its inputs, compute the rest again
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     forward = net
     if options.compile:
         torch._dynamo.config.optimize_ddp = not options.checkpointing          # older torch cannot do both
@@ -254,22 +254,16 @@ def recorded(net, options, config, device):
     with model.autocast(options.amp, device, cache=False):
         return torch.cuda.make_graphed_callables(net, (z, t, t.long()))
 
-def recomputed(forward):
-    """The same function, which for a backward pass keeps its inputs only and computes the rest again."""
-    def call(*inputs):
-        return checkpoint(forward, *inputs, use_reentrant=False) if torch.is_grad_enabled() else forward(*inputs)
-    return call
-
 def fill_in(net, weights):
     """Copy the weights of another run into net, and say which parts begin anew, of other classes, say."""
     own = net.state_dict()
-    anew = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
-    foreign = [name for name in weights if name not in own]
-    foreign += [name for name in anew if name in weights and name != "y_embedder.embedding_table.weight"]
-    refuse(foreign, f"--init: its weights do not fit this network ({', '.join(foreign[:1])})")
-    net.load_state_dict({name: weights[name] for name in own if name not in anew}, strict=False)
+    fitting = {name: value for name, value in weights.items() if name in own and value.shape == own[name].shape}
+    foreign = weights.keys() - fitting.keys() - {"y_embedder.embedding_table.weight"}
+    refuse(foreign, f"--init: its weights do not fit this network ({', '.join(sorted(foreign)[:1])})")
+    net.load_state_dict(fitting, strict=False)
+    anew = own.keys() - fitting.keys()
     if anew:
-        print(f"--init: {', '.join(anew)} have no weights there, or of other classes; they begin anew")
+        print(f"--init: {', '.join(sorted(anew))} have no weights there, or of other classes; they begin anew")
 
 def sampling_state(trainer):
     """What sampling needs of a run: tensors and plain Python values."""
@@ -386,8 +380,8 @@ def held_out_loss(trainer, images, labels):
     generator, n, total = torch.Generator().manual_seed(0), len(images), 0.0
     times = torch.sigmoid(torch.special.ndtri((torch.arange(n) + 0.5) / n) * 0.8 - 0.8)
     u, _ = model.PATHS[trainer.config.path].conversion("x", "v", times)
-    for rows in data.in_parts(range(n), 64):
-        rows = slice(rows.start, rows.stop)
+    for start in range(0, n, 64):
+        rows = slice(start, start + 64)
         x, _, x_pred = noise_and_predict(trainer, images[rows], labels[rows], times[rows], generator)
         error = ((x_pred - x)**2).flatten(1).mean(dim=1).cpu()
         total += (u[rows]**2 * error).sum().item()
@@ -546,6 +540,7 @@ imagenet-L   -       -      2.4  [0.1,1.0]  -
 imagenet-H   -       -      2.2  [0.1,1.0]  -
 1percent     euler   25     2.9  [0.1,1.0]  -
 """)
+OF_SAMPLING = {*"solver steps cfg interval t_eps shift".split()}
 # combine with any preset; further ones are files of tests/experiments/, or your own.  Improved JiT's Table 1, and the
 # ladder of JiT Table 4, where each row adds to the one above it; the last is the default
 EXPERIMENTS = model.table("""
@@ -618,13 +613,16 @@ def files_of(names):
     """Of --experiment those that are files."""
     return [name for name in names.split(",") if name and name not in EXPERIMENTS]
 
+FLAGS = {*"preset experiment run init device resume overwrite".split()}        # what SETTINGS cannot say
+
 def experiment_settings(names):
     """--experiment NAME[,NAME] -> settings of each: a row of EXPERIMENTS, or SETTINGS of a file.  Raises UsageError."""
     brought = set()
     for name in filter(None, names.split(",")):
         settings = EXPERIMENTS.get(name) or getattr(model.load_experiment(name), "SETTINGS", None)
         refuse(not isinstance(settings, dict), f"--experiment {name}: the file has no dict SETTINGS")
-        refuse("init" in settings, f"--experiment {name}: --init is a flag, not one of SETTINGS")
+        refuse(FLAGS & settings.keys(), f"--experiment {name}: give {', '.join(FLAGS & settings.keys())} as a flag, "
+               "not in SETTINGS")
         refuse("network" in brought & settings.keys(), f"--experiment {names}: {name} brings a network, and so does "
                "one before it: pass one of them")
         brought |= settings.keys()
@@ -666,7 +664,7 @@ def settle(settings, meta, device, world):
     """
     row, size = model.MODELS[settings.get("model", Options.model)], meta["size"]
     found = {"image_size": size, "in_channels": meta.get("channels", 3), "num_classes": len(meta["classes"]),
-             "noise_scale": max(1.0, size / 256)}
+             "noise_scale": max(1.0, size / 256), "shift": meta.get("shift", 1.0)}
     if "coder" in meta:                                   # a latent's mirror image is not a latent
         found |= {"patch_size": 1, "bottleneck_dim": 0}
         settings = settings | {"flip": False}
@@ -677,7 +675,7 @@ def settle(settings, meta, device, world):
     own = model.names_of(Options)
     options = Options(**{name: value for name, value in settings.items() if name in own})
     network = {name: value for name, value in settings.items() if name not in own}
-    unknown = network.keys() - model.names_of(kind)
+    unknown = network.keys() - model.names_of(kind) | options.sampling.keys() - OF_SAMPLING
     refuse(unknown, f"there is no setting {', '.join(unknown)}")
     config = kind(**network)
     refuse(config.num_classes not in (0, found["num_classes"]), f"--num-classes {config.num_classes}: the data set "
@@ -689,7 +687,6 @@ def settle(settings, meta, device, world):
     if options.warmup is None:
         options.warmup = min(round(5 * epoch), options.steps // 20)
     options.lr = options.lr or 5e-5 * options.batch_size / 256
-    options.shift = options.shift or meta.get("shift", 1.0)
     settle_speed(options, config, device)
     if options.aux_weight is None:
         options.aux_weight = model.AUX_HEADS[config.aux].weight

@@ -234,7 +234,7 @@ def check_folder(out, record, overwrite):
         patterns = SAMPLE_FILES if (out / "samples.json").exists() else PARTS
         data.only_ours(out, patterns, "choose another --out")
     if (out / "samples.json").exists():
-        old = asdict(Settings()) | data.load_json(out / "samples.json", labels=list)   # may be older than a setting
+        old = asdict(Settings()) | data.load_json(out / "samples.json", weights=str)       # may lack one
         if not overwrite:
             data.refuse_other(old, record, out, "pass --overwrite to replace them, or --out")
 
@@ -314,6 +314,7 @@ class Settings:
     interval: tuple = option((0.0, 1.0), "times between which guidance acts; the paper: 0.1,1", "[0, 1]")
     t_eps: float = option(model.T_EPS, "clamp of 1-t, see the head of this file", "(0, 1)")
     shift: float = option(1.0, "t -> t/(t + A(1-t)): above 1, more steps near the noise", "[0.001, 1000]")
+    __post_init__ = model.check_fields
 
 @dataclass
 class Options:
@@ -337,7 +338,7 @@ class Options:
 def settings_of(given, info, config):
     """Settings of walk(): flags, then what the checkpoint recommends, then the paper's.  Raises UsageError."""
     flags = {name: value for name, value in given.items() if name in model.names_of(Settings)}
-    settings = asdict(Settings()) | info.get("sampling", {}) | flags
+    settings = asdict(Settings(**info.get("sampling", {}) | flags))
     refuse(len(settings["interval"]) != 2 or settings["interval"][0] >= settings["interval"][1],
            "--interval: give two times from 0 to 1, the lower first, as in 0.1,1")
     unguided = not (config.num_classes and info.get("label_drop", True))
@@ -365,8 +366,8 @@ def main(argv=None):
             "ema": options.ema, "weights": model.fingerprint(net), "data": source, "data_id": info.get("data_id"),
             "size": net.config.image_size, "classes": classes, "labels": labels}
         if made_by:                                       # scored against the pixels that the latents were made of
-            record |= {"data": made_by["pixels"], "data_id": made_by["pixels_id"], "size": made_by["size"]}
-            record["coder"] = made_by["id"]
+            record |= {"data": made_by["pixels"], "data_id": made_by["pixels_id"], "size": made_by["size"],
+                       "coder": made_by["id"]}
         write_samples(options, sampler, record, path.parent, rank, world)
 
 if __name__ == "__main__":

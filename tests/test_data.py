@@ -345,8 +345,13 @@ def test_classes_have_the_names_of_classes_txt(there, capsys):
     folder(Path("in"), ("n01", "n02", "n03"), splits=None)
     Path("in/classes.txt").write_text("\ufeffn02\tgoldfish, Carassius auratus\nn01 tench \n\nn99 unused\n", encoding="utf-8")
     assert pack() == 0 and data.open_data("data/set")[0]["classes"] == ["tench", "goldfish, Carassius auratus", "n03"]
+    out = capsys.readouterr().out
+    assert "names of classes are read from in/classes.txt" in out and "left out" not in out
     Path("in/classes.txt").write_text("n01 crane\nn02 crane\n")
     assert pack("--name", "double") == 2 and "two classes have one name" in capsys.readouterr().err
+    os.chdir("in")
+    Path("classes.txt").unlink()
+    assert call(data, "--source", "folder", "--root", ".", "--size", 16, "--name", "here") == 0 and "left out" not in capsys.readouterr().out
 
 SIDE = np.zeros((48, 96), np.uint8)
 SIDE[:, :20], SIDE[:12] = 255, 128                        # upright: a white bar on the left, grey above
@@ -497,9 +502,9 @@ def test_a_folder_that_is_no_data_set_is_not_touched(there, capsys):
         assert "is not a packed data set" in capsys.readouterr().err and len(list((there / "photos").iterdir())) == 3
 
 def test_a_picture_has_its_images_in_their_places():
-    tiles = [np.full((8, 8, 3), value, np.uint8) for value in (10, 20, 30)]
-    sheet = np.asarray(data.picture([[tiles[0], tiles[1]], [tiles[2], None], [None, tiles[0]]], cell=8))
-    assert sheet[4::8, 4::8, 0].tolist() == [[10, 20], [30, 255], [255, 10]]
+    tiles = [np.full((64, 64, 3), value, np.uint8) for value in (10, 20, 30)]
+    sheet = np.asarray(data.picture([[tiles[0], tiles[1]], [tiles[2], None], [None, tiles[0]]]))
+    assert sheet[32::64, 32::64, 0].tolist() == [[10, 20], [30, 255], [255, 10]]
 
 def test_sixteen_bits_of_a_pgm_file(there):
     grey = np.arange(64).reshape(8, 8) * 1000

@@ -198,7 +198,7 @@ def test_init_that_does_not_fit_is_refused_in_one_line(work, capsys):
     assert call(data, "--size", 32, "--count", 100, "--workers", 1, "--name", "big") == 0
     capsys.readouterr()
     for more, words in ((["--init", "nowhere"], "no checkpoint"), (["--init", "jit", "--hidden-size", 64], "do not fit this network"), (["--init", "jit", "--patch-size", 4], "do not fit this network"),
-                        (["--init", "jit", "--experiment", "dit"], "do not fit this network"), (["--init", ""], "no checkpoint"),
+                        (["--init", "jit", "--experiment", "dit"], "do not fit this network"), (["--init", ""], "an argument is empty"),
                         (["--init", "jit", "--data", "big"], "do not fit this network (pos_embed"), (["--init", "jit", "--experiment", "one_step", "--aux", "time"], "no auxiliary head"),
                         (["--experiment", "one_step,paths"], "linear path")):
         assert call(train, *more, "--batch-size", 8, "--run", "new") in (1, 2)
@@ -560,9 +560,22 @@ def test_experiments_combine_and_rows_too(work):
     assert (config["patch_embed"], config["network"], config["aux"]) == ("nonlinear", "ddt", "mean_colour")
     assert model.load_network("runs/shapes-exp3-ddt-mean_colour/checkpoint.pt")[1]["experiments"] == ["ddt", "mean_colour"]
 
-def test_init_is_no_setting_of_an_experiment(work, capsys):
-    Path("own.py").write_text("SETTINGS = {'init': 'shapes'}")
-    assert call(train, *TINY_FLAGS, "--experiment", "./own.py", "--steps", 2) == 2 and "--init is a flag" in capsys.readouterr().err
+@pytest.mark.parametrize("settings,words", [
+    ("{'init': 'shapes'}", "give init as a flag"), ("{'run': 'x'}", "give run as a flag"), ("{'device': 'cpu'}", "give device as a flag"), ("{'overwrite': True}", "give overwrite as a flag"),
+    ("{'rope': 'false'}", "rope 'false': give it the type bool"), ("{'warmup': 2.5}", "warmup 2.5: give it the type int"), ("{'ema': 0.9}", "ema 0.9: give it the type tuple"),
+    ("{'ema': [0.9]}", "ema [0.9]: give it the type tuple"), ("{'p_mean': '-0.8'}", "p_mean '-0.8': give it the type float"), ("{'sampling': {'step': 3}}", "there is no setting step"), ("{'hiddensize': 3}", "there is no setting hiddensize")])
+def test_settings_that_are_none(work, capsys, settings, words):
+    """Said before the training."""
+    Path("own.py").write_text(f"SETTINGS = {settings}")
+    assert call(train, *TINY_FLAGS, "--experiment", "./own.py", "--steps", 2) == 2
+    assert words in capsys.readouterr().err and not Path("runs").exists()
+
+def test_an_integer_is_a_float_too(work):
+    Path("own.py").write_text("SETTINGS = {'p_mean': -1, 'sampling': {'cfg': 2}}")
+    assert call(train, *TINY_FLAGS, "--experiment", "./own.py", "--steps", 2) == 0
+
+def test_what_a_run_may_say_of_sampling():
+    assert train.OF_SAMPLING == model.names_of(sample.Settings)
 
 def test_two_networks_do_not_combine(work, capsys):
     assert call(train, *TINY_FLAGS, "--experiment", "ddt,td_norm", "--steps", 2) == 2

@@ -256,6 +256,8 @@ def test_a_folder_without_our_record_is_not_touched(run, capsys, name, flags):
 
 def test_another_programs_record_is_no_permission(run, capsys):
     Path("a").mkdir()
+    Path("a/samples.json").write_text('{"labels": []}')
+    assert call(sample, "--run", "r", "--num", 9, "--amp", "off", "--out", "a", "--overwrite") == 1 and "weights is not a str" in capsys.readouterr().err
     Path("a/samples.json").write_text("[]")
     Image.new("RGB", (16, 16), "red").save("a/0000003.png")
     assert call(sample, "--run", "r", "--num", 9, "--amp", "off", "--out", "a", "--overwrite") == 1 and "samples.json is damaged" in capsys.readouterr().err
@@ -293,6 +295,13 @@ def test_pictures_of_the_process(work, monkeypatch, capsys):
 def test_the_network_shift_of_training_is_recommended(work):
     assert call(train, *TINY_FLAGS, "--steps", 2, "--shift", 2.5, "--preset", "cifar10", "--data", "shapes", "--run", "s") == 0
     assert model.load_network("runs/s/checkpoint.pt")[1]["sampling"]["shift"] == 2.5
+
+def test_a_wrong_recommendation_is_one_line_and_a_flag_overrides_it(run, capsys):
+    state = torch.load("runs/r/checkpoint.pt", weights_only=True)
+    state["info"]["sampling"]["steps"] = 2.5
+    torch.save(state, "runs/r/checkpoint.pt")
+    assert call(sample, "--run", "r", "--num", 2) == 2 and "steps 2.5: give it the type int" in capsys.readouterr().err
+    assert call(sample, "--run", "r", "--num", 2, "--steps", 2) == 0
 
 def test_two_at_once_are_refused(run, capsys):
     with data.locked(Path("out")):
