@@ -458,7 +458,7 @@ class HelpFormatter(argparse.HelpFormatter):
     """As wide as the terminal, and names stay whole."""
 
     def _split_lines(self, text, width):
-        return textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)
+        return textwrap.wrap(text, width, break_on_hyphens=False)
 
 def parse(argv, description, *classes, shown={}):
     """The flags given -> {name: value}; there is one for each field of the dataclasses.  Raises UsageError.
@@ -492,7 +492,7 @@ def parse(argv, description, *classes, shown={}):
     return given
 
 def help_text(about, default):
-    text = about["text"]
+    text = about["text"] if default == about["default"] else about["text"].partition(" (default")[0]
     if about["choices"]:
         text += "; " + " | ".join(about["choices"]())
     if default not in (None, "") and default is not False and "(default" not in text:

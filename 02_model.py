@@ -74,11 +74,11 @@ class JiTConfig:
     depth: int = option(12, "number of blocks", "[1, 10000]")
     num_heads: int = option(12, "heads of the attention", "[1, inf)")
     mlp_ratio: float = option(4.0, "inner width of the FFN, in hidden sizes", "(0, 1000]")
-    num_classes: int = option(1000, "the label num_classes is the null class; 0: train without classes", "[0, inf)")
+    num_classes: int = option(1000, "id num_classes is the null class; 0: no classes (default: the data's)", "[0, inf)")
     bottleneck_dim: int = option(128, "width between the two maps of the patch embedding; 0: one map", "[0, inf)")
     in_context_len: int = option(32, "class tokens put in front of the image tokens; 0: none", "[0, inf)")
     in_context_start: int = option(4, "the block before which they are put there", "[0, inf)")
-    dropout: float = option(0.0, "on attention output and FFN of the blocks depth//4 to depth//4*3", "[0, 1)")
+    dropout: float = option(0.0, "on attention output and FFN of the middle half of the blocks", "[0, 1)")
     noise_scale: float = option(1.0, "k, the noise's std (default: image size / 256, at least 1)", "(0, 1000]")
     # variants: names of the registries below, the first is JiT's
     pred: str = option("x", "what the output means", choices=lambda: ("x", "e", "v"))
@@ -123,19 +123,19 @@ def zeroed(layer):
 
 # ---- Patches and positions ------------------------------------------------------------------------------------------
 def patchify(x, p):
-    """Images (B,C,H,W) -> tokens (B, N, p*p*C), rows of patches first, channels last inside a patch."""
+    """Images (B,C,H,W) -> tokens (B, N, p*p*C), patch after patch, row by row; inside a patch channels come last."""
     B, C, H, W = x.shape
     x = x.reshape(B, C, H // p, p, W // p, p)                                                      # B C  H/p p  W/p p
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // p) * (W // p), p * p * C)                  # B N p*p*C
 
 def unpatchify(tokens, p):
-    """Tokens (B, N, p*p*C) -> square images (B,C,H,W).  The inverse of patchify."""
+    """Tokens (B, N, p*p*C) -> square images (B,C,H,W), the inverse of patchify: the output's order of numbers."""
     B, side = len(tokens), math.isqrt(tokens.shape[1])
     x = tokens.reshape(B, side, side, p, p, -1).permute(0, 5, 1, 3, 2, 4)                          # B C  H/p p  W/p p
     return x.reshape(B, -1, side * p, side * p)
 
 class PatchLinear(nn.Conv2d):
-    """A linear map of patches (B,N,C*p*p): what a convolution does whose stride is its kernel.  Official files fit."""
+    """A linear map of patches (B,N,C*p*p), channels first.  It is a Conv2d so that official weights fit."""
 
     reset_parameters = Linear.reset_parameters
 
@@ -181,7 +181,7 @@ def rotary_table(head_dim, side, context):
 def rotate(x, cos, sin):
     """Turn each pair of adjacent channels of x (B,h,L,d) by its angle: (x0 cos - x1 sin, x1 cos + x0 sin).
 
-    cos, sin: (L,d), sin with its signs -+.  A turned q times a turned k depends on how far apart their tokens are only.
+    cos, sin: (L,d), sin with its signs -+.  A turned q times a turned k depends only on how far apart their tokens are.
     """
     if x.is_cpu and not torch.compiler.is_compiling():    # the same as one complex product, faster there
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                            # B h L d/2
@@ -227,7 +227,7 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(mean_square + self.eps) * self.weight
 
 def attend(q, k, v):
-    """Softmax attention: weights softmax(q k^T / sqrt(d)), and their mean of v.  q, k, v: (B,h,L,d)."""
+    """softmax(q k^T / sqrt(d)) v: for each token a weighted mean of all v, its values.  q, k, v: (B,h,L,d)."""
     if q.is_cuda or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v)    # the same in one kernel; its backward pass is slow on a CPU
     scores = q * q.shape[-1]**-0.5 @ k.transpose(-1, -2)                                           # B h L L
@@ -322,6 +322,7 @@ class JiT(nn.Module):
 
     z: (B,C,H,W) float noised images.  t: (B,) float in [0,1].  y: (B,) int64 in [0, num_classes], num_classes = null.
     At initialisation the output is exactly zero.  Parameter names are the official ones, so official weights load.
+    first_layer: the number of the first block, in a network made of several JiTs.
     """
 
     def __init__(self, config, first_layer=0):

@@ -38,7 +38,7 @@ option, refuse = data.option, data.refuse
 
 # ---- What chance decides about a micro-batch ------------------------------------------------- (JiT Algorithm 1) ----
 def sample_times(n, options, device):
-    """t (n,) in (0,1): logit-normal (the paper: of N(-0.8, 0.8^2)) or uniform; then the shift.     (JiT section 3.1)"""
+    """t (n,) in (0,1): sigmoid(N(p_mean, p_std^2)), the paper's -0.8 and 0.8, or uniform; then the shift.  (JiT 3.1)"""
     if options.times == "uniform":
         t = torch.rand(n, device=device)
     else:
@@ -46,7 +46,7 @@ def sample_times(n, options, device):
     return model.shift_time(t, options.shift)
 
 def make_batch(images, labels, options, config):
-    """Pixels uint8 or latents (B,H,W,C), and labels (B,) -> the batch a network sees: {"x", "y", "t", "e"}.
+    """Pixels uint8 or latents (B,H,W,C), and labels (B,) -> what one pass needs: {"x", "y", "t", "e"}.
 
     x: (B,C,H,W), pixels in [-1,1], mirrored by chance.  y: labels, some replaced by the null class.  e: noise, std k.
     """
@@ -68,18 +68,17 @@ def diffusion_loss(x_pred, x, z, t):
     x_pred: the prediction of the image x from the mixture z, each (B,C,H,W).  t: (B,).  Prediction and truth are
     divided by the same clamped 1-t, so a perfect prediction has loss zero at every t.
     """
-    d = model.expand(1 - t, x).clamp_min(model.T_EPS)
-    v = (x - z) / d
-    v_pred = (x_pred.float() - z) / d
+    time_left = model.expand(1 - t, x).clamp_min(model.T_EPS)                                      # B 1 1 1
+    v = (x - z) / time_left
+    v_pred = (x_pred.float() - z) / time_left
     return (v_pred - v).square().flatten(1).mean(dim=1)
 
 def jit_objective(trainer, batch):
     """Mix, predict, compare: (loss to differentiate, loss of each image (B,) for the log)."""
-    x, e, t, y = (batch[name] for name in "xety")
-    z = model.mix(x, e, t)
+    z = model.mix(batch["x"], batch["e"], batch["t"])
     with trainer.autocast:
-        x_pred = trainer.forward(z, t, y)
-    loss = diffusion_loss(x_pred, x, z, t)
+        x_pred = trainer.forward(z, batch["t"], batch["y"])
+    loss = diffusion_loss(x_pred, batch["x"], z, batch["t"])
     return loss.mean(), loss.detach()
 
 # ---- The loop and the step: draw, predict, loss, gradient, step, average ---------------------------------------------
@@ -118,7 +117,7 @@ class Trainer:
     def train_step(self, feed):
         """One optimizer step: every micro-batch forward and backward, then AdamW, then the averages.
 
-        feed yields (images, labels), a pair for each of this process's micro-batches, whose losses count as a mean.
+        feed yields (images, labels), a pair for each of this process's micro-batches; the loss is the mean of theirs.
         A step whose gradient is not finite counts, but leaves the weights as they are.
         """
         indices = self.indices()
@@ -141,7 +140,7 @@ class Trainer:
         return range(self.rank, self.options.batch_size // self.options.micro_batch, self.world)
 
     def loss(self, index, images, labels):
-        """The loss of micro-batch `index` of this step, to differentiate."""
+        """Draw what chance decides, seeded with (seed, step, index), and return this micro-batch's loss."""
         seed_everything(self.options.seed, self.step, index)
         batch = self.head.prepare(make_batch(images, labels, self.options, self.config))
         loss, of_each = self.objective(self, batch)
@@ -157,7 +156,7 @@ class Trainer:
     def gradient_norm(self):
         """The norm of all gradients taken together, a tensor: measured for the log, and to see what is not finite.
 
-        It is not clipped, as in the paper: Adam divides by the size of past gradients anyway.
+        As in the paper, it is not clipped: Adam divides by the size of past gradients anyway.
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
@@ -175,7 +174,7 @@ class Trainer:
     def update_ema(self):
         """Move every average towards the weights: ema += (1 - decay) (weights - ema).  Biases and norms, too.
 
-        0.998 averages over about 1 / (1 - 0.998) = 500 steps; but at most over a ninth, to forget the first weights.
+        0.998 averages over about 1 / (1 - 0.998) = 500 steps, but early on only over the last ninth of those done.
         """
         for decay, average in zip(self.options.ema, self.ema):
             decay = min(decay, (1 + self.step) / (10 + self.step))
@@ -224,7 +223,7 @@ def skip_if_not_finite(trainer, norm):
     Decided on the device: a GPU whose answer the step waited for would then itself wait for the next step.
     """
     bad = ~torch.isfinite(norm)
-    trainer.optimizer.found_inf = bad.float()
+    trainer.optimizer.found_inf = bad.float()             # where it is 1, fused AdamW changes nothing
     trainer.skipped += bad
     trainer.bad = (trainer.bad + 1) * bad
 
@@ -649,8 +648,8 @@ def gather(given, saved=None, init=None):
     """
     brought = {name: value for name, value in (init or {}).items() if name not in OF_THE_DATA}
     preset = given.get("preset", "shapes")
-    chosen = experiment_settings(given.get("experiment", ""))
-    layers = [PRESETS[preset], {"sampling": SAMPLING.get(preset)}, brought, *chosen]
+    layers = [PRESETS[preset], {"sampling": SAMPLING.get(preset)}, brought,
+              *experiment_settings(given.get("experiment", ""))]
     if saved:
         layers = [saved["options"], saved["config"], {"overwrite": False}]
     if "epochs" in given:

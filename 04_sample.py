@@ -8,7 +8,7 @@ Run it:   python 04_sample.py                               1,000 images of the 
 
 t = 0 is noise, t = 1 is data.  Image i is a function of (seed, i), whatever the batches, processes or interruptions.
 
-The clamp of euler and heun leaves noise, of std 0.017 k for Heun 50 (README); --t-eps 0.02 ends on x_pred.
+The clamp makes the last steps of euler and heun too short: noise of std 0.017 k is left (Heun 50); --t-eps 0.02: none.
 """
 import csv
 import sys
@@ -32,7 +32,7 @@ def predict(net, z, t, labels, to="v", t_eps=model.T_EPS):
     config = config_of(net)
     times = torch.full((len(z),), t, device=z.device)
     x_pred = net(z, times, labels).float()
-    if (config.pred, config.path) != ("x", "linear"):     # not JiT's: x_pred is something else
+    if (config.pred, config.path) != ("x", "linear"):     # another --pred or path: convert what came out
         return model.convert(x_pred, config.pred, to, z, times, config.path, t_eps)
     return x_pred if to == "x" else (x_pred - z) / max(1 - t, t_eps)
 
@@ -41,7 +41,7 @@ def guided(net, z, t, labels, cfg=1.0, interval=(0.0, 1.0), to="v", t_eps=model.
 
     z: (B,C,H,W) state.  t: float.  labels: (B,) class ids; num_classes stands for "no class", whose velocity is v_null.
     The interval is open, low < t < high, but low = 0 includes t = 0.  Both halves go through the network as one batch;
-    where w is 1 the null half is skipped, where w is 0 the other.  Images (to="x") mix as velocities do.
+    where w is 1 the null half is skipped, where w is 0 the class half.  Images (to="x") mix as velocities do.
     """
     low, high = interval
     # subtle: grid points such as 6/20 land a rounding error beside the ends 0.3 and 0.7; the margin says "outside"
@@ -56,7 +56,7 @@ def guided(net, z, t, labels, cfg=1.0, interval=(0.0, 1.0), to="v", t_eps=model.
     v_class, v_null = both.chunk(2)
     return v_null + w * (v_class - v_null)
 
-# ---- One step from t to t_next, where velocity(z, t) is the guided one -----------------------------------------------
+# ---- One step from t to t_next; velocity(z, t) is the guided one; *_ takes what only ddim and ddpm need --------------
 def euler_step(z, t, t_next, velocity, *_):
     """One step along the velocity, z + (t_next - t) velocity(z, t): first order.                  (JiT Algorithm 2)"""
     return z + (t_next - t) * velocity(z, t)
@@ -84,7 +84,7 @@ def walk(net, noise, labels, *, solver="heun", steps=50, cfg=1.0, interval=(0.0,
     def ask(z, t):
         return guided(net, z, t, labels, cfg, interval, asked_for, t_eps)
 
-    def fresh_noise():                                    # for ddpm
+    def fresh_noise():                                    # for ddpm; i and z are those of the loop below
         return step_noise(i) if step_noise else torch.randn_like(z) * config.noise_scale
 
     z = noise.float()
@@ -100,40 +100,40 @@ def generate(net, noise, labels, **settings):
     """Images (N,C,H,W), float in about [-1,1], from noise (N,C,H,W) with std k and labels (N,) int64.
 
     settings, see walk(): solver; steps of the time grid (Heun-50 costs 99 network evaluations); cfg and the interval of
-    t in which it acts; t_eps; shift of the grid; step_noise(i) -> like noise, fresh for step i (ddpm; else
-    torch.randn_like).  Raises UsageError.
+    t in which it acts; t_eps; shift of the grid; step_noise(i), what ddpm adds in step i, shaped as noise (default:
+    drawn by torch).  Raises UsageError.
     """
     *_, (_, images) = walk(net, noise, labels, **settings)
     return images
 
-# ---- The same step in the language of diffusion: image(z, t) is the guided one, scales(t) = (alpha, sigma) of the path
-def ddim_step(z, t, t_next, image, noise, scales):
+# ---- The same step in the language of diffusion; x_at(z, t) is the guided image, scales(t) = (alpha, sigma) of a path
+def ddim_step(z, t, t_next, x_at, fresh_noise, scales):
     """Split z into image and noise, and mix them anew: z_next = alpha_next x + sigma_next e.           (DDIM eq. 12)
 
-    Exact when the estimate is right.  On the linear path this is Euler's step without the clamp.  noise is not used.
+    With the true image it stays on the path.  On the linear path it is Euler's step without the clamp.
     """
     alpha, sigma = scales(t)
     alpha_next, sigma_next = scales(t_next)
-    x = image(z, t)
+    x = x_at(z, t)
     e = (z - alpha * x) / sigma
     return alpha_next * x + sigma_next * e
 
-def ddpm_step(z, t, t_next, image, noise, scales):
+def ddpm_step(z, t, t_next, x_at, fresh_noise, scales):
     """Draw z_next given z and the image: ancestral sampling.                          (DDPM eq. 7, for any path, k = 1)
 
     Two normal distributions constrain z_next.  Given the image, z_next ~ N(alpha_next x, sigma_next^2).  And z is a
     noisier z_next: z = r z_next + N(0, added), with r = alpha / alpha_next and added = sigma^2 - r^2 sigma_next^2.
     The product of two Gaussians is a Gaussian.  Inverse variances add: 1/sigma_next^2 + r^2/added = sigma^2 /
-    (sigma_next^2 added).  Its mean is theirs, weighted by inverse variance.  For another k, noise() has std k.
+    (sigma_next^2 added).  Its mean is theirs, weighted by inverse variance.  fresh_noise() has std k.
     """
     alpha, sigma = scales(t)
     alpha_next, sigma_next = scales(t_next)
-    x = image(z, t)
+    x = x_at(z, t)
     r = alpha / alpha_next
     added = max(0.0, sigma**2 - r**2 * sigma_next**2)
     variance = sigma_next**2 * added / sigma**2
     mean = (added * alpha_next * x + sigma_next**2 * r * z) / sigma**2
-    return mean + variance**0.5 * noise()
+    return mean + variance**0.5 * fresh_noise()
 
 SOLVERS = {"heun": ("v", heun_step), "euler": ("v", euler_step),               # experiment: (what it asks for, step)
            "ddim": ("x", ddim_step), "ddpm": ("x", ddpm_step)}

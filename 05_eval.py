@@ -29,10 +29,10 @@ option, refuse = data.option, data.refuse
 
 # ---- Two Gaussians: FID, and sFID on other features ------------------------------------------------------------------
 def moments(sums):
-    """Mean (D,) and covariance (D,D), with N-1, of features, from their sums (D+1,D+1) in fp64.
+    """Mean (D,) and covariance (D,D), with N-1, of features f, from the sum of F^T F over all images, F = (1, f).
 
-    With a 1 in front of each feature vector, F = (1, f), the sum of F^T F holds N in its corner, the sum of f beside it
-    and the sum of f^T f in the rest: batches just add theirs.
+    These sums (D+1,D+1), in fp64, hold N in their corner, the sum of f beside it and the sum of f^T f in the rest:
+    batches just add theirs.
     """
     n, total = sums[0, 0], sums[0, 1:]
     mean = total / n
@@ -50,7 +50,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     squares = torch.linalg.eigvalsh(R @ torch.from_numpy(sigma2) @ R)
     trace_of_root = squares.clamp_min(0).sqrt().sum().item()
     distance = ((mu1 - mu2)**2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root
-    return max(float(distance), 0.0)                      # subtle: max(0.0, nan) is 0.0, a perfect score
+    return max(float(distance), 0.0)                      # subtle: in this order a nan stays one
 
 # ---- Inception score: is each image of one class, and the set of all? ------------------------------------------------
 def inception_score(logits, splits=10):
@@ -242,9 +242,8 @@ def load_inception(path):
         net = Inception(state)
         net(torch.zeros(1, 8, 8, 3, dtype=torch.uint8))   # all names, all shapes
     except Exception as error:
-        hint = "fetch it elsewhere and pass --inception-weights FILE" if path is None else "is it the right file?"
         raise ValueError(f"cannot load the Inception weights from {path or WEIGHTS_URL} "
-                         f"({str(error).splitlines()[0][:100]}): {hint}")
+                         f"({str(error).splitlines()[0][:100]}): fetch {WEIGHTS_URL} and pass --inception-weights FILE")
     if digest == WEIGHTS_HASH:
         return net, "FID", digest
     model.warn(f"{path} is not the published weights file; the scores are named after it, not FID")
@@ -530,7 +529,7 @@ class Options:
     table: list = option(None, "only compare results made before; with --out PICTURE also a curve")
     out: Path = option(None, "result (default: metrics.json in the run's folder; SAMPLES-metrics.json with --samples)",
                        group="output and hardware")
-    batch_size: int = option(100, "images at a time and process", "[1, inf)")
+    batch_size: int = option(100, "images at a time", "[1, inf)")
     device: str = option(None, "cuda or cpu")
 
     def __post_init__(self):
@@ -553,9 +552,9 @@ def open_sets(options):
                          f"--reference {name} to compare them all the same")
     if options.features == "classifier" and "classes" not in real.record:
         raise ValueError(f"{name} is not a packed data set, the classifier is trained on one: use --features inception")
-    _, height, width, _ = samples.images[np.arange(1)].shape
-    if "size" in real.record and {height, width} != {real.record["size"]}:
-        raise ValueError(f"{samples.path} has images of {height} x {width} pixels, {real.path} of others: is it the "
+    size = samples.images[np.arange(1)].shape[1:3]
+    if "size" in real.record and {*size} != {real.record["size"]}:
+        raise ValueError(f"{samples.path} has images of {size[0]} x {size[1]} pixels, {real.path} of others: is it the "
                          "right --reference?")
     classes = real.record.get("classes")
     if made and made.get("classes", []) != classes:

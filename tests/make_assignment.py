@@ -64,7 +64,7 @@ EXERCISES = [Exercise(number, *row) for number, row in enumerate([
      (("shift1, scale1, gate1, shift2, scale2, gate2 =", "scale1, shift1, gate1, scale2, shift2, gate2 ="), ("gate1 * ", ""))),
     ("loss", "03_train.py", ("diffusion_loss", "grid_loss"), 9, 40,
      "JiT's loss of each image; and the same for any prediction, space and path: model.PATHS[config.path] has velocity_target and conversion",
-     (("v = (x - z) / d", "v = (x - z) / model.expand(1 - t, x)"), ("u**2", "u")),
+     (("v = (x - z) / time_left", "v = (x - z) / model.expand(1 - t, x)"), ("u**2", "u")),
      ("\n\n    By the book: convert prediction and truth, square the difference.  With to = u * value + w * z that is\n"
       "    (u out + w z - (u truth + w z))^2 = u^2 (out - truth)^2: z drops out, and the space is a weight over t.",)),
     ("ema", "03_train.py", ("Trainer.update_ema",), 5, 20,

@@ -618,7 +618,11 @@ def test_flags_of_an_experiment_are_in_its_help(capsys):
     with pytest.raises(SystemExit):
         call(train, "--preset", "cifar10", "--experiment", "convnext", "--help")
     text = " ".join(capsys.readouterr().out.split())
-    assert "attention | " in text and "convnext" in text and "per optimizer step (default: 256)" in text and "width of a token (default: 384)" in text
+    assert "attention | " in text and "convnext" in text and "per optimizer step (default: 256)" in text and "width of a token (default: 384)" in text and "learning rate (default: 0.0004)" in text
+    with pytest.raises(SystemExit):
+        call(train, "--preset", "photos", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "learning rate (default: 5e-5 x batch size / 256)" in text and "(default: the data's)" in text and "k, the noise's std (default: image size / 256, at least 1)" in text
 
 BAD = {"1/0": "ZeroDivisionError: division by zero", "def f(:": "SyntaxError", "import nonsense": "No module named 'nonsense'", "x = 1": "has no dict SETTINGS", "SETTINGS = []": "has no dict SETTINGS",
        "SETTINGS = {'hiden_size': 3}": "there is no setting hiden_size", "\n\nraise ValueError('mine')": "line 3", "SETTINGS = {'mixer': 'none of these'}": "is unknown: one of attention"}
