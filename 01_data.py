@@ -264,7 +264,7 @@ def list_classes(folder):
     for label, place in enumerate([folder / name for name in names] or [folder]):
         files = list_images(place)
         if not files:
-            raise ValueError(f"{place} holds no images: fill it or remove it")
+            raise ValueError(f"{place} holds no images ({', '.join(FORMATS)}): fill it or remove it")
         pairs += [(file, label) for file in files]
     return names, pairs
 
@@ -386,7 +386,9 @@ def folder_source(options):
     file = options.root / "classes.txt"
     if file.is_file():
         print(f"names of classes are read from {file}")
-        names = called(names, file.read_text(encoding="utf-8-sig"))
+        named = called(names, file.read_text(encoding="utf-8-sig"))
+        print(f"it names {len({*named} - {*names})} of {len(names)} class folders")
+        names = named
     print(f"every image is cropped and scaled to {options.size} x {options.size}, small ones enlarged")
     return names, lambda path: decode((path, options.size)), splits
 
@@ -583,6 +585,7 @@ def in_parts(rows, size):
 @contextmanager
 def locked(path):
     """Keep other processes of this machine from writing to the same path.  Raises ValueError if one does."""
+    refuse(not path.name, f"{path}: give this folder by its name, as ../NAME")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "w") as file:          # freed by the system, whatever ends us
         try:

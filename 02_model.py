@@ -684,8 +684,8 @@ def names_of(cls):
     return {entry.name for entry in fields(cls)}
 
 def folder_of(name, parent):
-    """A bare name means parent/name; anything with a slash is taken as it is."""
-    return Path(name) if "/" in str(name) else Path(parent) / name
+    """A bare name means parent/name; anything with a slash, and the dots, are paths."""
+    return Path(name) if "/" in str(name) or name in (".", "..") else Path(parent) / name
 
 @contextmanager
 def device_and_processes(name=None):

@@ -445,13 +445,10 @@ def compare(fake, real, metrics, inception):
         raise ValueError(f"the reference has features of {len(real['mu'])} numbers, the samples of {len(fake['mu'])}: "
                          "they were made with other networks")
     scores, left_out = {}, {}
-    same = np.trace(fake["sigma"]) < 1e-6 * np.trace(real["sigma"])
     for metric in metrics:
         try:
             if metric in ("is", "sfd") and not inception:
                 raise ValueError("it needs --features inception")
-            if metric in ("precision", "recall") and same:
-                raise ValueError("the generated images are all the same")
             value = SCORES[metric][2](fake, real)
             scores |= {metric: value[0], f"{metric}_std": value[1]} if isinstance(value, tuple) else {metric: value}
         except KeyError as missing:
@@ -578,7 +575,7 @@ def evaluate(options, device):
         device = torch.device("cpu")                      # it has no fp64
     samples, real = open_sets(options)
     path = samples.path
-    beside = path.parent / f"{path.name or 'samples'}-metrics.json"
+    beside = Path(f"{path.absolute()}-metrics.json")
     out = options.out or (beside if options.samples else model.folder_of(options.run, "runs") / "metrics.json")
     if out.exists():                                      # it is replaced, if it is a result
         data.load_json(out, score=str, n_generated=int)

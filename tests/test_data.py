@@ -346,7 +346,7 @@ def test_classes_have_the_names_of_classes_txt(there, capsys):
     Path("in/classes.txt").write_text("\ufeffn02\tgoldfish, Carassius auratus\nn01 tench \n\nn99 unused\n", encoding="utf-8")
     assert pack() == 0 and data.open_data("data/set")[0]["classes"] == ["tench", "goldfish, Carassius auratus", "n03"]
     out = capsys.readouterr().out
-    assert "names of classes are read from in/classes.txt" in out and "left out" not in out
+    assert "names of classes are read from in/classes.txt\nit names 2 of 3 class folders" in out and "left out" not in out
     Path("in/classes.txt").write_text("n01 crane\nn02 crane\n")
     assert pack("--name", "double") == 2 and "two classes have one name" in capsys.readouterr().err
     os.chdir("in")

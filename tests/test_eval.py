@@ -261,11 +261,11 @@ def test_parts_of_a_set_hold_every_class(monkeypatch, order):
     assert part["n"] == 12 and np.unique(part["features"][:, 0] // 60).tolist() == [0, 1, 2, 3]
 
 def test_scores_of_nothing_are_left_out(work, capsys):
-    """Thirty grey squares are no match for anything; a held-out set of nothing has no accuracy; a poor classifier is no judge."""
+    """Thirty grey squares recall nothing; a held-out set of nothing has no accuracy; a poor classifier is no judge."""
     np.savez("grey.npz", arr_0=np.full((30, 16, 16, 3), 128, np.uint8))
     assert call(evaluate, "--samples", "grey.npz", "--reference", "data/shapes") == 0
-    out, result = capsys.readouterr(), json.loads(Path("grey.npz-metrics.json").read_text())
-    assert "precision" not in result and result["left_out"]["recall"] == "the generated images are all the same" and "all the same" in out.out
+    result = json.loads(Path("grey.npz-metrics.json").read_text())
+    assert result["recall"] == 0 and "FD (classifier features)" in capsys.readouterr().out
     result["class_accuracy_real"] = 0.2
     evaluate.report(result)
     assert "right on 0.2 of held-out real images" in capsys.readouterr().err
@@ -276,6 +276,11 @@ def test_scores_of_nothing_are_left_out(work, capsys):
     assert call(evaluate, "--samples", "grey.npz", "--reference", "./d", "--out", "g.json") == 0
     assert "class_accuracy_real" not in json.loads(Path("g.json").read_text()) and "right on no share of held-out" in capsys.readouterr().err
     assert call(evaluate, "--samples", "grey.npz", "--reference", "./d", "--split", "val") == 1 and "0 real images are too few" in capsys.readouterr().err
+
+def test_the_result_lies_beside_the_samples_also_from_within(scored, monkeypatch):
+    monkeypatch.chdir("runs/shapes/samples")
+    assert call(evaluate, "--samples", ".", "--reference", "../../../data/shapes", "--metrics", "fd") == 0
+    assert Path("../samples-metrics.json").exists() and not list(Path(".").glob("*metrics*"))
 
 def test_a_score_written_a_second_time(scored):
     """From pictures to numbers, by numpy: FD against either split, floor, accuracies, precision and recall."""

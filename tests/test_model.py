@@ -402,7 +402,7 @@ def test_dropout_takes_the_attention_and_the_inside_of_the_ffn():
 def test_a_bare_name_is_a_run_whatever_else_is_called_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("photos").mkdir()
-    assert model.folder_of("photos", "runs") == Path("runs/photos") and model.folder_of("./photos", "runs") == Path("photos")
+    assert model.folder_of("photos", "runs") == Path("runs/photos") and model.folder_of("./photos", "runs") == Path("photos") and model.folder_of(".", "runs") == Path(".")
 
 def test_a_chart_has_each_axis_own_numbers_and_a_legend_side_by_side(monkeypatch):
     words, real = [], data.write

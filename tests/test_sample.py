@@ -303,6 +303,13 @@ def test_a_wrong_recommendation_is_one_line_and_a_flag_overrides_it(run, capsys)
     assert call(sample, "--run", "r", "--num", 2) == 2 and "steps 2.5: give it the type int" in capsys.readouterr().err
     assert call(sample, "--run", "r", "--num", 2, "--steps", 2) == 0
 
+def test_the_working_directory_is_no_place_for_samples(run, capsys, monkeypatch):
+    """Its neighbours, the lock and the grid, take their names from it."""
+    Path("empty").mkdir()
+    monkeypatch.chdir("empty")
+    assert call(sample, "--run", "../runs/r", "--num", 2, "--steps", 2, "--out", ".") == 2 and "give this folder by its name" in capsys.readouterr().err
+    assert call(sample, "--run", "../runs/r", "--num", 2, "--steps", 2, "--out", "../empty") == 0 and Path("../empty-grid.png").exists()
+
 def test_two_at_once_are_refused(run, capsys):
     with data.locked(Path("out")):
         done = shell("04_sample.py", "--run", "r", "--num", 4, "--out", "out", cwd=Path("."))
