@@ -620,7 +620,8 @@ def write(draw, place, text, width, anchor="la", fill="black"):
     """Draw text; what does not fit into `width` pixels is cut, and two dots say so."""
     font, text = ImageFont.load_default(12), " ".join(str(text).split())
     room = int(len(text) * width / max(1, draw.textlength(text, font)))
-    text = text if len(text) <= room else text[:max(0, room - 2)] + ".."
+    if len(text) > room:
+        text = text[:max(0, room - 2)] + ".."
     draw.text(place, text, fill=fill, font=font, anchor=anchor)
 
 def picture(rows, titles=(), names=()):

@@ -670,12 +670,12 @@ def save(state, path):
 def warn(message):
     print(f"warning: {message}", file=sys.stderr)
 
-def check_fields(self):
-    """Raise UsageError unless the fields of a dataclass that differ from their default are what their option() says."""
+def check_fields(self, given=None):
+    """Raise UsageError unless the values of a dataclass, or those given for it, are what its fields' option() says."""
     for entry in fields(self):
-        value = getattr(self, entry.name)
+        value = (given or vars(self)).get(entry.name, entry.default)
         if value is not entry.default:                    # a default may be None: open
-            good = isinstance(value, (entry.type, int))   # an integer is a float, too
+            good = type(value) in (entry.type, int)       # an integer is a float, too
             refuse(not good, f"{entry.name} {value!r}: give it the type {entry.type.__name__}")
             data.check(entry.name, value, **entry.metadata)
 
@@ -685,7 +685,7 @@ def names_of(cls):
 
 def folder_of(name, parent):
     """A bare name means parent/name; anything with a slash, and the dots, are paths."""
-    return Path(name) if "/" in str(name) or name in (".", "..") else Path(parent) / name
+    return Path(name) if "/" in str(name) or name in (".", "..") else Path(parent) / str(name)
 
 @contextmanager
 def device_and_processes(name=None):

@@ -563,7 +563,7 @@ class Options:
     preset: str = option("shapes", "row of PRESETS", choices=lambda: PRESETS, group="what to train on")
     experiment: str = option("", "rows of EXPERIMENTS, files of tests/experiments/ or paths of your own, with commas "
                              f"between: {', '.join(EXPERIMENTS)}, ... (default: none)")
-    data: str = option("shapes", "data set: data/NAME, or a folder")
+    data: str = option("shapes", "data set: data/NAME, or a folder", resumable=True)               # its id is compared
     run: str = option(None, "runs/NAME, or a folder (default: PRESET, or PRESET-EXPERIMENT)", resumable=True)
     steps: int = option(None, "optimizer steps; they take precedence over --epochs", "[1, inf)")
     epochs: float = option(600.0, "passes over the data", "(0, inf)")
@@ -612,7 +612,7 @@ def files_of(names):
     """Of --experiment those that are files."""
     return [name for name in names.split(",") if name and name not in EXPERIMENTS]
 
-FLAGS = {*"preset experiment run init device resume overwrite".split()}        # what SETTINGS cannot say
+NOT_FOR_SETTINGS = {*"preset experiment run init device resume overwrite image_size in_channels".split()}
 
 def experiment_settings(names):
     """--experiment NAME[,NAME] -> settings of each: a row of EXPERIMENTS, or SETTINGS of a file.  Raises UsageError."""
@@ -620,8 +620,10 @@ def experiment_settings(names):
     for name in filter(None, names.split(",")):
         settings = EXPERIMENTS.get(name) or getattr(model.load_experiment(name), "SETTINGS", None)
         refuse(not isinstance(settings, dict), f"--experiment {name}: the file has no dict SETTINGS")
-        refuse(FLAGS & settings.keys(), f"--experiment {name}: give {', '.join(FLAGS & settings.keys())} as a flag, "
-               "not in SETTINGS")
+        refuse(NOT_FOR_SETTINGS & settings.keys(), f"--experiment {name}: SETTINGS cannot say "
+               f"{', '.join(NOT_FOR_SETTINGS & settings.keys())}: it is a flag, or known from the data")
+        model.check_fields(Options, settings)
+        model.check_fields(model.JiTConfig, settings)
         refuse("network" in brought & settings.keys(), f"--experiment {names}: {name} brings a network, and so does "
                "one before it: pass one of them")
         brought |= settings.keys()
@@ -639,7 +641,7 @@ def run_name(given):
     parts = [given.get("preset", "shapes"), *given.get("experiment", "").split(",")]
     return given.get("run") or "-".join(Path(part).stem for part in parts if part)
 
-OF_THE_DATA = ("image_size", "in_channels", "num_classes", "aux", "network")     # what --init does not bring along
+OF_THE_DATA = {*"image_size in_channels num_classes aux network".split()}        # what --init does not bring along
 
 def gather(given, saved=None, init=None):
     """All settings that preset, experiments and flags make, {name: value}.
@@ -675,7 +677,7 @@ def settle(settings, meta, device, world):
     options = Options(**{name: value for name, value in settings.items() if name in own})
     network = {name: value for name, value in settings.items() if name not in own}
     unknown = network.keys() - model.names_of(kind) | options.sampling.keys() - OF_SAMPLING
-    refuse(unknown, f"there is no setting {', '.join(unknown)}")
+    refuse(unknown, f"there is no setting {', '.join(map(str, unknown))}")
     config = kind(**network)
     refuse(config.num_classes not in (0, found["num_classes"]), f"--num-classes {config.num_classes}: the data set "
                 f"has {found['num_classes']}; 0: without classes")

@@ -230,10 +230,10 @@ def image_of(out, i):
 
 def check_folder(out, record, overwrite):
     """Raise ValueError if the folder holds anything but samples made with these settings."""
+    ours = (out / "samples.json").exists()
     if out.exists():
-        patterns = SAMPLE_FILES if (out / "samples.json").exists() else PARTS
-        data.only_ours(out, patterns, "choose another --out")
-    if (out / "samples.json").exists():
+        data.only_ours(out, SAMPLE_FILES if ours else PARTS, "choose another --out")
+    if ours:
         old = asdict(Settings()) | data.load_json(out / "samples.json", weights=str)       # may lack one
         if not overwrite:
             data.refuse_other(old, record, out, "pass --overwrite to replace them, or --out")

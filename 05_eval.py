@@ -376,7 +376,7 @@ def read_npz(path):
     """(images, labels, statistics) of a sample batch (arr_0, arr_1), or of statistics (mu, sigma, mu_s, sigma_s, n)."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            known = ("arr_0", "arr_1", "mu", "sigma", "mu_s", "sigma_s", "n")
+            known = "arr_0 arr_1 mu sigma mu_s sigma_s n".split()
             content = {name: file[name] for name in known if name in file.files}
     except Exception as error:                            # zip, zlib and numpy each have their own
         raise ValueError(f"{path} is not a readable npz file ({error})")
@@ -489,7 +489,7 @@ def report(result):
     n, judge = result["n_generated"], result.get("class_accuracy_real")
     if n < 2048:
         model.warn(f"{n} images are few: {result['score']} is biased upwards and only comparable at the same N")
-    if result["features"] == "classifier" and (not judge or judge < 0.5):
+    if result["features"] == "classifier" and (judge or 0) < 0.5:
         model.warn(f"the classifier is right on {judge or 'no share'} of held-out real images: neither its features "
                    "nor its class accuracy are to be trusted")
 

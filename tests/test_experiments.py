@@ -561,7 +561,9 @@ def test_experiments_combine_and_rows_too(work):
     assert model.load_network("runs/shapes-exp3-ddt-mean_colour/checkpoint.pt")[1]["experiments"] == ["ddt", "mean_colour"]
 
 @pytest.mark.parametrize("settings,words", [
-    ("{'init': 'shapes'}", "give init as a flag"), ("{'run': 'x'}", "give run as a flag"), ("{'device': 'cpu'}", "give device as a flag"), ("{'overwrite': True}", "give overwrite as a flag"),
+    ("{'init': 'shapes'}", "cannot say init: it is a flag"), ("{'run': 'x'}", "cannot say run"), ("{'device': 'cpu'}", "cannot say device"), ("{'overwrite': True}", "cannot say overwrite"),
+    ("{'in_channels': 4}", "cannot say in_channels"), ("{'sampling': 'heun'}", "sampling 'heun': give it the type dict"), ("{1: 2}", "there is no setting 1"), ("{'model': 'JiT-T/99'}", "model 'JiT-T/99' is unknown"),
+    ("{'network': 'nope'}", "network 'nope' is unknown"), ("{'lr': __import__('numpy').float64(1e-3)}", "give it the type float"), ("{'lr': 0}", "lr 0: give a number in (0, inf)"),
     ("{'rope': 'false'}", "rope 'false': give it the type bool"), ("{'warmup': 2.5}", "warmup 2.5: give it the type int"), ("{'ema': 0.9}", "ema 0.9: give it the type tuple"),
     ("{'ema': [0.9]}", "ema [0.9]: give it the type tuple"), ("{'p_mean': '-0.8'}", "p_mean '-0.8': give it the type float"), ("{'sampling': {'step': 3}}", "there is no setting step"), ("{'hiddensize': 3}", "there is no setting hiddensize")])
 def test_settings_that_are_none(work, capsys, settings, words):

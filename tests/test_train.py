@@ -617,6 +617,12 @@ def test_resume_on_a_data_set_packed_anew(there, capsys):
     assert call(data, *pack, "--overwrite") == 0 and call(train, "--run", "r", "--resume", "--steps", 4) == 1
     assert "was packed anew" in capsys.readouterr().err
 
+def test_a_data_set_that_was_moved_is_the_same(work):
+    assert call(train, *TINY_FLAGS, "--steps", 2) == 0
+    Path("data/shapes").rename("moved")
+    assert call(train, "--run", "shapes", "--data", "./moved", "--resume", "--steps", 4) == 0
+    assert model.read_checkpoint("runs/shapes/checkpoint.pt")["info"]["step"] == 4
+
 def test_held_out_images_are_of_all_classes(work):
     options, config, arrays = settings("--steps", 1)
     images, labels = np.arange(600, dtype=np.uint8)[:, None, None, None].repeat(3, 3), np.arange(600) // 200          # sorted, as packed folders are
