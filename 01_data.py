@@ -26,9 +26,7 @@ import textwrap
 import time
 import urllib.request
 import uuid
-import warnings
 import zlib
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -228,17 +226,24 @@ def decode(job):
 
 HIDDEN = (".", "@", "#", "$", "__")                       # also what network drives and Macs put beside images
 
+def own_folders(but):
+    """data/ and runs/, where these scripts write, unless they are asked for."""
+    return {os.path.realpath(name) for name in ("data", "runs")} - {os.path.realpath(but)}
+
 def folders_in(place):
-    """The folders in a folder, but for hidden ones, and for data/ and runs/ where these scripts write."""
-    own = {Path("data").resolve(), Path("runs").resolve()}
+    """The folders in a folder, but for hidden ones, packed data sets, and those where these scripts write."""
     return sorted(entry for entry in place.iterdir()
-                  if entry.is_dir() and not entry.name.startswith(HIDDEN) and entry.resolve() not in own)
+                  if entry.is_dir() and not entry.name.startswith(HIDDEN) and not (entry / "train_images.npy").exists()
+                  and os.path.realpath(entry) not in own_folders(place))
 
 def every_file(folder):
-    """Every file below a folder, but for packed data sets.  Links are followed, but not in circles.  Raises OSError."""
+    """Every file below a folder, but for packed data sets and what these scripts write.  Raises OSError.
+
+    Links are followed, but not in circles.
+    """
     def fail(error):
         raise error
-    seen = set()
+    seen = own_folders(folder)
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen or "train_images.npy" in names:
@@ -287,12 +292,10 @@ def list_folder(root, val_fraction, seed):
         if names != val_names:
             raise ValueError(f"{folders['train']} and {folders['val']} must hold the same class folders; "
                              f"{min({*names} ^ {*val_names})} is in one only (ImageNet's val/ comes without: sort it)")
-    left_out = Counter(Path(file).suffix for file in every_file(root) if not file.endswith("classes.txt"))
-    for split in found.values():
-        left_out -= Counter(Path(file).suffix for file, _ in split)
+    left_out = {Path(file) for file in every_file(root) if not file.endswith("classes.txt")}
+    left_out -= {Path(file) for file, _ in sum(found.values(), [])}
     if left_out:
-        said = ", ".join(f"{n} {suffix or 'without a suffix'}" for suffix, n in left_out.items())
-        print(f"files left out, of other kinds, hidden, or in other folders: {said}")
+        print(f"{len(left_out)} files are left out, of other kinds, hidden, or in other folders, as {max(left_out)}")
     return names, found
 
 SPLITS = {"training": "train", "train": "train"} | dict.fromkeys("testing test validation valid val".split(), "val")
@@ -487,7 +490,8 @@ def parse(argv, description, *classes, shown={}):
         elif entry.type is list:
             how = {"nargs": "+"}
         group.add_argument(flag(name), help=help_text(about, default), **how)
-    refuse("" in (argv or sys.argv[1:]), "an argument is empty: leave its flag out, or is a variable not set?")
+    empty = {"", "="} & {word[-1:] for word in argv or sys.argv[1:]}
+    refuse(empty, "an argument is empty: leave its flag out, or is a variable not set?")
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         check(flag(name), value, **options[name].metadata)
@@ -689,7 +693,7 @@ def keep_fraction(pairs, fraction, seed):
 def recipe_of(options, splits):
     """What decides the content: the settings, and a digest of what the images are made of."""
     jobs = [str(job) for pairs in splits.values() for job, _ in pairs]
-    settings = {name: getattr(options, name) for name in ("source", "size", "fraction", "val_fraction", "seed")}
+    settings = {name: getattr(options, name) for name in "source size fraction val_fraction seed".split()}
     return settings | {"jobs": f"{zlib.crc32(str(jobs).encode()):08x}"}
 
 @contextmanager
@@ -750,7 +754,6 @@ def already_packed(folder, recipe, overwrite):
 
 def main(argv=None):
     options = Options(**parse(argv, "Pack images into memory-mapped arrays.", Options))
-    warnings.simplefilter("error", Image.DecompressionBombWarning)             # a header that claims a huge picture
     folder = options.out / options.name
     folder = folder.resolve() if folder.is_symlink() else folder
     names, make, splits = SOURCES[options.source](options)

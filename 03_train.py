@@ -269,7 +269,7 @@ def sampling_state(trainer):
     options = trainer.options
     sampling = {"shift": options.shift} | {k: v for k, v in options.sampling.items() if v is not None}
     info = {"step": trainer.step, "sampling": sampling}
-    info |= {name: getattr(options, name) for name in ("classes", "data", "data_id", "coder", "label_drop")}
+    info |= {name: getattr(options, name) for name in "classes data data_id coder label_drop".split()}
     info["experiments"] = files_of(options.experiment)
     return {"config": asdict(trainer.config), "info": info, "ema": trainer.ema}
 
