@@ -490,8 +490,8 @@ def parse(argv, description, *classes, shown={}):
         elif entry.type is list:
             how = {"nargs": "+"}
         group.add_argument(flag(name), help=help_text(about, default), **how)
-    empty = {"", "="} & {word[-1:] for word in argv or sys.argv[1:]}
-    refuse(empty, "an argument is empty: leave its flag out, or is a variable not set?")
+    refuse({"", "="} & {word[-1:] for word in argv or sys.argv[1:]},
+           "an argument is empty: leave its flag out, or is a variable not set?")
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         check(flag(name), value, **options[name].metadata)

@@ -45,9 +45,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     FID, on pool3 features.  The root's trace is the sum of the roots of the eigenvalues of R sigma2 R, R R = sigma1:
     symmetric, so two eigenvalue problems replace a general matrix root, and singular covariances do no harm.
     """
-    values, vectors = torch.linalg.eigh(torch.from_numpy(sigma1))
+    values, vectors = torch.linalg.eigh(torch.from_numpy(sigma1.astype(float)))
     R = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    squares = torch.linalg.eigvalsh(R @ torch.from_numpy(sigma2) @ R)
+    squares = torch.linalg.eigvalsh(R @ torch.from_numpy(sigma2.astype(float)) @ R)
     trace_of_root = squares.clamp_min(0).sqrt().sum().item()
     distance = ((mu1 - mu2)**2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root
     return max(float(distance), 0.0)                      # subtle: in this order a nan stays one
@@ -150,9 +150,9 @@ def describe(images, net, device, batch_size, title, chosen=None):
             bar.update(len(rows))
     features, logits, seen = (torch.cat(part).cpu().numpy() for part in zip(*parts))
     result = {"n": len(chosen), "features": features, "logits": logits, "seen": seen}
-    for name, suffix in (("features", ""), ("spatial", "_s")):
-        if name in sums:
-            result["mu" + suffix], result["sigma" + suffix] = moments(sums[name].cpu().numpy())
+    for name in sums:
+        suffix = {"features": "", "spatial": "_s"}[name]
+        result["mu" + suffix], result["sigma" + suffix] = moments(sums[name].cpu().numpy())
     return result
 
 # ---- Inception-v3 as the original FID uses it, three differences from torchvision's marked ---------------------------

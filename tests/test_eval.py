@@ -35,6 +35,7 @@ def test_frechet_distance_closed_forms():
     assert evaluate.frechet_distance(mu, sigma, mu + 2, sigma) == pytest.approx(4 * 12)
     a, b = np.diag([1.0, 4.0, 9.0]), np.diag([4.0, 4.0, 1.0])
     assert evaluate.frechet_distance(np.zeros(3), a, np.zeros(3), b) == pytest.approx(1 + 0 + 4)       # sum of (std1 - std2)^2
+    assert evaluate.frechet_distance(np.zeros(3), a.astype(np.float32), np.zeros(3), b.astype(int)) == pytest.approx(5)       # other tools' files
     s1, s2 = moments(features(40, 6, 1))[1], moments(features(40, 6, 2))[1]
     roots = np.sqrt(np.linalg.eigvals(s1 @ s2).real).sum()                              # the general definition, not symmetric
     assert evaluate.frechet_distance(np.zeros(6), s1, np.zeros(6), s2) == pytest.approx(np.trace(s1 + s2) - 2 * roots)
