@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -100,6 +101,7 @@ def open_data(folder):
     try:
         meta = load_json(folder / "meta.json", id=str, size=int, classes=list, counts=dict, recipe=dict)
         side, classes = meta["size"], len(meta["classes"])
+        "".join(meta["classes"])                          # TypeError, unless all of them are texts
         kind = np.float16 if "coder" in meta else np.uint8
         arrays = {}
         for split in ("train", "val"):
@@ -490,7 +492,7 @@ def parse(argv, description, *classes, shown={}):
         elif entry.type is list:
             how = {"nargs": "+"}
         group.add_argument(flag(name), help=help_text(about, default), **how)
-    refuse({"", "="} & {word[-1:] for word in argv or sys.argv[1:]},
+    refuse(any(re.fullmatch("(--[a-z-]+=)?", word) for word in argv or sys.argv[1:]),
            "an argument is empty: leave its flag out, or is a variable not set?")
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
@@ -533,12 +535,12 @@ def asked_to_stop():
     """
     asked = []
     numbers = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)}       # Windows has no SIGHUP
-    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]     # as nohup has it
-    before = [signal.signal(number, lambda *_: asked.append(1)) for number in numbers]
+    before = {number: signal.signal(number, lambda *_: asked.append(1)) for number in numbers
+              if signal.getsignal(number) != signal.SIG_IGN}                                   # as nohup has it
     try:
         yield asked
     finally:
-        for number, handler in zip(numbers, before):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 # ---- Plumbing: files and progress ------------------------------------------------------------------------------------
@@ -562,7 +564,7 @@ def load_json(path, **kinds):
             if type(record.get(name)) is not kind:
                 raise ValueError(f"{name} is not a {kind.__name__}")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error})")
+        raise ValueError(f"{path} is damaged, or not ours ({error})")
     return record
 
 def save_json(path, value):

@@ -569,13 +569,14 @@ def load_experiment(name):
     return sys.modules[key]
 
 def load_recorded(names, place, given=""):
-    """Import the experiments that a file names.  A path it names must be given again: data never chooses our code."""
+    """Import the experiments that a file names.  Those from elsewhere must be given again: data never chooses code."""
     for name in names:
         plain = "/" not in name and (EXPERIMENTS_FOLDER / f"{name}.py").is_file()
-        refuse(not plain and name not in map(experiment_name, given.split(",")),
-               f"{place} was made with an experiment of your own: pass --experiment {name} again (a file never makes "
-               "us run code from outside the project)")
-        load_experiment(name)
+        refuse(not plain and Path(name).stem not in [Path(path).stem for path in given.split(",")],
+               f"{place} was made with an experiment of your own: pass --experiment {name} again, or its new place (a "
+               "file never makes us run code from outside the project)")
+        if plain:
+            load_experiment(name)
 
 def load_coder(folder, made_by):
     """experiment: what turns the latents of a packed data set into pixels and back; None where it holds pixels.
@@ -791,9 +792,8 @@ def chart(title, label, lines, log=False, width=480, height=320):
     for part in np.linspace(0, 1, 5):                     # numbers along both axes
         marks, (x, y) = low + part * span, corner + part * size
         marks = 10**marks if log else marks
-        texts = [np.format_float_positional(mark, 3, fractional=False, trim="-") for mark in marks]
-        data.write(draw, (x, height - 31), texts[0], 60, "ma")
-        data.write(draw, (46, y), texts[1], 45, "rm")
+        data.write(draw, (x, height - 31), f"{marks[0]:.4g}", 60, "ma")
+        data.write(draw, (46, y), f"{marks[1]:.3g}", 45, "rm")
     data.write(draw, (50, 2), title, width)
     data.write(draw, (width // 2, height - 16), label, width, "ma")
     for row, (name, curve) in enumerate(curves.items()):
@@ -834,8 +834,8 @@ def print_table():
         print(f"{name:9s}{sizes} {count_parameters(config):14,d} {count_macs(config) / 1e9:7.2f} "
               f"{PAPER_GMAC.get(name, '-'):>6}")
 
-def print_shapes(config, batch=2):
-    """Send one batch through a fresh network and print the shape after each step."""
+def print_shapes(config):
+    """Send a batch of two through a fresh network and print the shape after each step."""
     net = build(config).eval()
 
     def show(name, shape):
@@ -843,10 +843,10 @@ def print_shapes(config, batch=2):
     for name, module in net.named_modules():
         if name.count(".") == 1 or name in ("x_embedder", "final_layer"):      # the parts, and every block
             module.register_forward_hook(lambda module, inputs, output, name=name: show(name, output.shape))
-    z = torch.randn(batch, config.in_channels, config.image_size, config.image_size)
+    z = torch.randn(2, config.in_channels, config.image_size, config.image_size)
     show("z: the noised images", z.shape)
     with torch.no_grad():
-        x_pred = net(z, torch.rand(batch), torch.zeros(batch).long())
+        x_pred = net(z, torch.rand(2), torch.zeros(2).long())
     show("unpatchify: the predicted clean images", x_pred.shape)
 
 def main(argv=None):

@@ -147,16 +147,14 @@ def config_of(net):
     return getattr(net, "config", model.JiTConfig())
 
 # ---- One seed per image ----------------------------------------------------------------------------------------------
-def noise_for(indices, shape, seed, scale, step=None):
+def noise_for(indices, shape, seed, scale, step=-1):
     """Noise (len(indices), *shape), std scale: image i's depends on (seed, i) alone, and for ddpm on the step.
 
     subtle: numpy mixes a whole tuple into its seed (torch's CPU generator keeps 32 bits) but ignores zeros at its end,
-    (s, i) being (s, i, 0): so the noise at the start has 0 in the step's place, and step j has j + 1.
+    (s, i) being (s, i, 0): so the noise at the start, step -1, has 0 in the step's place, and step j has j + 1.
     """
-    last = 0 if step is None else step + 1
-
     def of_image(i):
-        return np.random.default_rng((seed, int(i), last)).standard_normal(shape, dtype=np.float32)
+        return np.random.default_rng((seed, int(i), step + 1)).standard_normal(shape, dtype=np.float32)
     return torch.from_numpy(np.stack(list(THREADS.map(of_image, indices)))) * scale
 
 THREADS = ThreadPoolExecutor()                            # numpy lets others run while it draws numbers
@@ -177,7 +175,7 @@ class Sampler:
         """(t, z) along the way, z (B,C,H,W); the last are the images, in about [-1,1], or latents."""
         shape = (self.config.in_channels, self.config.image_size, self.config.image_size)
 
-        def noise(step=None):
+        def noise(step=-1):
             return noise_for(indices, shape, self.seed, self.config.noise_scale, step).to(self.device)
         with self.autocast:
             yield from walk(self.net, noise(), self.labels_of(indices), step_noise=noise, **self.settings)

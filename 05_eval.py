@@ -312,7 +312,8 @@ def load_classifier(folder, device):
     meta, arrays = data.open_data(folder)
     classes = len(meta["classes"])
     if classes < 2:
-        raise ValueError(f"{folder} has no classes for a classifier: use --features inception, or pack class folders")
+        raise ValueError(f"a classifier needs two classes, {folder} has {classes}: use --features inception, or pack "
+                         "class folders")
 
     def make():
         trained = train_classifier(*arrays["train"], classes, device)
@@ -506,9 +507,10 @@ def print_table(files, out):
         values = [row.get(column, "") for column in columns]
         print(" | ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
     axes = [name for name in varied if isinstance(rows[0][name], (int, float))]
-    if out and axes:
-        name = axes[0]
+    if out:
+        name = next(iter(axes), None)
         curve = sorted((row[name], row["fd"]) for row in rows if None not in (row.get(name), row.get("fd")))
+        refuse(not curve, "--out: the results differ in no number to draw fd over")
         model.save_picture(out, model.chart(rows[0]["score"], name, {"score": curve}))
         print(f"look at {out}")
 
@@ -586,9 +588,9 @@ def evaluate(options, device):
     result = {"score": name, "features": options.features, "weights": digest,
               "samples": str(path), "reference": str(real.path), "reference_id": real.record.get("id"),
               "sampling": samples.record} | score(samples, real, net.to(device), options, digest, device)
-    report(result)
     out.parent.mkdir(parents=True, exist_ok=True)
     data.save_json(out, result)
+    report(result)
     print(f"{out}: all of this, and how the samples were made")
 
 if __name__ == "__main__":

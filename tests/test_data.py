@@ -455,6 +455,10 @@ def test_odd_images_are_read(there, name):
     (there / "in" / "train" / "cat" / name).write_bytes(READABLE[name])
     assert pack() == 0 and data.open_data("data/set")[0]["counts"]["train"] == 13
 
+def test_an_argument_may_end_in_an_equals_sign(there, capsys):
+    assert call(data, "--size", 16, "--count", 100, "--name", "a=") == call(data, "--size", 16, "--count", 100, "--name=b=") == 0
+    assert call(data, "--size", 16, "--count", 100, "--name=") == 2 and "an argument is empty" in capsys.readouterr().err
+
 def damage(change):
     """A packed set with one thing changed."""
     def make():
@@ -470,6 +474,7 @@ SETS = {
     "images cut": (damage(lambda p: os.truncate(p / "train_images.npy", 5000)), "damaged"), "images empty": (damage(lambda p: os.truncate(p / "train_images.npy", 0)), "damaged"),
     "labels gone": (damage(lambda p: (p / "train_labels.npy").unlink()), "damaged"), "meta is no json": (damage(lambda p: (p / "meta.json").write_text("{")), "damaged"), "meta is a list": (damage(lambda p: (p / "meta.json").write_text("[]")), "damaged"), "counts are null": (damage(lambda p: (p / "meta.json").write_text((p / "meta.json").read_text().replace('"counts": {', '"counts": null, "x": {'))), "damaged"),
     "labels pickled": (damage(lambda p: np.save(p / "train_labels.npy", np.array([{}] * 100, dtype=object), allow_pickle=True)), "damaged"),
+    "classes are numbers": (damage(lambda p: (p / "meta.json").write_text((p / "meta.json").read_text().replace('"circle"', "0"))), "expected str"),
     "other size": (damage(lambda p: np.save(p / "val_images.npy", images_of(100, 8))), "do not fit"), "no set": (lambda: None, "make it first"),
 }
 
@@ -624,3 +629,24 @@ def test_odd_class_names_are_said_and_drawn(there, capsys):
     assert call(data, "--source", "folder", "--root", "in/train/train", "--size", 16, "--name", "set", "--workers", 1) == 0
     assert call(data, "--source", "folder", "--root", "in", "--size", 16, "--name", "two", "--workers", 1) == 0
     assert "2 classes (train, val)" in capsys.readouterr().out
+
+def test_the_bar_counts_every_image(there, monkeypatch):
+    bars, close = set(), data.Progress.close
+    monkeypatch.setattr(data.Progress, "close", lambda bar: bars.add((bar.n, bar.total)) or close(bar))
+    assert call(data, "--size", 16, "--count", 300, "--workers", 1) == 0
+    assert bars == {(300, 300), (100, 100)}
+
+def test_a_row_of_another_number_of_colours_is_refused(there):
+    for shape in ((4, 4), (4, 4, 1), (4, 4, 4), (4, 3, 3)):
+        with pytest.raises(ValueError, match="row 1 of x.npy has the shape"):
+            data.save_rows(Path("x.npy"), iter([np.zeros((4, 4, 3)), np.zeros(shape)]), (4, 4, 3))
+
+def test_the_background_has_a_colour_of_its_own():
+    """Of a shape its hue says nothing about the background's."""
+    import colorsys
+    hues = []
+    for index in range(0, 1000, 10):                      # circles: one colour in the middle, the other in the corner
+        image = data.draw_shape(0, index, 32) / 255
+        hues.append([colorsys.rgb_to_hsv(*image[place, place])[0] for place in (0, 16)])
+    apart = np.abs(np.diff(hues)) * 360
+    assert (np.minimum(apart, 360 - apart) > 60).mean() > 0.4

@@ -398,6 +398,11 @@ def test_table_of_results(scored, capsys):
     assert out.startswith("file | cfg | n_generated | fd | sfd | is | kid | precision | recall | class_accuracy\nw3-metrics.json | 3 | 30 | ") and Image.open("curve.png").width > 100
     first = Path("curve.png").read_bytes()
     assert call(evaluate, "--table", *files, "--out", "curve.png") == 0 and Path("curve.png").read_bytes() == first       # our own is replaced
+    for few in (files[:1], ["kid1.json", "kid3.json"]):
+        for w in (1, 3):
+            record = json.loads(Path(f"w{w}-metrics.json").read_text())
+            Path(f"kid{w}.json").write_text(json.dumps({name: value for name, value in record.items() if name != "fd"}))
+        assert call(evaluate, "--table", *few, "--out", "none.png") == 2 and "no number to draw fd over" in capsys.readouterr().err
     Image.new("RGB", (9, 9)).save("curve.png")
     foreign = Path("curve.png").read_bytes()
     assert call(evaluate, "--table", *files, "--out", "curve.png") == 1 and "not drawn by these scripts" in capsys.readouterr().err and Path("curve.png").read_bytes() == foreign
@@ -574,3 +579,29 @@ def test_distances_are_those_of_fp64():
     """Features in fp32, far from zero: a product of matrices would lose what they differ by."""
     a, b = ((features(60, 30, seed) * 0.1 + 1000).astype(np.float32) for seed in (0, 1))
     assert evaluate.share_inside(a, b) == evaluate.share_inside(a.astype(np.float64), b.astype(np.float64)) > 0.05
+
+def test_a_run_that_is_a_folder_has_its_samples_there(scored):
+    shutil.move("runs/shapes", "elsewhere")
+    assert call(evaluate, "--run", "./elsewhere", "--metrics", "fd") == 0 and Path("elsewhere/metrics.json").exists()
+
+def test_the_spread_beside_a_score_is_its_own():
+    rng = np.random.default_rng(0)
+    side = {"features": rng.normal(size=(60, 4)), "logits": rng.normal(size=(60, 7)), "mu": np.zeros(4), "sigma": np.eye(4)}
+    scores, _ = evaluate.compare(side, side, ["is"], True)
+    assert (scores["is"], scores["is_std"]) == evaluate.inception_score(side["logits"])
+
+def test_kid_names_the_number_of_features_it_compares(capsys):
+    evaluate.report({"kid": 0.5, "kid_std": 0.1, "left_out": {}, "n_generated": 3000, "n_real": 50_000, "n_features": 10_000, "features": "inception", "score": "FID"})
+    assert "+- 0.1000   (100 subsets of 1000 of 3000 and 10000 images" in capsys.readouterr().out
+
+def test_a_result_holds_how_samples_were_made_but_not_their_labels(scored):
+    assert call(evaluate, "--metrics", "fd") == 0
+    made = json.loads(Path("runs/shapes/metrics.json").read_text())["sampling"]
+    record = json.loads(Path("runs/shapes/samples/samples.json").read_text())
+    assert record.pop("labels") and made == record
+
+def test_ten_thousand_real_images_are_neighbours():
+    assert [len(evaluate.neighbours({"features": np.zeros((n, 2))})) for n in (9_000, 60_000)] == [9_000, 10_000]
+
+def test_no_image_at_a_time_is_refused(capsys):
+    assert call(evaluate, "--batch-size", 0) == 2 and "--batch-size 0: give a number in [1, inf)" in capsys.readouterr().err

@@ -572,6 +572,21 @@ def test_settings_that_are_none(work, capsys, settings, words):
     assert call(train, *TINY_FLAGS, "--experiment", "./own.py", "--steps", 2) == 2
     assert words in capsys.readouterr().err and not Path("runs").exists()
 
+def test_a_checkpoint_that_could_not_be_read_is_said_at_once(work, capsys):
+    Path("own.py").write_text("import numpy as np\nSETTINGS = {'ema': tuple(np.array([0.9])), 'sampling': {'cfg': np.float64(2)}}")
+    assert call(train, *TINY_FLAGS, "--experiment", "./own.py", "--steps", 2) == 1 and "is not a checkpoint" in capsys.readouterr().err
+
+def test_an_experiment_that_was_moved_is_found_by_its_name(work, capsys):
+    Path("lab").mkdir()
+    Path("lab/my_loss.py").write_text("SETTINGS = {'p_mean': -1.0}")
+    flags = [*TINY_FLAGS, "--run", "r", "--steps"]
+    assert call(train, *flags, 2, "--experiment", "lab/my_loss.py") == 0
+    Path("lab").rename("lab2")
+    assert call(sample, "--run", "r", "--num", 2, "--steps", 1) == 1 and "or its new place" in capsys.readouterr().err
+    assert call(sample, "--run", "r", "--num", 2, "--steps", 1, "--experiment", "lab2/my_loss.py") == 0
+    assert call(train, "--run", "r", "--resume", "--steps", 4, "--experiment", "lab2/my_loss.py") == 0
+    assert call(train, *flags, 4, "--experiment", "lab2/my_loss.py") == 0 and "is finished" in capsys.readouterr().out
+
 def test_an_integer_is_a_float_too(work):
     Path("own.py").write_text("SETTINGS = {'p_mean': -1, 'sampling': {'cfg': 2}}")
     assert call(train, *TINY_FLAGS, "--experiment", "./own.py", "--steps", 2) == 0

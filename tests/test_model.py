@@ -437,3 +437,20 @@ def test_a_heads_channels_turn_in_pairs():
 def test_a_cpu_takes_bf16_where_it_is_fast(monkeypatch, flags, precision):
     monkeypatch.setattr(model, "Path", lambda place: model.SimpleNamespace(exists=lambda: True, read_text=lambda: f"flags: {flags}"))
     assert model.choose_precision(None, torch.device("cpu")) == precision
+
+def test_a_level_line_is_drawn():
+    sheet = np.asarray(model.chart("loss", "step", {"a": [(1, 5), (3, 5)]})).astype(int)
+    navy = np.abs(sheet - (0, 0, 128)).sum(-1) < 30
+    assert navy[284:287, 60:440].any(axis=0).all()
+
+def test_heads_are_counted_from_one():
+    with pytest.raises(data.UsageError, match="num_heads 0: give a number in"):
+        model.JiTConfig(num_heads=0)
+
+def test_the_first_block_can_be_tapped():
+    net, z = randomised(model.JiTConfig(**TINY)), torch.randn(2, 3, 16, 16)
+    t, y = torch.rand(2), torch.tensor([0, 3])
+    out, tokens = net(z, t, y, tap=0)
+    assert torch.equal(out, net(z, t, y)) and tokens.shape == (2, 16, 32)
+    c = (net.t_embedder(t) + net.y_embedder(y))[:, None]
+    assert torch.allclose(tokens, net.blocks[0](net.x_embedder(z) + net.pos_embed, c, net.rope(0)), atol=1e-5)

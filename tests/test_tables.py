@@ -99,3 +99,8 @@ def test_what_a_preset_leaves_open(preset):
     assert options.sampling == SAMPLING.get(preset, {}) and options.ema == PRESETS[preset]["ema"] and config.num_classes == 10
     options, _ = train.settle(train.gather(train.read_flags(["--preset", preset, "--epochs", "3"])), meta, model.torch.device("cpu"), 1)
     assert options.steps == round(3 * images / options.batch_size)             # --epochs after a preset's steps
+
+def test_imagenettes_class_folders():
+    """The ten folders of the archive."""
+    assert [line.split()[0] for line in data.IMAGENETTE_CLASSES.split("\n") if line] == [
+        f"n0{number}" for number in (1440764, 2102040, 2979186, 3000684, 3028079, 3394916, 3417042, 3425413, 3445777, 3888257)]

@@ -619,7 +619,7 @@ def test_resume_on_a_data_set_packed_anew(there, capsys):
 
 def test_a_data_set_that_was_moved_is_the_same(work):
     assert call(train, *TINY_FLAGS, "--steps", 2) == 0
-    Path("data/shapes").rename("moved")
+    shutil.copytree("data/shapes", "moved")               # its id is the same
     assert call(train, "--run", "shapes", "--data", "./moved", "--resume", "--steps", 4) == 0
     assert model.read_checkpoint("runs/shapes/checkpoint.pt")["info"]["step"] == 4
 
@@ -840,3 +840,8 @@ def test_what_another_process_did_meanwhile_is_not_undone(work, monkeypatch):
 
 def test_the_next_command_names_the_run(work, capsys):
     assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "mine") == 0 and "then run 04_sample.py --run mine" in capsys.readouterr().out
+
+def test_a_run_to_begin_with_is_named_by_its_folder_too(work):
+    assert call(train, *TINY_FLAGS, "--steps", 2) == 0
+    for name in ("runs/shapes", "runs/shapes/checkpoint.pt", "shapes"):
+        assert call(train, *TINY_FLAGS, "--steps", 2, "--init", name, "--run", "next", "--dry-run") == 0
