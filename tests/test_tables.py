@@ -104,3 +104,53 @@ def test_imagenettes_class_folders():
     """The ten folders of the archive."""
     assert [line.split()[0] for line in data.IMAGENETTE_CLASSES.split("\n") if line] == [
         f"n0{number}" for number in (1440764, 2102040, 2979186, 3000684, 3028079, 3394916, 3417042, 3425413, 3445777, 3888257)]
+
+WITHIN = {
+    data.Options: dict(size="[8, 4096]", count="[100, 10000000]", fraction="(0, 1]", val_fraction="(0, 1)", seed="[0, inf)", workers="[1, inf)"),
+    model.JiTConfig: dict(image_size="[1, inf)", patch_size="[1, inf)", in_channels="[1, inf)", hidden_size="[1, 100000]", depth="[1, 10000]", num_heads="[1, inf)",
+                          mlp_ratio="(0, 1000]", num_classes="[0, inf)", bottleneck_dim="[0, inf)", in_context_len="[0, inf)", in_context_start="[0, inf)",
+                          dropout="[0, 1)", noise_scale="(0, 1000]"),
+    train.Options: dict(steps="[1, inf)", epochs="(0, inf)", seed="[0, inf)", p_std="(0, 100]", shift="[0.001, 1000]", label_drop="[0, 1)", aux_weight="[0, 10000]",
+                        batch_size="[1, 1000000]", micro_batch="[1, inf)", lr="(0, inf)", warmup="[0, inf)", weight_decay="[0, 1000]", ema="[0, 1)",
+                        log_every="[1, inf)", preview_every="[0, inf)", save_minutes="[0, inf)", snapshots="[0, inf)"),
+    sample.Settings: dict(steps="[1, 100000]", interval="[0, 1]", t_eps="(0, 1)", shift="[0.001, 1000]"),
+    sample.Options: dict(ema="[-1, inf)", num="[1, 10000000]", seed="[0, inf)", batch_size="[1, inf)"),
+    evaluate.Options: dict(batch_size="[1, inf)"),
+}
+
+@pytest.mark.parametrize("options", WITHIN, ids=lambda cls: f"{cls.__module__}-{cls.__name__}")
+def test_what_numbers_may_be(options):
+    assert {e.name: e.metadata["within"] for e in fields(options) if e.metadata["within"] != "(-inf, inf)"} == WITHIN[options]
+
+def test_what_may_differ_when_a_run_goes_on_and_what_is_no_flag():
+    resumable, internal = ({e.name for e in fields(train.Options) if e.metadata[kind] == value} for kind, value in (("resumable", True), ("flag", False)))
+    assert resumable == {"experiment", "data", "run", "micro_batch", "compile", "record", "checkpointing", "device", "resume", "dry_run", "overwrite", "log_every", "preview_every",
+                         "save_minutes", "snapshots", "sampling"}
+    assert internal == {"objective", "record", "sampling", "classes", "data_id", "coder"} and [e.name for e in fields(model.JiTConfig) if not e.metadata["flag"]] == ["image_size", "in_channels"]
+    assert all(e.metadata["flag"] for cls in (data.Options, sample.Options, sample.Settings, evaluate.Options) for e in fields(cls))
+
+OF_FUNCTIONS = {  # what a function takes if it is not told
+    data: {"arc": (0.0, 2.0, 0.0), "picture": ((), ()), "write": ("la", "black")},
+    model: {"RMSNorm.__init__": (1e-6,), "conversion": (0.05,), "convert": ("linear", 0.05), "load_network": (0, ""), "to_float": ("cpu",), "autocast": (True,), "chart": (False, 480, 320)},
+    train: {"Trainer.__init__": (0, 1, None), "checkpoint_of": (False, False)},
+    sample: {"predict": ("v", 0.05), "guided": (1.0, (0.0, 1.0), "v", 0.05), "noise_for": (-1,), "Sampler.__init__": (False, None)},
+    evaluate: {"inception_score": (10,), "kernel_distance": (100, 1000), "share_inside": (3, 1000), "Inception.chain": (1, True), "Inception.mixed": (None, 1), "ImageSet.__init__": ("train",)},
+}
+
+@pytest.mark.parametrize("module", OF_FUNCTIONS, ids=lambda module: module.__name__)
+def test_what_functions_take_by_default(module):
+    for name, values in OF_FUNCTIONS[module].items():
+        function = module
+        for part in name.split("."):
+            function = getattr(function, part)
+        parameters = inspect.signature(function).parameters.values()
+        found = [p.default for p in parameters if p.default is not p.empty]
+        assert (name, *found) == (name, *values) and [type(value) for value in found] == [type(value) for value in values]
+
+def test_constants():
+    assert (model.T_EPS, train.BINS, train.MAX_BAD, evaluate.KEPT, evaluate.NEIGHBOURS) == (0.05, 5, 10, 50_000, 10_000)
+    assert data.HIDDEN == (".", "@", "#", "$", "__") and data.FORMATS == ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+    assert [(head.after, head.weight) for head in (model.AuxHead, model.TimeHead, model.RotationHead)] == [(-1, 0.1)] * 3 and (model.TimeHead.outputs, model.RotationHead.outputs) == (1, 4)
+    assert evaluate.WEIGHTS_URL.endswith("fid_weights/pt_inception-2015-12-05-6726825d.pth")
+    assert {name: (size, url.rsplit("/", 1)[1]) for name, (size, url, _) in data.ARCHIVES.items()} == {
+        "cifar10": (32, "cifar-10-binary.tar.gz"), "imagenette-160": (160, "imagenette2-160.tgz"), "imagenette-320": (320, "imagenette2-320.tgz")}
