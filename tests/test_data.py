@@ -650,3 +650,18 @@ def test_the_background_has_a_colour_of_its_own():
         hues.append([colorsys.rgb_to_hsv(*image[place, place])[0] for place in (0, 16)])
     apart = np.abs(np.diff(hues)) * 360
     assert (np.minimum(apart, 360 - apart) > 60).mean() > 0.4
+
+def test_colours_of_a_shape_are_rounded():
+    """Drawn a second time: the corner has the background's colour, the middle of a circle the other."""
+    import colorsys
+    for index in range(0, 200, 10):
+        rng = np.random.default_rng((5, index))
+        rng.uniform(0.34, 0.42), rng.uniform(-8, 8), rng.uniform(-0.05, 0.05, 2)
+        contrast = 0
+        while contrast <= 0.3:
+            hues = rng.random(2)
+            front = np.array(colorsys.hsv_to_rgb(hues[0], rng.uniform(0.55, 1), rng.uniform(0.6, 1)))
+            back = np.array(colorsys.hsv_to_rgb(hues[1], rng.uniform(0, 0.25), rng.uniform(0.05, 1)))
+            contrast = abs(np.dot(front - back, (0.299, 0.587, 0.114)))
+        image = data.draw_shape(5, index, 32)
+        assert np.array_equal(image[0, 0], np.floor(back * 255 + 0.5)) and np.array_equal(image[16, 16], np.floor(front * 255 + 0.5))

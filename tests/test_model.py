@@ -2,6 +2,7 @@
 import argparse
 import math
 import pickle
+import sys
 import zlib
 from dataclasses import asdict
 from pathlib import Path
@@ -377,6 +378,13 @@ def test_empty_ranks_are_none(monkeypatch):
     with model.device_and_processes("cpu") as (_, rank, world):
         assert (rank, world) == (0, 1)
     assert not model.data.Progress(1, "", "").disable
+
+def test_one_process_shows_the_bar_and_none_without_a_screen(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert data.Progress(1, "", "").disable
+    monkeypatch.delenv("RANK")
+    monkeypatch.setattr(sys, "stderr", None)
+    assert data.Progress(1, "", "").disable
 
 def test_more_processes_than_gpus_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
