@@ -459,6 +459,9 @@ def test_an_argument_may_end_in_an_equals_sign(there, capsys):
     assert call(data, "--size", 16, "--count", 100, "--name", "a=") == call(data, "--size", 16, "--count", 100, "--name=b=") == 0
     assert call(data, "--size", 16, "--count", 100, "--name=") == 2 and "an argument is empty" in capsys.readouterr().err
 
+def test_a_folder_of_data_sets_is_made_with_those_above_it(there):
+    assert call(data, "--size", 16, "--count", 100, "--out", "deep/er/still") == 0 and Path("deep/er/still/shapes/meta.json").exists()
+
 def damage(change):
     """A packed set with one thing changed."""
     def make():
