@@ -637,7 +637,7 @@ def test_the_bar_counts_every_image(there, monkeypatch):
     bars, close = set(), data.Progress.close
     monkeypatch.setattr(data.Progress, "close", lambda bar: bars.add((bar.n, bar.total)) or close(bar))
     assert call(data, "--size", 16, "--count", 300, "--workers", 1) == 0
-    assert bars == {(300, 300), (100, 100)}
+    assert {(300, 300), (100, 100)} <= bars                  # bars of other tests may go now, too
 
 def test_a_row_of_another_number_of_colours_is_refused(there):
     for shape in ((4, 4), (4, 4, 1), (4, 4, 4), (4, 3, 3)):
