@@ -228,15 +228,16 @@ def decode(job):
 
 HIDDEN = (".", "@", "#", "$", "__")                       # also what network drives and Macs put beside images
 
-def own_folders(but):
-    """data/ and runs/, where these scripts write, unless they are asked for."""
-    return {os.path.realpath(name) for name in ("data", "runs")} - {os.path.realpath(but)}
+def no_pictures(place):
+    """Folders that are not looked into from `place`: data/ and runs/, where these scripts write, and those above it."""
+    here = Path(place).resolve()
+    return {Path(name).resolve() for name in ("data", "runs")} - {here} | {*here.parents}
 
 def folders_in(place):
     """The folders in a folder, but for hidden ones, packed data sets, and those where these scripts write."""
     return sorted(entry for entry in place.iterdir()
                   if entry.is_dir() and not entry.name.startswith(HIDDEN) and not (entry / "train_images.npy").exists()
-                  and os.path.realpath(entry) not in own_folders(place))
+                  and entry.resolve() not in no_pictures(place))
 
 def every_file(folder):
     """Every file below a folder, but for packed data sets and what these scripts write.  Raises OSError.
@@ -245,9 +246,9 @@ def every_file(folder):
     """
     def fail(error):
         raise error
-    seen = own_folders(folder)
+    seen = no_pictures(folder)
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        real = os.path.realpath(parent)
+        real = Path(parent).resolve()
         if real in seen or "train_images.npy" in names:
             folders.clear()
             continue

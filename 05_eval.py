@@ -151,7 +151,7 @@ def describe(images, net, device, batch_size, title, chosen=None):
     features, logits, seen = (torch.cat(part).cpu().numpy() for part in zip(*parts))
     result = {"n": len(chosen), "features": features, "logits": logits, "seen": seen}
     for name in sums:
-        suffix = {"features": "", "spatial": "_s"}[name]
+        suffix = "_s" if name == "spatial" else ""
         result["mu" + suffix], result["sigma" + suffix] = moments(sums[name].cpu().numpy())
     return result
 
@@ -508,7 +508,7 @@ def print_table(files, out):
         print(" | ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
     axes = [name for name in varied if isinstance(rows[0][name], (int, float))]
     if out:
-        name = next(iter(axes), None)
+        name = axes[0] if axes else None
         curve = sorted((row[name], row["fd"]) for row in rows if None not in (row.get(name), row.get("fd")))
         refuse(not curve, "--out: the results differ in no number to draw fd over")
         model.save_picture(out, model.chart(rows[0]["score"], name, {"score": curve}))

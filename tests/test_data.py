@@ -346,6 +346,12 @@ def test_pictures_beside_what_the_scripts_wrote(there, capsys, loose):
         assert sum(data.open_data(Path(out) / name)[0]["counts"].values()) == (2 if loose else 12)
         assert "left out" not in capsys.readouterr().out.replace("1 files are left out, of other kinds, hidden, or in other folders, as .three.lock", "")
 
+def test_a_link_to_a_folder_above_brings_nothing(there):
+    folder(Path("in"), splits=None)
+    Path("in/cat/up").symlink_to(there / "in")
+    Path("in/dog/all").symlink_to(there)
+    assert pack() == 0 and sum(data.open_data("data/set")[0]["counts"].values()) == 12
+
 def test_originals_in_the_folder_of_data_sets(there):
     folder(Path("data"), splits=None)
     for name in ("one", "two"):
