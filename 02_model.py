@@ -676,8 +676,9 @@ def check_fields(self, given=None):
     for entry in fields(self):
         value = (given or vars(self)).get(entry.name, entry.default)
         if value is not entry.default:                    # a default may be None: open
-            good = type(value) in (entry.type, int)       # an integer is a float, too
-            refuse(not good, f"{entry.name} {value!r}: give it the type {entry.type.__name__}")
+            whole = type(value) is int and entry.type is float
+            refuse(type(value) is not entry.type and not whole,
+                   f"{entry.name} {value!r}: give it the type {entry.type.__name__}")
             data.check(entry.name, value, **entry.metadata)
 
 def names_of(cls):
@@ -686,7 +687,7 @@ def names_of(cls):
 
 def folder_of(name, parent):
     """A bare name means parent/name; anything with a slash, and the dots, are paths."""
-    return Path(name) if "/" in str(name) or name in (".", "..") else Path(parent) / str(name)
+    return Path(name) if "/" in str(name) or name in (".", "..") else Path(parent) / name
 
 @contextmanager
 def device_and_processes(name=None):

@@ -563,7 +563,7 @@ class Options:
     __post_init__ = model.check_fields                    # subtle: below, model is a field
     preset: str = option("shapes", "row of PRESETS", choices=lambda: PRESETS, group="what to train on")
     experiment: str = option("", "rows of EXPERIMENTS, files of tests/experiments/ or paths of your own, with commas "
-                             f"between: {', '.join(EXPERIMENTS)}, ... (default: none)", resumable=True)
+                             f"between: {', '.join(EXPERIMENTS)}, ... (default: none)")
     data: str = option("shapes", "data set: data/NAME, or a folder", resumable=True)               # its id is compared
     run: str = option(None, "runs/NAME, or a folder (default: PRESET, or PRESET-EXPERIMENT)", resumable=True)
     steps: int = option(None, "optimizer steps; they take precedence over --epochs", "[1, inf)")

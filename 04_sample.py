@@ -214,7 +214,7 @@ def parse_labels(text, num, classes, num_classes):
 
 # ---- Writing: a folder of PNG files that knows its settings ----------------------------------------------------------
 PARTS = ("[0-9][0-9][0-9][0-9][0-9][0-9][0-9].png.part", "samples.*.part")             # left by a kill
-SAMPLE_FILES = ("[0-9][0-9][0-9][0-9][0-9][0-9][0-9].png", "samples.json", "samples.npz", "arr_0.npy*", *PARTS)
+SAMPLE_FILES = ("[0-9][0-9][0-9][0-9][0-9][0-9][0-9].png", "samples.json", "samples.npz*", "arr_0.npy*", *PARTS)
 
 def file_of(out, i):
     return out / f"{i:07d}.png"

@@ -278,6 +278,11 @@ def test_scores_of_nothing_are_left_out(work, capsys):
     assert "class_accuracy_real" not in json.loads(Path("g.json").read_text()) and "right on no share of held-out" in capsys.readouterr().err
     assert call(evaluate, "--samples", "grey.npz", "--reference", "./d", "--split", "val") == 1 and "0 real images are too few" in capsys.readouterr().err
 
+def test_a_score_of_the_packed_samples_is_no_foreign_file(scored):
+    again = ["--num", 30, "--steps", 2, "--amp", "off", "--npz"]
+    assert call(sample, *again) == 0 and call(evaluate, "--samples", "runs/shapes/samples/samples.npz", "--reference", "shapes", "--metrics", "fd") == 0
+    assert call(sample, *again) == 0 == call(sample, *again, "--overwrite")
+
 def test_the_result_lies_beside_the_samples_also_from_within(scored, monkeypatch):
     monkeypatch.chdir("runs/shapes/samples")
     assert call(evaluate, "--samples", ".", "--reference", "../../../data/shapes", "--metrics", "fd") == 0

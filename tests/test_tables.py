@@ -124,7 +124,7 @@ def test_what_numbers_may_be(options):
 
 def test_what_may_differ_when_a_run_goes_on_and_what_is_no_flag():
     resumable, internal = ({e.name for e in fields(train.Options) if e.metadata[kind] == value} for kind, value in (("resumable", True), ("flag", False)))
-    assert resumable == {"experiment", "data", "run", "micro_batch", "compile", "record", "checkpointing", "device", "resume", "dry_run", "overwrite", "log_every", "preview_every",
+    assert resumable == {"data", "run", "micro_batch", "compile", "record", "checkpointing", "device", "resume", "dry_run", "overwrite", "log_every", "preview_every",
                          "save_minutes", "snapshots", "sampling"}
     assert internal == {"objective", "record", "sampling", "classes", "data_id", "coder"} and [e.name for e in fields(model.JiTConfig) if not e.metadata["flag"]] == ["image_size", "in_channels"]
     assert all(e.metadata["flag"] for cls in (data.Options, sample.Options, sample.Settings, evaluate.Options) for e in fields(cls))

@@ -618,6 +618,10 @@ def test_resume_on_a_data_set_packed_anew(there, capsys):
     assert call(data, *pack, "--overwrite") == 0 and call(train, "--run", "r", "--resume", "--steps", 4) == 1
     assert "was packed anew" in capsys.readouterr().err
 
+def test_another_experiment_is_another_run(work, capsys):
+    assert call(train, *TINY_FLAGS, "--steps", 2) == 0
+    assert call(train, "--run", "shapes", "--resume", "--steps", 4, "--experiment", "exp1") == 1 and "experiment" in capsys.readouterr().err
+
 def test_a_data_set_that_was_moved_is_the_same(work):
     assert call(train, *TINY_FLAGS, "--steps", 2) == 0
     shutil.copytree("data/shapes", "moved")               # its id is the same
