@@ -573,8 +573,8 @@ def load_recorded(names, place, given=""):
     for name in names:
         plain = "/" not in name and (EXPERIMENTS_FOLDER / f"{name}.py").is_file()
         refuse(not plain and Path(name).stem not in [Path(path).stem for path in given.split(",")],
-               f"{place} was made with an experiment of your own: pass --experiment {name} again, or its new place (a "
-               "file never makes us run code from outside the project)")
+               f"{place} was made with an experiment of your own: pass --experiment {name} again (04_sample.py also "
+               "takes it from a new place; a file never makes us run code from outside the project)")
         if plain:
             load_experiment(name)
 

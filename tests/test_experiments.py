@@ -583,7 +583,7 @@ def test_an_experiment_that_was_moved_is_found_by_its_name(work, capsys):
     flags = [*TINY_FLAGS, "--run", "r", "--steps"]
     assert call(train, *flags, 2, "--experiment", "lab/my_loss.py") == 0
     Path("lab").rename("lab2")
-    assert call(sample, "--run", "r", "--num", 2, "--steps", 1) == 1 and "or its new place" in capsys.readouterr().err
+    assert call(sample, "--run", "r", "--num", 2, "--steps", 1) == 1 and "also takes it from a new place" in capsys.readouterr().err
     assert call(sample, "--run", "r", "--num", 2, "--steps", 1, "--experiment", "lab2/my_loss.py") == 0
     assert call(train, "--run", "r", "--resume", "--steps", 4, "--experiment", "exp1") == 2       # another one is not taken for it
 

@@ -162,15 +162,17 @@ def test_fresh_noise_has_the_std_of_the_noise_scale():
         ends.append(z)
     assert torch.allclose(2 * ends[0], ends[1], atol=1e-6) and ends[0].std() > 0.05
 
-def test_an_error_of_the_last_files_is_not_lost(run, monkeypatch, capsys):
+@pytest.mark.parametrize("lost,num", [("0000003", 4), ("0000031", 40)])
+def test_an_error_of_any_file_is_not_lost(run, monkeypatch, capsys, lost, num):
+    """Of the last batch, and of one in the middle with an image that the grid does not show."""
     real = Image.Image.save
 
     def full(image, path, *more, **how):
-        if "0000003" in str(path):
+        if lost in str(path):
             raise OSError(28, "No space left on device")
         return real(image, path, *more, **how)
     monkeypatch.setattr(Image.Image, "save", full)
-    assert call(sample, "--run", "r", "--num", 4, "--amp", "off", "--out", "a") == 1 and "No space left" in capsys.readouterr().err
+    assert call(sample, "--run", "r", "--num", num, "--amp", "off", "--batch-size", 4, "--out", "a") == 1 and "No space left" in capsys.readouterr().err
 
 def test_another_seed_is_another_set(run, capsys):
     draw("a", "--npz", num=4)
@@ -414,17 +416,6 @@ def test_the_network_runs_in_the_precision_asked_for(run):
         seen.clear()
         z = sample.Sampler(run, [0], 0, asdict(sample.Settings()) | {"steps": 2}, amp, torch.device("cpu")).images([0])
         assert seen == [on] * 3 and z.dtype == torch.float32
-
-def test_an_error_of_any_file_is_not_lost(run, monkeypatch, capsys):
-    """Of a batch in the middle, and of an image that the grid does not show."""
-    real = Image.Image.save
-
-    def full(image, path, *more, **how):
-        if "0000031" in str(path):
-            raise OSError(28, "No space left on device")
-        return real(image, path, *more, **how)
-    monkeypatch.setattr(Image.Image, "save", full)
-    assert call(sample, "--run", "r", "--num", 40, "--amp", "off", "--batch-size", 4, "--out", "a") == 1 and "No space left" in capsys.readouterr().err
 
 def test_an_interval_of_nothing_is_refused(run, capsys):
     assert call(sample, "--run", "r", "--num", 2, "--interval", "0.5,0.5") == 2 and "the lower first" in capsys.readouterr().err
