@@ -122,23 +122,23 @@ def open_data(folder):
 def arc(radius, start=0.0, stop=2.0, y=0.0):
     """64 points on a circle around (0, y); angles in units of pi, 0 = right, 0.5 = down."""
     angles = np.pi * np.linspace(start, stop, 64)
-    return np.stack([radius * np.cos(angles), radius * np.sin(angles) + y], axis=1)
+    return np.column_stack([radius * np.cos(angles), radius * np.sin(angles) + y])
 
 def spikes(count, inner):
     """A star with `count` spikes, the first one up; inner = radius between them."""
     angles = np.pi * (np.arange(2 * count) / count - 0.5)
     radius = np.where(np.arange(2 * count) % 2, inner, 1.0)
-    return np.stack([radius * np.cos(angles), radius * np.sin(angles)], axis=1)
+    return np.column_stack([radius * np.cos(angles), radius * np.sin(angles)])
 
 def heart():
     """The well-known heart curve, scaled to the unit circle."""
     a = np.linspace(0, 2 * np.pi, 64)
     y = -(13 * np.cos(a) - 5 * np.cos(2 * a) - 2 * np.cos(3 * a) - np.cos(4 * a)) - 2.5
-    return np.stack([16 * np.sin(a)**3, y], axis=1) / 15.5
+    return np.column_stack([16 * np.sin(a)**3, y]) / 15.5
 
 def mirrored(text):
     """Close an outline "x,y  x,y  ..." given for x >= 0, top to bottom, with its mirror image."""
-    points = np.array([point.split(",") for point in text.split()], dtype=float)
+    points = np.array([point.split(",") for point in text.split()], float)
     return np.concatenate([points, points[::-1] * [-1, 1]])
 
 SHAPES = {  # name: (outline, hole or None)
@@ -263,8 +263,7 @@ def list_images(folder):
 def list_classes(folder):
     """Class folders -> (names, [(file, label)]).  A folder without sub-folders is unlabelled: no names, label 0."""
     names = [entry.name for entry in folders_in(folder)]
-    loose = sorted(entry.name for entry in folder.iterdir()
-                   if entry.is_file() and entry.suffix.lower() in SUFFIXES and not entry.name.startswith(HIDDEN))
+    loose = [file for file in list_images(folder) if Path(file).parent == folder]
     if names and loose:
         raise ValueError(f"{folder} holds class folders and {len(loose)} loose images ({loose[0]}, ...): "
                          "put them into a class, or elsewhere")
@@ -286,6 +285,9 @@ def hold_out(pairs, fraction, seed):
 def list_folder(root, val_fraction, seed):
     """A folder of images -> (class names, {"train": [(file, label)], "val": [(file, label)]}).  Raises ValueError."""
     refuse(not root.is_dir(), f"--root {root} is not a folder")
+    for place in sorted(no_pictures(root)):
+        if root.resolve() in place.parents and place.exists():
+            print(f"{place} is not looked into: these scripts write there")
     folders = split_folders(root)
     names, pairs = list_classes(folders.get("train", root))
     found = hold_out(pairs, val_fraction, seed)
@@ -726,7 +728,7 @@ def build(options, folder, names, make, splits, pool):
         counts, left_out = {}, []
         for split, pairs in splits.items():
             labels, lines = pack(part / f"{split}_images.npy", pairs, make, shape, pool)
-            np.save(part / f"{split}_labels.npy", np.array(labels, dtype=np.int64))
+            np.save(part / f"{split}_labels.npy", np.array(labels, np.int64))
             counts[split] = len(labels)
             left_out += lines
             empty = set(range(len(names) or 1)) - set(labels)

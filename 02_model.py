@@ -43,6 +43,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")          # read by torch: threa
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn                               # subtle: if DDP imports it, threads outlive the process group
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -646,7 +647,7 @@ def fingerprint(net):
     """Eight hex digits of a network's weights: samples of other weights are other samples."""
     crc = 0
     for value in net.state_dict().values():
-        crc = zlib.crc32(value.cpu().numpy().tobytes(), crc)
+        crc = zlib.crc32(value.cpu().numpy(), crc)
     return f"{crc:08x}"
 
 def load_weights(net, weights):

@@ -310,7 +310,7 @@ def predict_clean(trainer, z, t, y):
     return model.convert(out, trainer.config.pred, "x", z, t, trainer.config.path)
 
 # ---- Feeding: which images belong to which micro-batch, read ahead from the memory map -------------------------------
-@lru_cache(maxsize=4)
+@lru_cache(4)
 def epoch_order(n, seed, epoch):
     """The order in which an epoch visits n images."""
     return np.random.default_rng((seed, 3, epoch)).permutation(n)
@@ -657,6 +657,8 @@ def gather(given, saved=None, init=None):
         layers = [saved["options"], saved["config"], {"overwrite": False}]
     if "epochs" in given:
         layers.append({"steps": None})
+    if "batch_size" in given:
+        layers.append({"micro_batch": None})
     return merge(*layers, {"run": run_name(given)}, given)
 
 def settle(settings, meta, device, world):
@@ -750,7 +752,7 @@ def read_flags(argv):
         given.pop("overwrite", None)                      # torchrun started us again: go on with what we made
     return given
 
-def checkpoint_of(folder, resume=False, overwrite=False):
+def checkpoint_of(folder, resume, overwrite):
     """The state to go on from, or None for a new run.  Raises ValueError."""
     path = folder / "checkpoint.pt"
     if resume and (overwrite or not path.exists()):

@@ -237,23 +237,22 @@ def check_folder(out, record, overwrite):
             data.refuse_other(old, record, out, "pass --overwrite to replace them, or --out")
 
 def sample_all(sampler, out, batch_size, rank, world):
-    """Generate what is missing; batches are the same whoever computes them.  Returns how many images were made."""
+    """Generate what is missing; batches are the same whoever computes them."""
     batches = data.in_parts(range(len(sampler.labels)), batch_size)[rank::world]
     todo = [batch for batch in batches if not all(is_whole(file_of(out, i)) for i in batch)]
-    made, share = sum(map(len, todo)), sum(map(len, batches))
+    missing, share = sum(map(len, todo)), sum(map(len, batches))
 
     def write(i, image):
         with data.whole(file_of(out, i)) as part:
             Image.fromarray(image).save(part, "png", compress_level=1)
     writing = []
-    with ThreadPoolExecutor() as pool, data.Progress(share, "sampling", " images", initial=share - made) as bar:
+    with ThreadPoolExecutor() as pool, data.Progress(share, "sampling", " images", initial=share - missing) as bar:
         for batch in todo:
             images = sampler.pictures(sampler.images(batch))
             list(writing)                                 # waits for the files of the batch before
             writing = pool.map(write, batch, images)
             bar.update(len(batch))
         list(writing)
-    return made
 
 def save_npz(out, labels, size):
     """samples.npz as ADM's evaluator reads it: arr_0 uint8 (N,H,W,3), arr_1 labels; memory holds an image at a time."""
@@ -276,15 +275,15 @@ def write_samples(options, sampler, record, folder, rank, world):
                 file.unlink()
             data.save_json(out / "samples.json", record)
         wait()
-        made = sample_all(sampler, out, options.batch_size, rank, world)
+        sample_all(sampler, out, options.batch_size, rank, world)
         wait()
         if rank == 0:
             grid = out.with_name(f"{out.name}-grid.png") if options.out else folder / "grid.png"
             model.save_picture(grid, data.class_picture(sampler.labels, record["classes"], lambda i: image_of(out, i)))
             if options.npz:
                 save_npz(out, sampler.labels, record["size"])
-            print(f"{out}: {record['num']} images ({made if world == 1 else 'all'} new), {record['solver']} "
-                  f"{record['steps']} steps, shift {record['shift']:g}, w {record['cfg']}, seed {options.seed}: {grid}")
+            print(f"{out}: {record['num']} images, {record['solver']} {record['steps']} steps, "
+                  f"shift {record['shift']:g}, w {record['cfg']}, seed {options.seed}: {grid}")
 
 # ---- A picture of the way from noise to image ------------------------------------------------------------------------
 def draw_trajectory(sampler, path):

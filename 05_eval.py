@@ -506,9 +506,8 @@ def print_table(files, out):
     for row in rows:
         values = [row.get(column, "") for column in columns]
         print(" | ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
-    axes = [name for name in varied if isinstance(rows[0][name], (int, float))]
     if out:
-        name = axes[0] if axes else None
+        name = next((name for name in varied if isinstance(rows[0][name], (int, float))), None)
         curve = sorted((row[name], row["fd"]) for row in rows if None not in (row.get(name), row.get("fd")))
         refuse(not curve, "--out: the results differ in no number to draw fd over")
         model.save_picture(out, model.chart(rows[0]["score"], name, {"score": curve}))
@@ -578,7 +577,7 @@ def evaluate(options, device):
     samples, real = open_sets(options)
     path = samples.path
     beside = Path(f"{path.absolute()}-metrics.json")
-    out = options.out or (beside if options.samples else model.folder_of(options.run, "runs") / "metrics.json")
+    out = options.out or (beside if options.samples else path.parent / "metrics.json")
     if out.exists():                                      # it is replaced, if it is a result
         data.load_json(out, score=str, n_generated=int)
     if options.features == "inception":

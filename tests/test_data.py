@@ -358,12 +358,15 @@ def test_originals_in_the_folder_of_data_sets(there):
         assert call(data, "--source", "folder", "--root", "data", "--size", 16, "--name", name) == 0
         assert data.open_data(f"data/{name}")[0]["classes"] == ["cat", "dog"]
 
-def test_the_scripts_own_folders_are_no_classes(there):
+def test_the_scripts_own_folders_are_no_classes(there, capsys):
     folder(Path("."), splits=None)
     assert call(data, "--size", 16, "--count", 100, "--workers", 1) == 0
     Path("runs").mkdir()
+    capsys.readouterr()
     assert call(data, "--source", "folder", "--root", ".", "--size", 16, "--name", "mine") == 0
     assert data.open_data("data/mine")[0]["classes"] == ["cat", "dog"]
+    said = [line for line in capsys.readouterr().out.splitlines() if "not looked into" in line]
+    assert said == [f"{there / name} is not looked into: these scripts write there" for name in ("data", "runs")]
 
 def test_classes_have_the_names_of_classes_txt(there, capsys):
     folder(Path("in"), ("n01", "n02", "n03"), splits=None)
@@ -500,7 +503,7 @@ FOLDERS = {
     "none readable": (lambda: (Path("in").mkdir(), [Path(f"in/{i}.png").write_bytes(b"x") for i in range(3)]), "in has no readable image", 1),
     "class empty": (lambda: (folder(Path("in")), Path("in/train/eel").mkdir(), Path("in/val/eel").mkdir()), "eel holds no images", 1),
     "class unreadable": (lambda: (folder(Path("in")), [Path(f"in/{s}/eel").mkdir() or Path(f"in/{s}/eel/a.png").write_bytes(b"x") for s in ("train", "val")]), "class eel has no readable", 1),
-    "loose images": (lambda: (folder(Path("in")), Image.new("RGB", (9, 9)).save("in/train/a.png")), "1 loose images (a.png", 1),
+    "loose images": (lambda: (folder(Path("in")), Image.new("RGB", (9, 9)).save("in/train/a.png")), "1 loose images (in/train/a.png", 1),
     "splits differ": (lambda: (folder(Path("in")), Path("in/train/dog").rename("in/train/fox")), "is in one only", 1),
 }
 

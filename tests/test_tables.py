@@ -132,7 +132,7 @@ def test_what_may_differ_when_a_run_goes_on_and_what_is_no_flag():
 OF_FUNCTIONS = {  # what a function takes if it is not told
     data: {"arc": (0.0, 2.0, 0.0), "picture": ((), ()), "write": ("la", "black")},
     model: {"RMSNorm.__init__": (1e-6,), "conversion": (0.05,), "convert": ("linear", 0.05), "load_network": (0, ""), "to_float": ("cpu",), "autocast": (True,), "chart": (False, 480, 320)},
-    train: {"Trainer.__init__": (0, 1, None), "checkpoint_of": (False, False)},
+    train: {"Trainer.__init__": (0, 1, None)},
     sample: {"predict": ("v", 0.05), "guided": (1.0, (0.0, 1.0), "v", 0.05), "noise_for": (-1,), "Sampler.__init__": (False, None)},
     evaluate: {"inception_score": (10,), "kernel_distance": (100, 1000), "share_inside": (3, 1000), "Inception.chain": (1, True), "Inception.mixed": (None, 1), "ImageSet.__init__": ("train",)},
 }
