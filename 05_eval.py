@@ -454,7 +454,7 @@ def compare(fake, real, metrics, inception):
             scores |= {metric: value[0], f"{metric}_std": value[1]} if isinstance(value, tuple) else {metric: value}
         except KeyError as missing:
             left_out[metric] = f"the reference has no {missing.args[0]}"
-        except ValueError as reason:
+        except (ValueError, RuntimeError) as reason:
             left_out[metric] = str(reason)
     return scores, left_out
 
@@ -464,7 +464,8 @@ def score(samples, real, net, options, digest, device):
     fake = describe(samples.images, net, device, options.batch_size, "generated images")
     with device:                                          # where torch.as_tensor then puts what numpy has
         scores, left_out = compare(fake, reference, options.metrics, options.features == "inception")
-    result = scores | {"left_out": left_out, "n_generated": fake["n"], "n_real": int(reference["n"]),
+    result = scores | {"left_out": left_out, "n_generated": fake["n"],
+                       "n_real": int(reference["n"]) or "an unknown number of",
                        "n_features": len(reference.get("features", ()))}
     if options.features == "inception":
         return result
@@ -496,8 +497,8 @@ def report(result):
 
 def print_table(files, out):
     """--table: a line per result, with the settings in which they differ; with --out a curve over the first of them."""
-    results = [data.load_json(Path(file), score=str, n_real=int, n_generated=int, sampling=dict) for file in files]
-    refuse(len({(result["score"], result["n_real"], result.get("reference_id")) for result in results}) > 1,
+    results = [data.load_json(Path(file), score=str, n_generated=int, sampling=dict) for file in files]
+    refuse(len({(result["score"], result.get("n_real"), result.get("reference_id")) for result in results}) > 1,
            f"{', '.join(files)} cannot be compared: they differ in features or reference")
     rows = [{"file": Path(file).name} | result["sampling"] | result for file, result in zip(files, results)]
     varied = [k for k in rows[0]["sampling"] if k != "weights" and len({str(row.get(k)) for row in rows}) > 1]

@@ -558,6 +558,12 @@ def test_the_report_counts_the_features_not_the_statistics(there, capsys):
     options = evaluate.Options(metrics="fd", features="inception")
     result = evaluate.score(evaluate.ImageSet("s.npz"), evaluate.ImageSet("r.npz"), net, options, "d", torch.device("cpu"))
     assert (result["n_generated"], result["n_real"], result["n_features"]) == (40, 50_000, 30)
+    np.savez("r.npz", mu=np.zeros(3), sigma=np.eye(3), mu_s=np.zeros(5), sigma_s=np.eye(5))            # no n, and a sigma_s of another network
+    both = lambda x: net(x) | {"spatial": x.float().mean(dim=(1, 2))}
+    options = evaluate.Options(metrics="fd,sfd", features="inception")
+    result = evaluate.score(evaluate.ImageSet("s.npz"), evaluate.ImageSet("r.npz"), both, options, "d", torch.device("cpu"))
+    evaluate.report(result | {"features": "inception", "score": "FID"})
+    assert "(40 generated against an unknown number of real images; 0 is best)" in capsys.readouterr().out and "3x3 and 5x5" in result["left_out"]["sfd"]
 
 def test_a_result_without_a_step_is_left_out_of_the_curve(there):
     for name, step in (("a", 4), ("b", 8), ("c", None)):
