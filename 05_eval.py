@@ -318,7 +318,7 @@ def load_classifier(folder, device):
     def make():
         trained = train_classifier(*arrays["train"], classes, device)
         return {name: value.cpu().numpy() for name, value in trained.state_dict().items()}
-    weights = remembered(Path(folder) / f"classifier-{meta['id'][:8]}.npz", make)
+    weights = remembered(Path(folder) / f"classifier-{meta['id'][:8]}.{classes}.npz", make)
     net = Classifier(classes).eval()
     net.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
     return net, "FD (classifier features)", model.fingerprint(net)

@@ -272,7 +272,7 @@ def test_existing_sets_are_neither_overwritten_nor_ignored(there, capsys):
     assert call(data, "--size", 16, "--count", 100) == 0 and "nothing to do" in capsys.readouterr().out
     assert call(data, "--size", 32, "--count", 100) == 1 and "--overwrite" in capsys.readouterr().err
     assert data.open_data("data/shapes")[0]["size"] == 16
-    for name in ("classifier-0123abcd.pt", "statistics-train-0123abcd-01234567.npz"):          # what 05 keeps there
+    for name in ("classifier-0123abcd.10.npz", "statistics-train-0123abcd-01234567.npz"):          # what 05 keeps there
         Path("data/shapes", name).touch()
     assert call(data, "--size", 32, "--count", 100, "--workers", 1, "--overwrite") == 0 and data.open_data("data/shapes")[0]["size"] == 32
     assert call(data, "--size", 32, "--count", 100, "--seed", 5) == 1 and "seed 0, now 5" in capsys.readouterr().err

@@ -231,7 +231,12 @@ def test_offline_score(scored, capsys):
     Path("mine.json").write_text('{"my": "results"}')
     assert call(evaluate, "--out", "mine.json") == 1 and Path("mine.json").read_text() == '{"my": "results"}' and "mine.json" in capsys.readouterr().err
     classifier, = Path("data/shapes").glob("classifier-*.npz")
-    assert classifier.stem == "classifier-" + json.loads(Path("data/shapes/meta.json").read_text())["id"][:8]
+    meta = json.loads(Path("data/shapes/meta.json").read_text())
+    assert classifier.stem == f"classifier-{meta['id'][:8]}.10"
+    Path("data/shapes/meta.json").write_text(json.dumps({**meta, "classes": [*meta["classes"], "one more"]}))          # by hand
+    assert evaluate.load_classifier("data/shapes", torch.device("cpu"))[0].head.out_features == 11
+    Path(str(classifier).replace(".10.npz", ".11.npz")).unlink()
+    data.save_json(Path("data/shapes/meta.json"), meta)
     for cache in Path("data/shapes").glob("statistics-*.npz"):
         cache.write_bytes(cache.read_bytes()[:3000])                                                              # cut off: made again
     assert call(evaluate) == 0 and "is damaged; making it again" in capsys.readouterr().err
