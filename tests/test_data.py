@@ -52,6 +52,8 @@ def test_crop_is_adms(shape):
 def test_shapes_depend_on_seed_and_index_alone(there):
     assert np.array_equal(data.draw_shape(3, 17, 32), data.draw_shape(3, 17, 32))
     assert not np.array_equal(data.draw_shape(3, 17, 32), data.draw_shape(4, 17, 32))
+    assert [data.draw_shape(0, i, 16)[0, 0].tolist() for i in range(4)] == [[239, 207, 224], [44, 40, 33], [67, 76, 67], [52, 52, 53]]      # everybody's
+    assert [data.draw_shape(7, i, 16)[8, 8].tolist() for i in (0, 1, 2, 4)] == [[132, 237, 106], [139, 246, 24], [43, 187, 250], [97, 229, 112]]
     assert call(data, "--size", 16, "--count", 100, "--workers", 2, "--name", "two") == 0
     _, arrays = data.open_data("data/two")
     assert np.array_equal(arrays["train"][0][13], data.draw_shape(0, 13, 16)) and arrays["train"][1][13] == 3
@@ -484,7 +486,7 @@ def rewrite_labels(value):
 SETS = {
     "label too high": (rewrite_labels(10), "outside 0..9"), "label negative": (rewrite_labels(-1), "outside 0..9"),
     "images cut": (damage(lambda p: os.truncate(p / "train_images.npy", 5000)), "damaged"), "images empty": (damage(lambda p: os.truncate(p / "train_images.npy", 0)), "damaged"),
-    "labels gone": (damage(lambda p: (p / "train_labels.npy").unlink()), "damaged"), "meta is no json": (damage(lambda p: (p / "meta.json").write_text("{")), "damaged"), "meta is a list": (damage(lambda p: (p / "meta.json").write_text("[]")), "damaged"), "counts are null": (damage(lambda p: (p / "meta.json").write_text((p / "meta.json").read_text().replace('"counts": {', '"counts": null, "x": {'))), "damaged"),
+    "labels gone": (damage(lambda p: (p / "train_labels.npy").unlink()), "damaged"), "meta is no json": (damage(lambda p: (p / "meta.json").write_text("{")), "damaged"), "meta is a list": (damage(lambda p: (p / "meta.json").write_text("[]")), "damaged"), "meta is deep": (damage(lambda p: (p / "meta.json").write_text("[" * 10**5)), "damaged"), "counts are null": (damage(lambda p: (p / "meta.json").write_text((p / "meta.json").read_text().replace('"counts": {', '"counts": null, "x": {'))), "damaged"),
     "labels pickled": (damage(lambda p: np.save(p / "train_labels.npy", np.array([{}] * 100, dtype=object), allow_pickle=True)), "damaged"),
     "classes are numbers": (damage(lambda p: (p / "meta.json").write_text((p / "meta.json").read_text().replace('"circle"', "0"))), "expected str"),
     "other size": (damage(lambda p: np.save(p / "val_images.npy", images_of(100, 8))), "do not fit"), "no set": (lambda: None, "make it first"),

@@ -19,6 +19,24 @@ from conftest import ROOT, TINY_FLAGS, call, data, evaluate, model, sample, shel
 SCRIPTS = ["01_data.py", "02_model.py", "03_train.py", "04_sample.py", "05_eval.py"]
 READMES = ("README.md", "tests/experiments/README.md")
 
+def test_every_bar_ends_at_its_total(there, monkeypatch):
+    """Also where a part was done before."""
+    bars = []
+
+    class Spy(data.Progress):
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more)
+            bars.append(self)
+    monkeypatch.setattr(data, "Progress", Spy)
+    assert call(data, "--size", 16, "--count", 300, "--workers", 1) == 0
+    assert call(train, *TINY_FLAGS, "--steps", 4) == 0 and call(train, "--resume", "--steps", 6) == 0
+    assert call(sample, "--num", 20, "--steps", 1, "--amp", "off", "--batch-size", 6) == 0
+    Path("runs/shapes/samples/0000007.png").unlink()
+    assert call(sample, "--num", 20, "--steps", 1, "--amp", "off", "--batch-size", 6) == 0 and call(evaluate) == 0
+    found = [(bar.desc, bar.total, bar.n) for bar in bars]
+    assert found == [(name, n, n) for name, n in (("train_images", 300), ("val_images", 100), ("shapes", 4), ("shapes", 6), ("sampling", 20), ("sampling", 20),
+                                                  ("training the classifier", 70), ("real images", 300), ("generated images", 20), ("held-out images", 20))]
+
 @pytest.mark.card
 def test_the_five_scripts_in_sequence(there):
     """By subprocess, tiny; the second time each says that its work is done."""
