@@ -609,6 +609,38 @@ def test_the_spread_beside_a_score_is_its_own():
     scores, _ = evaluate.compare(side, side, ["is"], True)
     assert (scores["is"], scores["is_std"]) == evaluate.inception_score(side["logits"])
 
+def test_every_score_is_of_the_generated_images_against_the_real_ones(monkeypatch):
+    monkeypatch.setattr(evaluate, "kernel_distance", lambda x, y: (x.sum(), y.sum()))                # the real one takes seconds
+    rng = np.random.default_rng(0)
+    side = lambda n, width: {"features": width * rng.normal(size=(n, 4)), "logits": width * rng.normal(size=(n, 7)), "mu": width * np.ones(4), "sigma": width * np.eye(4),
+                             "mu_s": 3 * width * np.ones(5), "sigma_s": np.eye(5)}
+    fake, real = side(110, 1.0), side(120, 1.5)
+    scores, left_out = evaluate.compare(fake, real, list(evaluate.SCORES), True)
+    x, y = fake["features"], real["features"]
+    assert left_out == {} and (scores["is"], scores["is_std"]) == evaluate.inception_score(fake["logits"]) and (scores["kid"], scores["kid_std"]) == evaluate.kernel_distance(x, y)
+    assert scores["precision"] == evaluate.share_inside(x, y) > scores["recall"] == evaluate.share_inside(y, x)
+    assert scores["fd"] == pytest.approx(4 * 0.25 + 4 * (1.5**0.5 - 1)**2) and scores["sfd"] == pytest.approx(5 * 1.5**2)
+
+def test_the_whole_report(capsys):
+    numbers = {"fd": 1.0, "sfd": 2.0, "is": 3.0, "is_std": 0.5, "kid": 4.0, "kid_std": 0.25, "precision": 0.5, "recall": 0.125, "fd_floor": 0.75, "class_accuracy": 0.9, "class_accuracy_real": 0.4}
+    evaluate.report(numbers | {"left_out": {"x": "why"}, "n_generated": 2047, "n_real": 50_000, "n_features": 10_000, "n_floor": 99, "features": "classifier", "score": "FD"})
+    out = capsys.readouterr()
+    assert out.out == """\
+FD                                   1.0000   (2047 generated against 50000 real images; 0 is best)
+sFD                                  2.0000   (2047 generated against 50000 real images)
+Inception score                      3.0000 +- 0.5000   (2047 images, ten splits)
+KID (classifier)                     4.0000 +- 0.2500   (100 subsets of 1000 of 2047 and 10000 images; usually given x 1000)
+precision                            0.5000   (share of 2047 generated images)
+recall                               0.1250   (share of 10000 real images at most)
+FD floor                             0.7500   (99 held-out real images against 50000 real images)
+class accuracy                       0.9000   (share of 2047 generated images in which it sees the class asked)
+class accuracy, real                 0.4000   (share of 99 held-out real images it gets right)
+x                                  left out   (why)
+"""
+    assert "2047 images are few: FD is biased" in out.err and "right on 0.4 of held-out" in out.err
+    evaluate.report({"left_out": {}, "n_generated": 2048, "n_floor": 9, "features": "classifier", "class_accuracy_real": 0.5})
+    assert capsys.readouterr().err == ""
+
 def test_kid_names_the_number_of_features_it_compares(capsys):
     evaluate.report({"kid": 0.5, "kid_std": 0.1, "left_out": {}, "n_generated": 3000, "n_real": 50_000, "n_features": 10_000, "features": "inception", "score": "FID"})
     assert "+- 0.1000   (100 subsets of 1000 of 3000 and 10000 images" in capsys.readouterr().out

@@ -780,6 +780,14 @@ def test_every_tenth_line_has_the_held_out_loss(work):
     assert call(train, *TINY_FLAGS, "--steps", 25, "--log-every", 1) == 0
     assert [int(row["step"]) for row in csv.DictReader(open("runs/shapes/log.csv")) if row["held_out"]] == [10, 20, 25]
 
+def test_a_log_that_cannot_be_written_is_the_one_before(work, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+    assert call(train, *TINY_FLAGS, "--steps", 4, "--log-every", 2) == 0
+    before = Path("runs/shapes/log.csv").read_bytes()
+    monkeypatch.setattr(csv.DictWriter, "writerows", full)
+    assert call(train, "--resume", "--steps", 8) == 1 and Path("runs/shapes/log.csv").read_bytes() == before
+
 def test_the_log_counts_every_step_that_was_skipped(work):
     options, config, arrays = settings("--steps", 9)
     recorder = recorder_of(train.Trainer(options, config, torch.device("cpu")), arrays)
