@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -292,6 +293,17 @@ def test_nohup_is_honoured():
         assert {number: signal.getsignal(number) for number in before} == before | {signal.SIGHUP: signal.SIG_IGN}
     finally:
         signal.signal(signal.SIGHUP, before[signal.SIGHUP])
+
+def test_what_is_recorded_has_the_shapes_and_the_device_of_a_micro_batch(work, monkeypatch):
+    """On meta: where there is no GPU nothing is recorded."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda net, args: asked.append((net, args)) or "recorded")
+    monkeypatch.setattr(model, "autocast", lambda amp, device, cache: asked.append((amp, device.type, cache)) or nullcontext())
+    options, config, _ = settings("--micro-batch", 4, "--amp", "bf16")
+    assert train.recorded("net", options, config, torch.device("meta")) == "recorded"
+    cast, (net, args) = asked
+    assert cast == ("bf16", "meta", False) and net == "net" and {value.device.type for value in args} == {"meta"}
+    assert [(tuple(value.shape), value.dtype) for value in args] == [((4, 3, 16, 16), torch.float32), ((4,), torch.float32), ((4,), torch.int64)]
 
 def test_no_compiler_is_said_in_one_line(work):
     done = shell("03_train.py", *TINY_FLAGS, "--steps", 2, "--depth", 1, "--compile", cwd=work, env={"CXX": "/nonexistent", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"})
