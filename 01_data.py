@@ -215,9 +215,8 @@ def read_image(path):
     except Exception as error:                            # subtle: Pillow raises many kinds, also SyntaxError
         raise ValueError(f"{path} is not a readable image ({type(error).__name__}: {error})".splitlines()[0])
 
-def decode(job):
-    """Read and crop one file.  job: (path, size) -> (size,size,3) uint8, or a string that says why not."""
-    path, size = job
+def decode(path, size):
+    """Read and crop one file: (size,size,3) uint8, or a string that says why not."""
     try:
         image = read_image(path)
     except ValueError as error:
@@ -226,7 +225,7 @@ def decode(job):
         return f"{image.width} x {image.height} is too long and thin"
     return center_crop(image, size)
 
-HIDDEN = (".", "@", "#", "$", "__")                       # also what network drives and Macs put beside images
+HIDDEN = (".", "@", "#", "$", "__", "lost+found", "System Volume Information")        # of drives, networks and Macs
 
 def no_pictures(place):
     """Folders that are not looked into from `place`: data/ and runs/, where these scripts write, and those above it."""
@@ -245,7 +244,8 @@ def every_file(folder):
     Links are followed, but not in circles.
     """
     def fail(error):
-        raise error
+        if not Path(error.filename).name.startswith(HIDDEN):
+            raise error
     seen = no_pictures(folder)
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         real = Path(parent).resolve()
@@ -285,7 +285,7 @@ def hold_out(pairs, fraction, seed):
 def list_folder(root, val_fraction, seed):
     """A folder of images -> (class names, {"train": [(file, label)], "val": [(file, label)]}).  Raises ValueError."""
     refuse(not root.is_dir(), f"--root {root} is not a folder")
-    for place in sorted(no_pictures(root)):
+    for place in no_pictures(root):
         if root.resolve() in place.parents and place.exists():
             print(f"{place} is not looked into: these scripts write there")
     folders = split_folders(root)
@@ -394,11 +394,10 @@ def folder_source(options):
     file = options.root / "classes.txt"
     if file.is_file():
         print(f"names of classes are read from {file}")
-        named = called(names, file.read_text(encoding="utf-8-sig"))
-        print(f"it names {len({*named} - {*names})} of {len(names)} class folders")
-        names = named
-    print(f"every image is cropped and scaled to {options.size} x {options.size}, small ones enlarged")
-    return names, lambda path: decode((path, options.size)), splits
+        names = called(names, file.read_text(encoding="utf-8-sig"))
+    print(f"folders in {options.root}, or in its train/, are classes, with all that lies in them; every image is "
+          f"cropped and scaled to {options.size} x {options.size}, small ones enlarged")
+    return names, lambda path: decode(path, options.size), splits
 
 def called(names, text):
     """What a classes.txt calls the class folders, in lines like "n01440764 tench, Tinca tinca"; others keep theirs."""
@@ -626,8 +625,12 @@ class Progress(tqdm):
 
 # ---- Plumbing: pictures ----------------------------------------------------------------------------------------------
 def write(draw, place, text, width, anchor="la", fill="black"):
-    """Draw text; what does not fit into `width` pixels is cut, and two dots say so."""
-    font, text = ImageFont.load_default(12), " ".join(str(text).split())
+    """Draw text; what does not fit into `width` pixels is cut, and two dots say so.
+
+    The font that Pillow brings has only ASCII: a letter that it lacks is written as its number, as \\u732b.
+    """
+    font = ImageFont.load_default(12)
+    text = " ".join(str(text).split()).encode("ascii", "backslashreplace").decode()
     room = int(len(text) * width / max(1, draw.textlength(text, font)))
     if len(text) > room:
         text = text[:max(0, room - 2)] + ".."
@@ -695,11 +698,11 @@ def keep_fraction(pairs, fraction, seed):
     order = np.random.default_rng((seed, 2)).permutation(len(pairs))
     return [pairs[i] for i in np.sort(order[:max(1, int(len(pairs) * fraction))])]
 
-def recipe_of(options, splits):
-    """What decides the content: the settings, and a digest of what the images are made of."""
+def recipe_of(options, names, splits):
+    """What decides the content: the settings, the classes, and a digest of what the images are made of."""
     jobs = [str(job) for pairs in splits.values() for job, _ in pairs]
     settings = {name: getattr(options, name) for name in "source size fraction val_fraction seed".split()}
-    return settings | {"jobs": f"{zlib.crc32(str(jobs).encode()):08x}"}
+    return settings | {"classes": names, "files": f"{zlib.crc32(str(jobs).encode()):08x}"}
 
 @contextmanager
 def new_set(folder):
@@ -741,7 +744,7 @@ def build(options, folder, names, make, splits, pool):
             print(f"{len(left_out)} unreadable images left out, listed in skipped.txt; first: {left_out[0].strip()}")
         save_json(part / "meta.json", {
             "id": uuid.uuid4().hex, "size": options.size, "classes": names, "counts": counts,
-            "recipe": recipe_of(options, splits)})
+            "recipe": recipe_of(options, names, splits)})
         images, labels = open_data(part)[1]["train"]
         class_picture(labels, names, lambda i: np.array(images[i])).save(part / "preview.png")
 
@@ -764,8 +767,9 @@ def main(argv=None):
     names, make, splits = SOURCES[options.source](options)
     splits["train"] = keep_fraction(splits["train"], options.fraction, options.seed)
     with locked(folder), ThreadPoolExecutor(options.workers) as pool:
-        if already_packed(folder, recipe_of(options, splits), options.overwrite):
-            return print(f"{folder} is there, made with these settings; nothing to do (--overwrite packs it again)")
+        if already_packed(folder, recipe_of(options, names, splits), options.overwrite):
+            return print(f"{folder} is there, made with these settings of files with these names; nothing to do "
+                         "(--overwrite packs it again)")
         build(options, folder, names, make, splits, pool)
     counts = open_data(folder)[0]["counts"]
     print(f"{folder}: {counts['train']} training and {counts['val']} held-out images, {options.size} x {options.size}, "

@@ -760,13 +760,11 @@ def ahead(function, jobs, count):
 def choose_precision(amp, device):
     """bf16, fp16 or off -> the same; None -> what the hardware is fast at.
 
-    bf16: NVIDIA's GPUs since Ampere, CPUs with AVX512-bf16 or AMX.  fp16: the GPUs before.
+    bf16: NVIDIA's GPUs since Ampere, CPUs with AVX512-bf16.  fp16: the GPUs before.
     """
     if amp is None and device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-    cpuinfo = Path("/proc/cpuinfo")
-    fast = cpuinfo.exists() and any(name in cpuinfo.read_text() for name in ("avx512_bf16", "amx_bf16"))
-    return amp or ("bf16" if fast else "off")
+    return amp or ("bf16" if torch.cpu._is_avx512_bf16_supported() else "off")
 
 def autocast(amp, device, cache=True):
     """The context in which the network runs; parameters, state and losses stay fp32.  cache: keep weights cast once."""

@@ -258,7 +258,8 @@ def fill_in(net, weights):
     own = net.state_dict()
     fitting = {name: value for name, value in weights.items() if name in own and value.shape == own[name].shape}
     foreign = weights.keys() - fitting.keys() - {"y_embedder.embedding_table.weight"}
-    refuse(foreign, f"--init: its weights do not fit this network ({', '.join(sorted(foreign)[:1])})")
+    refuse(foreign, f"--init: its weights do not fit this network ({', '.join(sorted(foreign)[:1])}): is it of "
+           "another size, or are the images?")
     net.load_state_dict(fitting, strict=False)
     anew = own.keys() - fitting.keys()
     if anew:
@@ -453,7 +454,7 @@ class Recorder:
         if done or stop:
             self.bar.close()
         if stop and not done:
-            raise KeyboardInterrupt(f"stopped at step {step}; the same command goes on where it was")
+            raise KeyboardInterrupt(f"stopped at step {step}; the same command, without --overwrite, goes on there")
 
     def is_good(self):
         """What is saved is good: a step that was finite came last, and the weights that it made have a finite loss."""
@@ -771,7 +772,7 @@ def checkpoint_of(folder, resume, overwrite):
 def refuse_other_settings(state, options, config, folder):
     """Raise ValueError if the run in the folder was made with other settings, naming the first that differs."""
     step = state["info"]["step"]
-    refuse(step > options.steps, f"--steps {options.steps}: the run in {folder} is at step {step} already")
+    refuse(step > options.steps, f"{options.steps} steps: the run in {folder} is at step {step} already")
     if state["info"]["data_id"] != options.data_id:
         raise ValueError(f"data set {options.data} is another, or was packed anew, since {folder} was begun: pass "
                          "--run NAME, or --overwrite")
@@ -795,9 +796,9 @@ def announce(options, config, folder, step, count, device):
     need = 24 * model.count_parameters(config)            # weights, gradients, two moments, two averages
     need += (50 if options.compile else 130) * options.micro_batch * size_of(config)           # as measured
     print(f"{folder}: {options.model} with {model.count_parameters(config):,} parameters, patch {config.patch_size}, "
-          f"on {count} images; step {step} to {options.steps}, batch {options.batch_size}, "
-          f"lr {options.lr:.2g}, {options.amp}, {device}{how}; micro-batches of {options.micro_batch}, about "
-          f"{need / 2**30:.1f} GiB; EMA over {' and '.join(windows)} steps; all settings in config.json", flush=True)
+          f"{config.in_context_len} context tokens, on {count} images; step {step} to {options.steps}, "
+          f"batch {options.batch_size}, lr {options.lr:.2g}, {options.amp}, {device}{how}; micro-batches of "
+          f"{options.micro_batch}, about {need / 2**30:.1f} GiB; EMA over {' and '.join(windows)} steps", flush=True)
 
 def move_aside(folder):
     """NAME -> NAME.old, or NAME.old.old where that exists: nothing is ever deleted."""

@@ -588,9 +588,11 @@ def evaluate(options, device):
     result = {"score": name, "features": options.features, "weights": digest,
               "samples": str(path), "reference": str(real.path), "reference_id": real.record.get("id"),
               "sampling": samples.record} | score(samples, real, net.to(device), options, digest, device)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    data.save_json(out, result)
-    report(result)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        data.save_json(out, result)
+    finally:
+        report(result)                                    # also if the disk is full
     print(f"{out}: all of this, and how the samples were made")
 
 if __name__ == "__main__":

@@ -609,6 +609,15 @@ def test_the_spread_beside_a_score_is_its_own():
     scores, _ = evaluate.compare(side, side, ["is"], True)
     assert (scores["is"], scores["is_std"]) == evaluate.inception_score(side["logits"])
 
+def test_scores_that_cannot_be_written_are_printed(scored, monkeypatch, capsys):
+    """They took an hour, perhaps."""
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(data, "save_json", full)
+    assert call(evaluate, "--metrics", "fd") == 1
+    out = capsys.readouterr()
+    assert out.out.startswith("FD (classifier features)") and "No space left" in out.err
+
 def test_every_score_is_of_the_generated_images_against_the_real_ones(monkeypatch):
     monkeypatch.setattr(evaluate, "kernel_distance", lambda x, y: (x.sum(), y.sum()))                # the real one takes seconds
     rng = np.random.default_rng(0)

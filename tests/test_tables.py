@@ -149,7 +149,7 @@ def test_what_functions_take_by_default(module):
 
 def test_constants():
     assert (model.T_EPS, train.BINS, train.MAX_BAD, evaluate.KEPT, evaluate.NEIGHBOURS) == (0.05, 5, 10, 50_000, 10_000)
-    assert data.HIDDEN == (".", "@", "#", "$", "__") and data.FORMATS == ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+    assert data.HIDDEN == (".", "@", "#", "$", "__", "lost+found", "System Volume Information") and data.FORMATS == ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
     assert [(head.after, head.weight) for head in (model.AuxHead, model.TimeHead, model.RotationHead)] == [(-1, 0.1)] * 3 and (model.TimeHead.outputs, model.RotationHead.outputs) == (1, 4)
     assert evaluate.WEIGHTS_URL.endswith("fid_weights/pt_inception-2015-12-05-6726825d.pth")
     assert {name: (size, url.rsplit("/", 1)[1]) for name, (size, url, _) in data.ARCHIVES.items()} == {

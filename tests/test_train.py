@@ -251,7 +251,7 @@ def test_sigterm_leaves_a_checkpoint(work):
     start = time.time()
     assert child.wait(30) == 130 and time.time() - start < 10
     step = model.read_checkpoint("runs/shapes/checkpoint.pt")["info"]["step"]
-    assert f"stopped at step {step}; the same command goes on where it was" in child.stderr.read() and step > 0
+    assert f"stopped at step {step}; the same command, without --overwrite, goes on there" in child.stderr.read() and step > 0
     wrong = shell("03_train.py", "--resume", "--batch-size", "16", cwd=work)
     assert wrong.returncode == 1 and "batch_size 8, now 16" in wrong.stderr
     assert call(train, "--resume", "--steps", step + 1) == 0 and model.read_checkpoint("runs/shapes/checkpoint.pt")["info"]["step"] == step + 1
@@ -855,6 +855,11 @@ def test_the_memory_that_is_announced(capsys, monkeypatch):
     options, config = settled(meta, "--preset", "imagenet-B")
     train.announce(options, config, Path("r"), 0, 1000, torch.device("cpu"))
     assert f"about {(24 * 131_123_712 + 130 * 8 * 256 * 768 * 12) / 2**30:.1f} GiB" in capsys.readouterr().out
+
+def test_context_tokens_that_a_shallow_network_has_no_place_for_are_seen(work, capsys):
+    """JiT-T begins with them in block 2."""
+    for depth, tokens in ((2, 0), (3, 4)):
+        assert call(train, *TINY_FLAGS, "--depth", depth, "--dry-run") == 0 and f" patch 8, {tokens} context tokens, " in capsys.readouterr().out
 
 def test_to_go_on_and_to_begin_anew_is_a_contradiction(work, capsys):
     assert call(train, *TINY_FLAGS, "--steps", 2) == 0 and call(train, "--resume", "--overwrite", "--steps", 4) == 1
