@@ -678,8 +678,8 @@ def check_fields(self, given=None):
         value = (given or vars(self)).get(entry.name, entry.default)
         if value is not entry.default:                    # a default may be None: open
             whole = type(value) is int and entry.type is float
-            refuse(type(value) is not entry.type and not whole,
-                   f"{entry.name} {value!r}: give it the type {entry.type.__name__}")
+            refuse(type(value) is not entry.type and not whole or value == (),
+                   f"{entry.name} {value!r}: it is empty, or not of the type {entry.type.__name__}")
             data.check(entry.name, value, **entry.metadata)
 
 def names_of(cls):

@@ -562,11 +562,11 @@ def test_experiments_combine_and_rows_too(work):
 
 @pytest.mark.parametrize("settings,words", [
     ("{'init': 'shapes'}", "cannot say init: it is a flag"), ("{'run': 'x'}", "cannot say run"), ("{'device': 'cpu'}", "cannot say device"), ("{'overwrite': True}", "cannot say overwrite"),
-    ("{'ema': 0}", "ema 0: give it the type tuple"), ("{'sampling': 1}", "sampling 1: give it the type dict"), ("{'data': 5}", "data 5: give it the type str"),
-    ("{'in_channels': 4}", "cannot say in_channels"), ("{'sampling': 'heun'}", "sampling 'heun': give it the type dict"), ("{1: 2}", "there is no setting 1"), ("{'model': 'JiT-T/99'}", "model 'JiT-T/99' is unknown"),
-    ("{'network': 'nope'}", "network 'nope' is unknown"), ("{'lr': __import__('numpy').float64(1e-3)}", "give it the type float"), ("{'lr': 0}", "lr 0: give a number in (0, inf)"),
-    ("{'rope': 'false'}", "rope 'false': give it the type bool"), ("{'warmup': 2.5}", "warmup 2.5: give it the type int"), ("{'ema': 0.9}", "ema 0.9: give it the type tuple"),
-    ("{'ema': [0.9]}", "ema [0.9]: give it the type tuple"), ("{'p_mean': '-0.8'}", "p_mean '-0.8': give it the type float"), ("{'sampling': {'step': 3}}", "there is no setting step"), ("{'hiddensize': 3}", "there is no setting hiddensize")])
+    ("{'ema': 0}", "ema 0: it is empty, or not of the type tuple"), ("{'sampling': 1}", "sampling 1: it is empty, or not of the type dict"), ("{'data': 5}", "data 5: it is empty, or not of the type str"),
+    ("{'in_channels': 4}", "cannot say in_channels"), ("{'sampling': 'heun'}", "sampling 'heun': it is empty, or not of the type dict"), ("{1: 2}", "there is no setting 1"), ("{'model': 'JiT-T/99'}", "model 'JiT-T/99' is unknown"),
+    ("{'network': 'nope'}", "network 'nope' is unknown"), ("{'lr': __import__('numpy').float64(1e-3)}", "it is empty, or not of the type float"), ("{'lr': 0}", "lr 0: give a number in (0, inf)"),
+    ("{'rope': 'false'}", "rope 'false': it is empty, or not of the type bool"), ("{'warmup': 2.5}", "warmup 2.5: it is empty, or not of the type int"), ("{'ema': 0.9}", "ema 0.9: it is empty, or not of the type tuple"),
+    ("{'ema': ()}", "ema (): it is empty"), ("{'ema': [0.9]}", "ema [0.9]: it is empty, or not of the type tuple"), ("{'p_mean': '-0.8'}", "p_mean '-0.8': it is empty, or not of the type float"), ("{'sampling': {'step': 3}}", "there is no setting step"), ("{'hiddensize': 3}", "there is no setting hiddensize")])
 def test_settings_that_are_none(work, capsys, settings, words):
     """Said before the training."""
     Path("own.py").write_text(f"SETTINGS = {settings}")

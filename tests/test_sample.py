@@ -306,7 +306,7 @@ def test_a_wrong_recommendation_is_one_line_and_a_flag_overrides_it(run, capsys)
     state = torch.load("runs/r/checkpoint.pt", weights_only=True)
     state["info"]["sampling"]["steps"] = 2.5
     torch.save(state, "runs/r/checkpoint.pt")
-    assert call(sample, "--run", "r", "--num", 2) == 2 and "steps 2.5: give it the type int" in capsys.readouterr().err
+    assert call(sample, "--run", "r", "--num", 2) == 2 and "steps 2.5: it is empty, or not of the type int" in capsys.readouterr().err
     assert call(sample, "--run", "r", "--num", 2, "--steps", 2) == 0
 
 def test_the_working_directory_is_no_place_for_samples(run, capsys, monkeypatch):
