@@ -511,9 +511,8 @@ def help_text(about, default):
 
 def run(main):
     """Call main() and return the exit code.  Expected errors become one line on stderr; bugs keep their traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")          # a terminal without the letters of a class name
+    if hasattr(sys.stdout, "reconfigure"):                # a notebook's cannot, and need not
+        sys.stdout.reconfigure(errors="replace")          # a terminal without the letters of a class name
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return main() or 0

@@ -739,10 +739,10 @@ def micro_batch_of(options, config, device, world):
 def read_flags(argv):
     """The flags given; --preset and --experiment are looked for first, since they bring defaults and flags along."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--preset", default="shapes")
-    early.add_argument("--experiment", default="")
+    early.add_argument("--preset", nargs="?", default="shapes")                # without a value: left to the real one
+    early.add_argument("--experiment", nargs="?", default="")
     first, _ = early.parse_known_args(argv)
-    shown = merge(PRESETS.get(first.preset, {}), *experiment_settings(first.experiment))
+    shown = merge(PRESETS.get(first.preset, {}), *experiment_settings(first.experiment or ""))
     shown = model.MODELS.get(shown.get("model"), {}) | shown
     kind, _ = model.NETWORKS[shown.get("network", "jit")]
     given = data.parse(argv, "Train a JiT.  Defaults shown are the paper's, or those of --preset and --experiment.",

@@ -603,7 +603,7 @@ def test_a_set_behind_a_link_is_packed_where_it_lies(there):
     """On another disk, say."""
     flags = ["--size", 16, "--workers", 1]
     assert call(data, *flags, "--count", 100, "--out", "disk") == 0
-    Path("data").mkdir(), Path("data/shapes").symlink_to(Path("disk/shapes").resolve())
+    Path("data").mkdir(), Path("data/shapes").symlink_to("../disk/shapes")
     assert call(data, *flags, "--count", 120, "--overwrite") == 0
     assert Path("data/shapes").is_symlink() and data.open_data("disk/shapes")[0]["counts"]["train"] == 120
 
