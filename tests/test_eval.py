@@ -544,6 +544,9 @@ def test_a_covariance_is_symmetric(there):
     np.savez("tilted.npz", mu=np.zeros(2), sigma=np.array([[1.0, 0.5], [0.0, 1.0]]))
     with pytest.raises(ValueError, match="symmetric"):
         evaluate.ImageSet("tilted.npz")
+    np.savez("spatial.npz", mu=np.zeros(2), sigma=np.eye(2), mu_s=np.zeros(2), sigma_s=np.array([[1.0, 0.5], [0.0, 1.0]]))
+    with pytest.raises(ValueError, match="sigma_s is .* symmetric"):
+        evaluate.read_npz(Path("spatial.npz"))
 
 def test_one_held_out_image_is_no_floor(work):
     """And no reason to give no score."""

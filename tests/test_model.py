@@ -418,6 +418,7 @@ def test_a_chart_has_each_axis_own_numbers_and_a_legend_side_by_side(monkeypatch
     model.chart("loss", "step", {"first": [(1, 70), (5, 90)], "second": [(1, 80), (5, 80)]})
     assert [text for text, x, y in words if y == 320 - 31] == ["1", "2", "3", "4", "5"]              # below, from left to right
     assert [text for text, x, y in words if x == 46] == ["70", "75", "80", "85", "90"]               # left, from below
+    assert [text for text, x, y in words if y in (2, 320 - 16)] == ["loss", "step"]                  # above, and below the axis
     shown = {text: x for text, x, y in words}
     assert shown["second"] - shown["first"] >= 95
 
