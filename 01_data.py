@@ -199,7 +199,7 @@ def to_rgb(image):
         if tags.get(262) == 0:                            # white is zero
             grey = 65535 - grey
         grey[grey == image.info.get("transparency")] = 65535
-        image = Image.fromarray((grey / 257 + 0.5).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((grey / 257 + 0.5).astype(np.uint8))
     if turn in TURNS:
         image = image.transpose(TURNS[turn])
     if image.has_transparency_data:
@@ -594,7 +594,7 @@ def locked(path):
     """Keep other processes of this machine from writing to the same path.  Raises ValueError if one does."""
     refuse(not path.name, f"{path}: give this folder by its name, as ../NAME")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as file:          # freed by the system, whatever ends us
+    with open(path.with_name(f".{path.name}.lock"), "a") as file:          # freed by the system, whatever ends us
         try:
             if flock:
                 flock(file, LOCK_EX | LOCK_NB)
@@ -714,6 +714,8 @@ def new_set(folder):
     part.mkdir(parents=True)
     try:
         yield part
+        for file in folder.glob("[!m]*"):                 # meta.json last: by it the next command knows what this is
+            file.unlink()
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
     except BaseException:

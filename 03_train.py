@@ -740,9 +740,9 @@ def read_flags(argv):
     """The flags given; --preset and --experiment are looked for first, since they bring defaults and flags along."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", nargs="?", default="shapes")                # without a value: left to the real one
-    early.add_argument("--experiment", nargs="?", default="")
+    early.add_argument("--experiment", default="")
     first, _ = early.parse_known_args(argv)
-    shown = merge(PRESETS.get(first.preset, {}), *experiment_settings(first.experiment or ""))
+    shown = merge(PRESETS.get(first.preset, {}), *experiment_settings(first.experiment))
     shown = model.MODELS.get(shown.get("model"), {}) | shown
     kind, _ = model.NETWORKS[shown.get("network", "jit")]
     given = data.parse(argv, "Train a JiT.  Defaults shown are the paper's, or those of --preset and --experiment.",

@@ -271,7 +271,7 @@ def write_samples(options, sampler, record, folder, rank, world):
         wait()                                            # all have looked before the first writes
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
-            for file in sorted(out.iterdir()) if options.overwrite else ():    # the record last
+            for file in out.glob("*[!n]") if options.overwrite else ():        # the record, *.json, is replaced last
                 file.unlink()
             data.save_json(out / "samples.json", record)
         wait()

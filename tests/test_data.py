@@ -599,6 +599,25 @@ def test_an_archive_is_kept_under_out(there, monkeypatch):
     monkeypatch.setitem(data.ARCHIVES, "cifar10", (32, (there / "nowhere" / archive.name).as_uri(), data.file_hash(archive, "md5")))
     assert call(data, "--source", "cifar10", "--out", "elsewhere") == 0 and not Path("data").exists()
 
+def test_a_set_half_removed_is_packed_by_the_same_command(there, monkeypatch):
+    """Stopped between any two files; and a lock takes nothing from the file that it is."""
+    flags, real = ["--size", 16, "--workers", 1, "--name", "d"], Path.unlink
+    Path("data").mkdir(), Path("data/.d.lock").write_text("mine")
+    for after in range(5):
+        assert call(data, *flags, "--count", 100, "--overwrite") == 0
+        removed = []
+
+        def unlink(path, **more):
+            if path.parent.name == "d" and sum(other.parent.name == "d" for other in removed) == after:
+                raise KeyboardInterrupt
+            removed.append(path)
+            real(path, **more)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", unlink)
+            assert call(data, *flags, "--count", 120, "--overwrite") == 130
+        assert call(data, *flags, "--count", 120, "--overwrite") == 0 and data.open_data("data/d")[0]["counts"]["train"] == 120
+    assert Path("data/.d.lock").read_text() == "mine"
+
 def test_a_set_behind_a_link_is_packed_where_it_lies(there):
     """On another disk, say."""
     flags = ["--size", 16, "--workers", 1]

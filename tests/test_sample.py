@@ -250,6 +250,22 @@ def test_a_foreign_picture_is_not_replaced(run, capsys):
     Path("a-grid.png").unlink()
     assert draw("a", num=9).shape[0] == draw("a", num=9).shape[0] == 9
 
+@pytest.mark.parametrize("after", [0, 1, 4, 5])
+def test_samples_half_removed_are_made_by_the_same_command(run, monkeypatch, after):
+    draw("a", "--npz", num=4)
+    removed, real = [], Path.unlink
+
+    def unlink(path, **more):
+        if path.parent.name == "a" and sum(other.parent.name == "a" for other in removed) == after:
+            raise KeyboardInterrupt
+        removed.append(path)
+        real(path, **more)
+    flags = ["--run", "r", "--num", 4, "--amp", "off", "--out", "a", "--npz", "--seed", 1, "--overwrite"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        assert call(sample, *flags) == 130
+    assert call(sample, *flags) == 0 and np.load("a/samples.npz")["arr_0"].shape == (4, 16, 16, 3)
+
 @pytest.mark.parametrize("name", ["0000000.png", "0000099.png", "thesis.part", "samples.npz", "arr_0.npy"])
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]], ids=str)
 def test_a_folder_without_our_record_is_not_touched(run, capsys, name, flags):

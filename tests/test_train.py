@@ -856,9 +856,9 @@ def test_the_memory_that_is_announced(capsys, monkeypatch):
     train.announce(options, config, Path("r"), 0, 1000, torch.device("cpu"))
     assert f"about {(24 * 131_123_712 + 130 * 8 * 256 * 768 * 12) / 2**30:.1f} GiB" in capsys.readouterr().out
 
-@pytest.mark.parametrize("flag", ["--preset", "--experiment", "--steps"])
+@pytest.mark.parametrize("flag", ["--preset", "--steps"])
 def test_a_flag_without_a_value_is_one_line(there, capsys, flag):
-    """Two of them are looked for before the others."""
+    """The preset is looked for before the others."""
     assert call(train, flag) == 2 and capsys.readouterr().err.splitlines() == [f"__main__.py: error: argument {flag}: expected one argument (see --help)"]
 
 def test_context_tokens_that_a_shallow_network_has_no_place_for_are_seen(work, capsys):
