@@ -437,8 +437,8 @@ class Recorder:
         if step % MAX_BAD == 0 and trainer.bad >= MAX_BAD or done and not self.is_good():
             raise ValueError(
                 f"numbers are no longer finite at step {step} ({trainer.bad} gradients in a row): "
-                f"{self.folder / 'checkpoint.pt'} is good; go on with --resume and a lower --lr than {options.lr:g}, "
-                "or with another --amp")
+                f"{self.folder / 'checkpoint.pt'} is from before; go on with --resume and a lower --lr than "
+                f"{options.lr:g}, or with another --amp; if that ends so, too, it was too late: --overwrite")
         if done or step % options.log_every == 0:
             self.write_line(done)
         if first and (done or options.preview_every and step % options.preview_every == 0):

@@ -336,7 +336,7 @@ def test_non_finite_steps_are_skipped_and_counted(work, capsys, monkeypatch):
     for amp in ("bf16", "fp16"):
         assert call(train, *TINY_FLAGS, "--lr", "1e30", "--warmup", 0, "--steps", 30, "--amp", amp, "--run", amp) == 1
         error = capsys.readouterr().err
-        assert re.search(r"no longer finite at step \d+ \(1\d gradients in a row\)", error) and len(error.strip().splitlines()) == 1 and error.endswith("lower --lr than 1e+30, or with another --amp\n"), error
+        assert re.search(r"no longer finite at step \d+ \(1\d gradients in a row\)", error) and len(error.strip().splitlines()) == 1 and "lower --lr than 1e+30, or with another --amp" in error, error
         assert model.read_checkpoint(f"runs/{amp}/checkpoint.pt")["info"]["step"] <= 1
         assert call(train, *TINY_FLAGS, "--lr", "1e-3", "--warmup", 0, "--steps", 30, "--run", amp, "--amp", amp, "--resume") == 0           # as it says
         assert float(list(csv.DictReader(open(f"runs/{amp}/log.csv")))[-1]["loss"]) < 10
