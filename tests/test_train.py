@@ -859,7 +859,9 @@ def test_the_memory_that_is_announced(capsys, monkeypatch):
 @pytest.mark.parametrize("flag", ["--preset", "--steps"])
 def test_a_flag_without_a_value_is_one_line(there, capsys, flag):
     """The preset is looked for before the others."""
-    assert call(train, flag) == 2 and capsys.readouterr().err.splitlines() == [f"__main__.py: error: argument {flag}: expected one argument (see --help)"]
+    assert call(train, flag) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.endswith(f": error: argument {flag}: expected one argument (see --help)")
 
 def test_context_tokens_that_a_shallow_network_has_no_place_for_are_seen(work, capsys):
     """JiT-T begins with them in block 2."""
