@@ -507,7 +507,7 @@ def help_text(about, default):
         text += "; " + " | ".join(about["choices"]())
     if default not in (None, "") and default is not False and "(default" not in text:
         text += f" (default: {'on' if default is True else default})"
-    return text
+    return text.replace("%", "%%")
 
 def run(main):
     """Call main() and return the exit code.  Expected errors become one line on stderr; bugs keep their traceback."""

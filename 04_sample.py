@@ -240,13 +240,14 @@ def sample_all(sampler, out, batch_size, rank, world):
     """Generate what is missing; batches are the same whoever computes them."""
     batches = data.in_parts(range(len(sampler.labels)), batch_size)[rank::world]
     todo = [batch for batch in batches if not all(is_whole(file_of(out, i)) for i in batch)]
-    missing, share = sum(map(len, todo)), sum(map(len, batches))
+    share = sum(map(len, batches))
 
     def write(i, image):
         with data.whole(file_of(out, i)) as part:
             Image.fromarray(image).save(part, "png", compress_level=1)
     writing = []
-    with ThreadPoolExecutor() as pool, data.Progress(share, "sampling", " images", initial=share - missing) as bar:
+    with ThreadPoolExecutor() as pool, data.Progress(share, "sampling", " images",
+                                                     initial=share - sum(map(len, todo))) as bar:
         for batch in todo:
             images = sampler.pictures(sampler.images(batch))
             list(writing)                                 # waits for the files of the batch before

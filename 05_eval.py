@@ -577,8 +577,7 @@ def evaluate(options, device):
         device = torch.device("cpu")                      # it has no fp64
     samples, real = open_sets(options)
     path = samples.path
-    beside = Path(f"{path.absolute()}-metrics.json")
-    out = options.out or (beside if options.samples else path.parent / "metrics.json")
+    out = options.out or (Path(f"{path.absolute()}-metrics.json") if options.samples else path.parent / "metrics.json")
     if out.exists():                                      # it is replaced, if it is a result
         data.load_json(out, score=str, n_generated=int)
     if options.features == "inception":

@@ -159,6 +159,7 @@ def test_starts_as_zero_with_identity_blocks():
     x, c = torch.randn(2, 16, 32), torch.randn(2, 1, 32)
     assert torch.equal(net.blocks[0](x, c, net.rope(0)), x)
     assert net(torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 3])).abs().max() == 0
+    assert net.final_layer.adaLN_modulation(c).abs().max() == 0                # behind it all is zero anyway
 
 def test_block_takes_a_condition_per_token():
     net = randomised(model.JiTConfig(**TINY))

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, make_dataclass
 from importlib import import_module
 from pathlib import Path
 
@@ -71,6 +71,13 @@ def test_help_has_a_line_for_every_option(module, capsys):
     text = " ".join(text.split())
     for entry in [*(fields(module.Options) if module is not model else []), *(fields(model.JiTConfig) if module is train else fields(sample.Settings) if module is sample else [])]:
         assert not entry.metadata["flag"] or f"--{entry.name.replace('_', '-')}" in text and entry.metadata["text"][:20] in text
+
+def test_help_may_have_a_percent_sign(capsys):
+    """In an option of an experiment of your own, say."""
+    options = make_dataclass("Own", [("share", float, data.option(0.5, "50 % of it, or %(prog)"))])
+    with pytest.raises(SystemExit):
+        data.parse(["--help"], "", options)
+    assert "50 % of it, or %(prog)" in capsys.readouterr().out
 
 def test_help_on_a_terminal_without_unicode(there):
     assert shell("05_eval.py", "--help", cwd=there, env={"PYTHONIOENCODING": "ascii"}).returncode == 0

@@ -94,7 +94,7 @@ print(within - count())
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="where threads can be counted")
 def test_processes_end_their_threads(tmp_path):
-    """Gloo has three.  One that is left, and frees a tensor while the interpreter ends, aborts the process: one run in some hundreds."""
+    """Gloo has three.  One that is left, and frees a tensor while the interpreter ends, aborts the process, now and then."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
