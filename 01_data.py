@@ -126,8 +126,9 @@ def arc(radius, start=0.0, stop=2.0, y=0.0):
 
 def spikes(count, inner):
     """A star with `count` spikes, the first one up; inner = radius between them."""
-    angles = np.pi * (np.arange(2 * count) / count - 0.5)
-    radius = np.where(np.arange(2 * count) % 2, inner, 1.0)
+    places = np.arange(2 * count)
+    angles = np.pi * (places / count - 0.5)
+    radius = np.where(places % 2, inner, 1.0)
     return np.column_stack([radius * np.cos(angles), radius * np.sin(angles)])
 
 def heart():
@@ -229,7 +230,7 @@ HIDDEN = (".", "@", "#", "$", "__", "lost+found", "System Volume Information")  
 
 def no_pictures(place):
     """Folders that are not looked into from `place`: data/ and runs/, where these scripts write, and those above it."""
-    here = Path(place).resolve()
+    here = place.resolve()
     return {Path(name).resolve() for name in ("data", "runs")} - {here} | {*here.parents}
 
 def folders_in(place):
@@ -454,7 +455,7 @@ def check(name, value, within="(-inf, inf)", choices=None, **_):
     if choices:
         refuse(value not in [*choices()], f"{name} {value!r} is unknown: one of {', '.join(choices())}")
     low, high = map(float, within[1:-1].split(","))
-    for number in value if isinstance(value, tuple) else [value]:
+    for number in map(float, value) if isinstance(value, tuple) else [value]:
         if isinstance(number, (int, float)):
             at_an_end = (within[0], number) == ("[", low) or (within[-1], number) == ("]", high)
             refuse(not (low < number < high or at_an_end), f"{name} {value}: give a number in {within}")
@@ -548,7 +549,7 @@ def asked_to_stop():
 @contextmanager
 def whole(path):
     """with whole(path) as part: write the file `part`.  At the end it is moved to its place: never half a file."""
-    part = Path(f"{path}.part")
+    part = Path(f"{path}.jit-part")
     try:
         yield part
         os.replace(part, path)
@@ -670,8 +671,8 @@ def class_picture(labels, names, image_of):
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
 SET_FILES = ("train_images.npy", "train_labels.npy", "val_images.npy", "val_labels.npy", "preview.png", "skipped.txt",
-             "coder.pt", "reconstructions.npz", "meta.json*",
-             "classifier-????????.*", "statistics-*????????-????????.npz*")              # the last two: 05's
+             "coder.pt", "reconstructions.npz", "meta.json", "*.jit-part",
+             "classifier-????????.*.npz", "statistics-*????????-????????.npz")           # the last two: 05's
 
 @dataclass
 class Options:

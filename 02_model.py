@@ -29,6 +29,7 @@ import math
 import os
 import sys
 import traceback
+import zipfile
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -600,6 +601,8 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         raise ValueError(f"no checkpoint at {path}: train one first (python 03_train.py), or is the name another?")
     try:
+        if zipfile.ZipFile(path).testzip():               # torch does not look at the checksums
+            raise ValueError
         with torch.serialization.safe_globals([argparse.Namespace]):        # the official files' only foreign class
             state = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception:                                     # torch raises many kinds

@@ -279,7 +279,7 @@ def training_state(trainer):
     parts = {key: getattr(trainer, name).state_dict() for key, name in STATEFUL.items()}
     return sampling_state(trainer) | parts | {
         "options": asdict(trainer.options), "skipped": int(trainer.skipped), "bad": int(trainer.bad),
-        "rows": trainer.log.rows, "sums": trainer.log.summed(trainer.world)}
+        "rows": trainer.log.rows, "sums": over_processes(trainer.log.sums, trainer.world)}
 
 STATEFUL = {"model": "net", "head": "head", "optimizer": "optimizer", "scaler": "scaler"}      # in file: of the trainer
 
@@ -355,13 +355,6 @@ class Log:
             rows, values = torch.full((1,), SUMMED.index(rows), device=values.device), values.reshape(1)
         good = torch.isfinite(values)
         self.sums.index_add_(0, rows, torch.stack([torch.where(good, values, 0), good], dim=1))
-
-    def summed(self, world):
-        """The sums over all processes, on the CPU."""
-        sums = self.sums.clone()
-        if world > 1:
-            dist.all_reduce(sums)
-        return sums.cpu()
 
 def noise_and_predict(trainer, images, labels, t, generator):
     """Noise held-out images at fixed times: (x, z, the averaged network's x_pred), each (B,C,H,W)."""
@@ -447,7 +440,7 @@ class Recorder:
         if first and step * options.snapshots % options.steps < options.snapshots:     # equal parts of the run
             model.save(sampling_state(trainer), self.folder / "snapshots" / f"{step:07d}.pt")
         due = done or first and time.perf_counter() - self.saved_at > 60 * self.wait
-        due, stop = largest([due, len(self.asked)], trainer.world)                     # the same on all processes
+        due, stop = over_processes(torch.tensor([due, len(self.asked)]), trainer.world).tolist()       # all do the same
         if (due or stop) and self.is_good():
             self.save()
             self.saved_at, self.wait = time.perf_counter(), options.save_minutes
@@ -470,7 +463,7 @@ class Recorder:
     def write_line(self, done):
         """One line of the log."""
         trainer, step, options = self.trainer, self.trainer.step, self.trainer.options
-        sums = trainer.log.summed(trainer.world)
+        sums = over_processes(trainer.log.sums, trainer.world)
         trainer.log.sums.zero_()
         seconds = time.perf_counter() - self.line_at
         speed = (step - self.line_step) * options.batch_size / seconds
@@ -506,29 +499,29 @@ class Recorder:
         except ValueError as error:
             model.warn(error)
 
-def largest(numbers, world):
-    """The largest of the processes' integers, place by place; all of them get it."""
-    numbers = torch.tensor(numbers)
+def over_processes(numbers, world):
+    """The sum of the processes' tensors, on the CPU; all of them get it."""
+    numbers = numbers.clone()
     if world > 1:
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-    return numbers.tolist()
+        dist.all_reduce(numbers)
+    return numbers.cpu()
 
 # ---- Settings: the defaults are the paper's; a preset, experiments and the flags given override them, in this order --
 # shapes: found by trials, for minutes on two cores.  k = 2 hides the large flat shapes for longer; ancestral sampling
 # and more steps near the noise forgive the early mistakes, which are about colour.  cifar10-cpu: for comparisons.
 # 1percent: Improved JiT, section 4.1 (its text: a batch of 1024).  Guidance of it and imagenet-*: as in their scripts
 PRESETS = model.table("""
-preset       data               model     patch  batch  epochs  steps  lr    schedule  ema             k    p_mean p_std
-shapes       shapes             JiT-T/16  -      32     -       4600   7e-3  cosine    [0.998]         2.0  -0.9   1.0
-cifar10      cifar10            JiT-S/4   -      256    200     -      4e-4  -         [0.9999,0.999]  -    -      -
-cifar10-cpu  cifar10            JiT-T/8   -      32     -       1000   3e-3  cosine    [0.998]         -    -      -
-imagenette   imagenette-160     JiT-S/16  16     256    -       -      4e-4  -         [0.9999,0.999]  -    -      -
-photos       photos             JiT-S/16  -      128    -       -      -     -         [0.9999,0.999]  -    -      -
-imagenet-B   imagenet           JiT-B/16  -      -      -       -      -     -         -               -    -      -
-imagenet-L   imagenet           JiT-L/16  -      -      -       -      -     -         -               -    -      -
-imagenet-H   imagenet           JiT-H/16  -      -      -       -      -     -         -               -    -      -
-1percent     imagenet-1percent  JiT-B/16  -      1200   1000    -      -     -         [0.999]         -    -      -
-""", patch="patch_size", batch="batch_size", k="noise_scale")
+preset       data               model     patch  batch_size  epochs steps lr   schedule ema            k   p_mean p_std
+shapes       shapes             JiT-T/16  -      32          -      4600  7e-3 cosine   [0.998]        2.0 -0.9   1.0
+cifar10      cifar10            JiT-S/4   -      256         200    -     4e-4 -        [0.9999,0.999] -   -      -
+cifar10-cpu  cifar10            JiT-T/8   -      32          -      1000  3e-3 cosine   [0.998]        -   -      -
+imagenette   imagenette-160     JiT-S/16  16     256         -      -     4e-4 -        [0.9999,0.999] -   -      -
+photos       photos             JiT-S/16  -      128         -      -     -    -        [0.9999,0.999] -   -      -
+imagenet-B   imagenet           JiT-B/16  -      -           -      -     -    -        -              -   -      -
+imagenet-L   imagenet           JiT-L/16  -      -           -      -     -    -        -              -   -      -
+imagenet-H   imagenet           JiT-H/16  -      -           -      -     -    -        -              -   -      -
+1percent     imagenet-1percent  JiT-B/16  -      1200        1000   -     -    -        [0.999]        -   -      -
+""", patch="patch_size", k="noise_scale")
 # what 04_sample.py does by default with a run of the preset
 SAMPLING = model.table("""
 preset       solver  steps  cfg  interval   shift
@@ -740,7 +733,7 @@ def read_flags(argv):
     """The flags given; --preset and --experiment are looked for first, since they bring defaults and flags along."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", nargs="?", default="shapes")                # without a value: left to the real one
-    early.add_argument("--experiment", default="")
+    early.add_argument("--experiment", nargs="?", default="", const="")
     first, _ = early.parse_known_args(argv)
     shown = merge(PRESETS.get(first.preset, {}), *experiment_settings(first.experiment))
     shown = model.MODELS.get(shown.get("model"), {}) | shown
@@ -758,7 +751,7 @@ def checkpoint_of(folder, resume, overwrite):
     path = folder / "checkpoint.pt"
     if resume and (overwrite or not path.exists()):
         raise ValueError(f"--resume: there is no {path}, or --overwrite is given too; leave --resume out to begin")
-    others = [file for file in folder.glob("*") if file.suffix != ".part"]     # a kill leaves a part of the first save
+    others = [file for file in folder.glob("*") if file.suffix != ".jit-part"]           # of a kill in the first save
     if others and not overwrite and not path.exists():
         raise ValueError(f"{folder} holds files but no checkpoint.pt: pass --run NAME, or --overwrite to move it aside")
     if overwrite or not path.exists():
@@ -784,10 +777,13 @@ def refuse_other_settings(state, options, config, folder):
     data.refuse_other(old, new, folder, "pass --run NAME for a new run, --overwrite, or, to go on with other steps, "
                       "epochs, lr or amp, --resume")
 
-def open_init(name):
-    """The network that --init names, with its first averaged weights."""
+def open_init(name, state):
+    """What --init names, or None: (network with its first averaged weights, configuration); a run has them already."""
+    if not name or state:
+        return None, name and state["config"]
     path = Path(name) if Path(name).is_file() else model.folder_of(name, "runs") / "checkpoint.pt"
-    return model.load_network(path)[0]
+    net, _ = model.load_network(path)
+    return net, asdict(net.config)
 
 def announce(options, config, folder, step, count, device):
     """Say what begins."""
@@ -806,6 +802,7 @@ def move_aside(folder):
     if aside.exists():
         move_aside(aside)
     os.replace(folder, aside)
+    print(f"what was {folder} is {aside} now")
 
 def train_run(given, device, rank, world):
     """Begin a run, or go on with it."""
@@ -813,8 +810,7 @@ def train_run(given, device, rank, world):
     state = checkpoint_of(folder, resume, given.get("overwrite", False))
     if resume:
         model.load_recorded(state["info"]["experiments"], folder, given.get("experiment", ""))
-    start = open_init(given["init"]) if "init" in given and not state else None
-    init = asdict(start.config) if start else state["config"] if "init" in given else None
+    start, init = open_init(given.get("init"), state)
     settings = gather(given, state if resume else None, init)
     if state:
         settings.setdefault("amp", state["options"]["amp"])            # another machine's default is no other setting

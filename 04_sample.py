@@ -213,8 +213,8 @@ def parse_labels(text, num, classes, num_classes):
     return [ids[i % len(ids)] for i in range(num)]
 
 # ---- Writing: a folder of PNG files that knows its settings ----------------------------------------------------------
-PARTS = ("[0-9][0-9][0-9][0-9][0-9][0-9][0-9].png.part", "samples.*.part")             # left by a kill
-SAMPLE_FILES = ("[0-9][0-9][0-9][0-9][0-9][0-9][0-9].png", "samples.json", "samples.npz*", "arr_0.npy*", *PARTS)
+PARTS = ("*.jit-part",)                                   # left by a kill
+SAMPLE_FILES = ("[0-9][0-9][0-9][0-9][0-9][0-9][0-9].png", "samples.json", "samples.npz*", "arr_0.npy", *PARTS)
 
 def file_of(out, i):
     return out / f"{i:07d}.png"
@@ -240,14 +240,12 @@ def sample_all(sampler, out, batch_size, rank, world):
     """Generate what is missing; batches are the same whoever computes them."""
     batches = data.in_parts(range(len(sampler.labels)), batch_size)[rank::world]
     todo = [batch for batch in batches if not all(is_whole(file_of(out, i)) for i in batch)]
-    share = sum(map(len, batches))
 
     def write(i, image):
         with data.whole(file_of(out, i)) as part:
             Image.fromarray(image).save(part, "png", compress_level=1)
     writing = []
-    with ThreadPoolExecutor() as pool, data.Progress(share, "sampling", " images",
-                                                     initial=share - sum(map(len, todo))) as bar:
+    with ThreadPoolExecutor() as pool, data.Progress(sum(map(len, todo)), "sampling", " images") as bar:
         for batch in todo:
             images = sampler.pictures(sampler.images(batch))
             list(writing)                                 # waits for the files of the batch before

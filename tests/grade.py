@@ -178,7 +178,7 @@ def refuse_foreign(path):
         raise ValueError(f"{path} is there, and grade.py did not write it: give another --out")
 
 def write(path, text):
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(path.name + ".jit-part")
     part.write_text(text)
     os.replace(part, path)
 
@@ -208,9 +208,9 @@ def grade_class(folder, exercises, limit, out):
         said = set(failed.values())
         reason = said.pop().partition("\n")[0] if len(said) == 1 else ", ".join(failed)
         print(f"{name:<24}{results['score']:>6g} of {sum(exercise.points for exercise in exercises)}   {reason}".rstrip(), flush=True)
-    with open(out / "points.csv.part", "w", newline="") as file:
+    with open(out / "points.csv.jit-part", "w", newline="") as file:
         csv.writer(file).writerows([["name", "total", *(exercise.name for exercise in exercises)], *sorted(rows)])
-    os.replace(out / "points.csv.part", out / "points.csv")
+    os.replace(out / "points.csv.jit-part", out / "points.csv")
     print(f"{len(rows)} submissions: {out / 'points.csv'}")
 
 def main(arguments):

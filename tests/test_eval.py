@@ -176,7 +176,8 @@ def test_inception_weights_file(there, inception, capsys):
         evaluate.load_inception(Path("text.pth"))
 
 def test_scores_with_inception_end_to_end(work, inception, capsys, monkeypatch):
-    """A folder against an npz; statistics written here and read back give the same distance."""
+    """A folder against an npz; statistics written here and read back give the same distance.  Scaled to 151 pixels, for speed."""
+    monkeypatch.setattr(evaluate, "resize_tf1", lambda x, size, resize=evaluate.resize_tf1: resize(x, 151))
     known, describe = {}, evaluate.describe               # each set goes through the network once
 
     def once(images, *more):
@@ -287,6 +288,14 @@ def test_a_score_of_the_packed_samples_is_no_foreign_file(scored):
     again = ["--num", 30, "--steps", 2, "--amp", "off", "--npz"]
     assert call(sample, *again) == 0 and call(evaluate, "--samples", "runs/shapes/samples/samples.npz", "--reference", "shapes", "--metrics", "fd") == 0
     assert call(sample, *again) == 0 == call(sample, *again, "--overwrite")
+
+def test_samples_made_anew_while_they_are_scored_have_no_score(scored, monkeypatch, capsys):
+    """As by 04_sample.py --overwrite: half of the images would be the old ones, half the new ones."""
+    def score(*given, real=evaluate.score):
+        assert call(sample, "--num", 30, "--steps", 3, "--amp", "off", "--overwrite") == 0
+        return real(*given)
+    monkeypatch.setattr(evaluate, "score", score)
+    assert call(evaluate, "--metrics", "fd") == 1 and "samples was made anew in the meantime" in capsys.readouterr().err and not Path("runs/shapes/metrics.json").exists()
 
 def test_the_result_lies_beside_the_samples_also_from_within(scored, monkeypatch):
     monkeypatch.chdir("runs/shapes/samples")

@@ -679,7 +679,7 @@ def test_pairs_that_make_no_sense_are_refused(more, words):
 # ---- Experiments that are no variant of the five scripts: spiral, width, collapse ---------------------------------------
 def test_only_x_prediction_survives_512_dimensions():
     """The spiral is about 3 wide and its turns 0.8 apart; a quarter of that gap still shows the curve."""
-    distance = {pred: manifold.experiment(512, pred, steps=steps)[1] for pred, steps in (("x", 700), ("e", 250), ("v", 250))}
+    distance = {pred: manifold.experiment(512, pred, steps=steps)[1] for pred, steps in (("x", 400), ("e", 100), ("v", 100))}
     assert distance["x"] < 0.25, distance
     assert distance["e"] > 3 * distance["x"] and distance["v"] > 3 * distance["x"], distance
 
@@ -712,8 +712,8 @@ def test_no_prediction_beats_the_bound_of_its_width():
 
 def test_the_order_of_collapse():
     """The plain latent diffusion loss collapses the latent; a slow target holds it up, and asking for the clean latent more so."""
-    pictures = collapse.images(2500)
-    rank = {variant: collapse.experiment(variant, pictures, 80, every=80)[-1][1] for variant in ("naive-v", "ema-x")}
+    pictures = collapse.images(1500)
+    rank = {variant: collapse.experiment(variant, pictures, 40, every=40)[-1][1] for variant in ("naive-v", "ema-x")}
     assert 1.5 * rank["naive-v"] < rank["ema-x"], rank
 
 def test_effective_rank_of_known_spectra():

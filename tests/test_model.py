@@ -310,6 +310,10 @@ def test_damaged_checkpoints_are_named(tmp_path, tiny_official):
         cut.write_bytes(whole[:len(whole) * tenth // 10])
         with pytest.raises(ValueError, match="cut.pth"):
             model.load_network(cut)
+    for place in range(999, len(whole) // 2, len(whole) // 9):                 # one bit of what is tensors
+        cut.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
+        with pytest.raises(ValueError, match="damaged"):
+            model.read_checkpoint(cut)
     state = torch.load(path, weights_only=False)
     for change, words in ((lambda s: s["model_ema1"].pop("net.blocks.2.attn.qkv.weight"), "Missing key.*blocks.2.attn.qkv.weight"),
                           (lambda s: s["model_ema1"].update({"net.extra": torch.ones(1)}), "extra"),

@@ -266,7 +266,7 @@ def test_samples_half_removed_are_made_by_the_same_command(run, monkeypatch, aft
         assert call(sample, *flags) == 130
     assert call(sample, *flags) == 0 and np.load("a/samples.npz")["arr_0"].shape == (4, 16, 16, 3)
 
-@pytest.mark.parametrize("name", ["0000000.png", "0000099.png", "thesis.part", "samples.npz", "arr_0.npy"])
+@pytest.mark.parametrize("name", ["0000000.png", "0000099.png", "thesis.part", "0000000.png.part", "samples.npz", "arr_0.npy"])
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]], ids=str)
 def test_a_folder_without_our_record_is_not_touched(run, capsys, name, flags):
     """What looks like samples is only ours where samples.json, which is written first, lies beside it."""
@@ -410,10 +410,10 @@ def test_a_kill_while_old_samples_are_removed(run, monkeypatch):
         assert call(sample, "--run", "r", "--num", 4, "--amp", "off", "--out", "a", "--seed", 1, "--overwrite") == 130
     assert np.array_equal(draw("a", "--seed", 1, "--overwrite", num=4), draw("b", "--seed", 1, num=4))
 
-@pytest.mark.parametrize("name", ["samples.json.part", "samples.npz.part", "arr_0.npy.part", "arr_0.npy", "0000002.png.part"])
+@pytest.mark.parametrize("name", ["samples.json.jit-part", "samples.npz.jit-part", "arr_0.npy.jit-part", "arr_0.npy", "0000002.png.jit-part"])
 def test_what_a_kill_leaves_is_no_foreign_file(run, name):
     """The record is written first: before it there is only a part of it."""
-    if name != "samples.json.part":
+    if name != "samples.json.jit-part":
         draw("a", "--npz", num=4)
     Path("a").mkdir(exist_ok=True), Path("a", name).write_bytes(b"half")
     assert len(draw("a", "--npz", num=4)) == 4

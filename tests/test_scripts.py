@@ -20,7 +20,7 @@ SCRIPTS = ["01_data.py", "02_model.py", "03_train.py", "04_sample.py", "05_eval.
 READMES = ("README.md", "tests/experiments/README.md")
 
 def test_every_bar_ends_at_its_total(there, monkeypatch):
-    """Also where a part was done before."""
+    """Where a part was done before, samples count what is missing, training all steps."""
     bars = []
 
     class Spy(data.Progress):
@@ -34,7 +34,7 @@ def test_every_bar_ends_at_its_total(there, monkeypatch):
     Path("runs/shapes/samples/0000007.png").unlink()
     assert call(sample, "--num", 20, "--steps", 1, "--amp", "off", "--batch-size", 6) == 0 and call(evaluate) == 0
     found = [(bar.desc, bar.total, bar.n) for bar in bars]
-    assert found == [(name, n, n) for name, n in (("train_images", 300), ("val_images", 100), ("shapes", 4), ("shapes", 6), ("sampling", 20), ("sampling", 20),
+    assert found == [(name, n, n) for name, n in (("train_images", 300), ("val_images", 100), ("shapes", 4), ("shapes", 6), ("sampling", 20), ("sampling", 6),
                                                   ("training the classifier", 70), ("real images", 300), ("generated images", 20), ("held-out images", 20))]
 
 @pytest.mark.card
@@ -53,7 +53,7 @@ def test_the_five_scripts_in_sequence(there):
     for file in ("data/shapes/preview.png", "data/shapes/meta.json", "runs/shapes/config.json", "runs/shapes/log.csv", "runs/shapes/checkpoint.pt", "runs/shapes/samples/0000019.png", "runs/shapes/loss.png",
                  "runs/shapes/grid.png", "runs/shapes/metrics.json"):
         assert (there / file).is_file(), file
-    assert not list(there.rglob("*.part"))
+    assert not list(there.rglob("*.jit-part"))
     assert json.loads((there / "runs/shapes/metrics.json").read_text())["n_generated"] == 20
 
 @pytest.mark.parametrize("script,words", [("03_train.py", "python 01_data.py"), ("04_sample.py", "python 03_train.py"), ("05_eval.py", "python 04_sample.py")])
