@@ -134,7 +134,7 @@ def benchmark_sample(args, device):
 
 def benchmark_data(args):
     """Images a second and core: decoding and cropping the originals, random rows of the packed file."""
-    files = data.list_images(args.root)[:200]
+    files = data.list_images(Path(args.root))[:200]
     start = time.perf_counter()
     rows = [data.decode(file, args.size) for file in files]
     decoding = len(files) / (time.perf_counter() - start)
@@ -158,7 +158,7 @@ def benchmark_files(args):
             noise = sample.noise_for(range(count), shape, 0, 1.0)
             sampler = type("Sampler", (), {"labels": [0] * count, "images": lambda self, batch: noise[batch.start:batch.stop], "pictures": lambda self, x: model.to_pictures(x)})()
             for name, work in (("noise", lambda: sample.noise_for(range(count), shape, 0, 1.0)), ("writing", lambda: sample.sample_all(sampler, Path(folder), 100, 0, 1)),
-                               ("reading", lambda: evaluate.describe(evaluate.ImageFiles(data.list_images(folder)), net, "cpu", 100, "reading"))):
+                               ("reading", lambda: evaluate.describe(evaluate.ImageFiles(data.list_images(Path(folder))), net, "cpu", 100, "reading"))):
                 start = time.perf_counter()
                 work()
                 speed[name, cores] = count / (time.perf_counter() - start)
