@@ -65,7 +65,8 @@ def pack(path, pairs, make, shape, pool):
     pairs: [(job, label)].  make(job): uint8 array of this shape, or a string that says why there is none; threads call
     it, since Pillow lets others run while it decodes.  Returns (labels of the rows, a line for each image left out).
     """
-    labels, left_out = [], []
+    labels = []
+    left_out = []
 
     def rows():
         with asked_to_stop() as asked, Progress(len(pairs), path.stem, " images") as bar:
@@ -100,7 +101,8 @@ def open_data(folder):
                          "python 01_data.py alone draws data/shapes; latents come from tests/experiments/)")
     try:
         meta = load_json(folder / "meta.json", id=str, size=int, classes=list, counts=dict, recipe=dict)
-        side, classes = meta["size"], len(meta["classes"])
+        side = meta["size"]
+        classes = len(meta["classes"])
         "".join(meta["classes"])                          # TypeError, unless all of them are texts
         kind = np.float16 if "coder" in meta else np.uint8
         arrays = {}
@@ -229,9 +231,9 @@ def decode(path, size):
 HIDDEN = (".", "@", "#", "$", "__", "lost+found", "System Volume Information")        # of drives, networks and Macs
 
 def no_pictures(place):
-    """Folders that are not looked into from `place`: data/ and runs/, where these scripts write, and those above it."""
+    """Folders not looked into from `place`: data/ and runs/, where these scripts write, itself, and those above it."""
     here = place.resolve()
-    return {Path(name).resolve() for name in ("data", "runs")} - {here} | {*here.parents}
+    return {Path(name).resolve() for name in ("data", "runs")} | {here, *here.parents}
 
 def folders_in(place):
     """The folders in a folder, but for hidden ones, packed data sets, and those where these scripts write."""
@@ -247,7 +249,7 @@ def every_file(folder):
     def fail(error):
         if not Path(error.filename).name.startswith(HIDDEN):
             raise error
-    seen = no_pictures(folder)
+    seen = no_pictures(folder) - {folder.resolve()}
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         real = Path(parent).resolve()
         if real in seen or "train_images.npy" in names:
@@ -455,7 +457,7 @@ def check(name, value, within="(-inf, inf)", choices=None, **_):
     if choices:
         refuse(value not in [*choices()], f"{name} {value!r} is unknown: one of {', '.join(choices())}")
     low, high = map(float, within[1:-1].split(","))
-    for number in map(float, value) if isinstance(value, tuple) else [value]:
+    for number in value if isinstance(value, tuple) else [value]:
         if isinstance(number, (int, float)):
             at_an_end = (within[0], number) == ("[", low) or (within[-1], number) == ("]", high)
             refuse(not (low < number < high or at_an_end), f"{name} {value}: give a number in {within}")
@@ -484,7 +486,8 @@ def parse(argv, description, *classes, shown={}):
     options = {entry.name: entry for cls in classes for entry in fields(cls) if entry.metadata["flag"]}
     group = parser
     for name, entry in options.items():
-        about, default = entry.metadata, shown.get(name, entry.default)
+        about = entry.metadata
+        default = shown.get(name, entry.default)
         if about["group"]:
             group = parser.add_argument_group(about["group"])
         how = {"type": entry.type}
@@ -667,7 +670,7 @@ def class_picture(labels, names, image_of):
     columns = [np.flatnonzero(np.equal(labels, label))[:8] for label in shown]
     titles = [names[label] if label < len(names) else label for label in shown]
     rows = zip_longest(*[map(image_of, column) for column in columns])
-    return picture([list(row) for row in rows], titles)
+    return picture([*rows], titles)
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
 SET_FILES = ("train_images.npy", "train_labels.npy", "val_images.npy", "val_labels.npy", "preview.png", "skipped.txt",
@@ -726,11 +729,13 @@ def new_set(folder):
 def build(options, folder, names, make, splits, pool):
     """Pack all splits, check them, and draw the preview."""
     shape = (options.size, options.size, 3)
-    need, free = sum(map(len, splits.values())) * math.prod(shape), shutil.disk_usage(folder.parent).free
+    need = sum(map(len, splits.values())) * math.prod(shape)
+    free = shutil.disk_usage(folder.parent).free
     if need > free:
         raise ValueError(f"{folder} needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: make room, or pass --out")
     with new_set(folder) as part:
-        counts, left_out = {}, []
+        counts = {}
+        left_out = []
         for split, pairs in splits.items():
             labels, lines = pack(part / f"{split}_images.npy", pairs, make, shape, pool)
             np.save(part / f"{split}_labels.npy", np.array(labels, np.int64))

@@ -132,7 +132,8 @@ def patchify(x, p):
 
 def unpatchify(tokens, p):
     """Tokens (B, N, p*p*C) -> square images (B,C,H,W), the inverse of patchify: the output's order of numbers."""
-    B, side = len(tokens), math.isqrt(tokens.shape[1])
+    B = len(tokens)
+    side = math.isqrt(tokens.shape[1])
     x = tokens.reshape(B, side, side, p, p, -1).permute(0, 5, 1, 3, 2, 4)                          # B C  H/p p  W/p p
     return x.reshape(B, -1, side * p, side * p)
 
@@ -149,7 +150,8 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, width = config.hidden_size, config.bottleneck_dim
+        D = config.hidden_size
+        width = config.bottleneck_dim
         self.proj1 = PatchLinear(config.in_channels, width or D, config.patch_size, bias=not width)
         self.act = nn.SiLU() if config.patch_embed == "nonlinear" else nn.Identity()
         self.proj2 = PatchLinear(width, D, 1) if width else nn.Identity()
@@ -330,7 +332,9 @@ class JiT(nn.Module):
     def __init__(self, config, first_layer=0):
         super().__init__()
         self.config = config
-        D, side, context = config.hidden_size, config.image_size // config.patch_size, config.in_context_len
+        D = config.hidden_size
+        side = config.image_size // config.patch_size
+        context = config.in_context_len
         self.x_embedder = PatchEmbed(config)
         self.pos_embed = nn.Parameter(position_table(D, side), requires_grad=False)
         self.t_embedder = TimeEmbed(D)
@@ -352,7 +356,9 @@ class JiT(nn.Module):
 
     def transform(self, x, c, y_emb, tap=None):
         """Image tokens (B,N,D) through all blocks -> (image tokens, those after block `tap`)."""
-        config, context, tapped = self.config, 0, None
+        config = self.config
+        context = 0
+        tapped = None
         for i, block in enumerate(self.blocks):
             if config.in_context_len and i == config.in_context_start:
                 context = config.in_context_len
@@ -436,7 +442,9 @@ class AuxHead(nn.Module):
     prepare(batch): the batch with what the question needs.  forward(tokens): the answer.  loss(answer, batch): what is
     added to the diffusion loss, times `weight` (--aux-weight).
     """
-    after, weight, answer = -1, 0.1, None
+    after = -1
+    weight = 0.1
+    answer = None
 
     def __init__(self, config):
         super().__init__()
@@ -487,7 +495,9 @@ class WithHead(nn.Module):
 
     def __init__(self, net, head):
         super().__init__()
-        self.net, self.head, self.tap = net, head, head.after % net.config.depth
+        self.net = net
+        self.head = head
+        self.tap = head.after % net.config.depth
 
     def forward(self, z, t, y):
         out, tokens = self.net(z, t, y, tap=self.tap)
@@ -675,15 +685,20 @@ def save(state, path):
 def warn(message):
     print(f"warning: {message}", file=sys.stderr)
 
-def check_fields(self, given=None):
-    """Raise UsageError unless the values of a dataclass, or those given for it, are what its fields' option() says."""
+def check_fields(self, given=None, where=""):
+    """Raise UsageError unless the values of a dataclass, or those given for it, are what its fields' option() says.
+
+    where: what the message begins with.
+    """
     for entry in fields(self):
         value = (given or vars(self)).get(entry.name, entry.default)
         if value is not entry.default:                    # a default may be None: open
-            whole = type(value) is int and entry.type is float
-            refuse(type(value) is not entry.type and not whole or value == (),
-                   f"{entry.name} {value!r}: it is empty, or not of the type {entry.type.__name__}")
-            data.check(entry.name, value, **entry.metadata)
+            good = type(value) is entry.type or (type(value), entry.type) == (int, float)
+            if good and entry.type is tuple:
+                good = value and {*map(type, value)} <= {int, float}
+            refuse(not good, f"{where}{entry.name} {value!r}: it must be of the type {entry.type.__name__} (a tuple: "
+                   "of one number or more)")
+            data.check(where + entry.name, value, **entry.metadata)
 
 def names_of(cls):
     """The fields of a dataclass."""

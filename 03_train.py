@@ -50,7 +50,8 @@ def make_batch(images, labels, options, config):
 
     x: (B,C,H,W), pixels in [-1,1], mirrored by chance.  y: labels, some replaced by the null class.  e: noise, std k.
     """
-    B, device = len(images), images.device
+    B = len(images)
+    device = images.device
     if options.flip:
         mirrored = torch.rand(B, 1, 1, 1, device=device) < 0.5
         images = torch.where(mirrored, images.flip(2), images)
@@ -93,8 +94,11 @@ class Trainer:
 
     def __init__(self, options, config, device, rank=0, world=1, init=None):
         """init: the weights of another run, to begin with.  Raises UsageError if they do not fit."""
-        self.options, self.config = options, config
-        self.device, self.rank, self.world = device, rank, world
+        self.options = options
+        self.config = config
+        self.device = device
+        self.rank = rank
+        self.world = world
         seed_everything(options.seed)
         self.net = model.build(config).to(device)
         self.head = model.AUX_HEADS[config.aux](config).to(device)                                 # JiT: none
@@ -191,14 +195,16 @@ def grid_loss(out, batch, config, space):
     By the book: convert prediction and truth, square the difference.  With to = u * value + w * z that is
     (u out + w z - (u truth + w z))^2 = u^2 (out - truth)^2: z drops out, and the space is a weight over t.
     """
-    path, t = model.PATHS[config.path], batch["t"]
+    path = model.PATHS[config.path]
+    t = batch["t"]
     truth = batch[config.pred] if config.pred != "v" else path.velocity_target(batch["x"], batch["e"], t)
     u, _ = path.conversion(config.pred, space, t)
     return u**2 * (out.float() - truth).square().flatten(1).mean(dim=1)
 
 def grid_objective(trainer, batch):
     """As jit_objective, for the prediction, loss and path of the settings; the log has its losses in v-space."""
-    config, t = trainer.config, batch["t"]
+    config = trainer.config
+    t = batch["t"]
     z = model.PATHS[config.path].mix(batch["x"], batch["e"], t)
     with trainer.autocast:
         out = trainer.forward(z, t, batch["y"])
@@ -370,7 +376,9 @@ def held_out_loss(trainer, images, labels):
     The times are quantiles of the paper's logit-normal (-0.8, 0.8), whatever the run itself draws: runs on the same
     data, path and noise scale can be compared.
     """
-    generator, n, total = torch.Generator().manual_seed(0), len(images), 0.0
+    generator = torch.Generator().manual_seed(0)
+    n = len(images)
+    total = 0.0
     times = torch.sigmoid(torch.special.ndtri((torch.arange(n) + 0.5) / n) * 0.8 - 0.8)
     u, _ = model.PATHS[trainer.config.path].conversion("x", "v", times)
     for start in range(0, n, 64):
@@ -382,7 +390,8 @@ def held_out_loss(trainer, images, labels):
 
 def preview(trainer, images, labels, coder):
     """A picture, two rows for each of four images: noised at five times, and what the network makes of it."""
-    times, columns = (0.1, 0.3, 0.5, 0.7, 0.9), []
+    times = (0.1, 0.3, 0.5, 0.7, 0.9)
+    columns = []
     for t in times:
         generator, t = torch.Generator().manual_seed(1), torch.full((len(labels),), t)
         x, *pair = noise_and_predict(trainer, images, labels, t, generator)
@@ -401,7 +410,10 @@ class Recorder:
 
     def __init__(self, trainer, folder, arrays, coder, asked):
         """asked: a list that is no longer empty when a signal to stop has come."""
-        self.trainer, self.folder, self.coder, self.asked = trainer, folder, coder, asked
+        self.trainer = trainer
+        self.folder = folder
+        self.coder = coder
+        self.asked = asked
         images, labels = arrays["val"] if len(arrays["val"][1]) else arrays["train"]               # nothing held out
         chosen = np.random.default_rng(0).permutation(len(labels))[:256]           # subtle: they lie sorted by class
         self.shown = np.array(images[chosen]), labels[chosen]
@@ -424,7 +436,9 @@ class Recorder:
 
         Raises ValueError when steps stop being finite, KeyboardInterrupt, with all saved, after a signal to stop.
         """
-        trainer, options, step = self.trainer, self.trainer.options, self.trainer.step
+        trainer = self.trainer
+        options = self.trainer.options
+        step = self.trainer.step
         first, done = trainer.rank == 0, step == options.steps
         self.bar.update()
         if step % MAX_BAD == 0 and trainer.bad >= MAX_BAD or done and not self.is_good():
@@ -443,7 +457,8 @@ class Recorder:
         due, stop = over_processes(torch.tensor([due, len(self.asked)]), trainer.world).tolist()       # all do the same
         if (due or stop) and self.is_good():
             self.save()
-            self.saved_at, self.wait = time.perf_counter(), options.save_minutes
+            self.saved_at = time.perf_counter()
+            self.wait = options.save_minutes
         if done or stop:
             self.bar.close()
         if stop and not done:
@@ -462,12 +477,15 @@ class Recorder:
 
     def write_line(self, done):
         """One line of the log."""
-        trainer, step, options = self.trainer, self.trainer.step, self.trainer.options
+        trainer = self.trainer
+        step = self.trainer.step
+        options = self.trainer.options
         sums = over_processes(trainer.log.sums, trainer.world)
         trainer.log.sums.zero_()
         seconds = time.perf_counter() - self.line_at
         speed = (step - self.line_step) * options.batch_size / seconds
-        self.line_at, self.line_step = time.perf_counter(), step
+        self.line_at = time.perf_counter()
+        self.line_step = step
         if trainer.rank:
             return
         loss_sum, count = sums[:BINS].sum(dim=0)
@@ -617,8 +635,8 @@ def experiment_settings(names):
         refuse(not isinstance(settings, dict), f"--experiment {name}: the file has no dict SETTINGS")
         refuse(NOT_FOR_SETTINGS & settings.keys(), f"--experiment {name}: SETTINGS cannot say "
                f"{', '.join(NOT_FOR_SETTINGS & settings.keys())}: it is a flag, or known from the data")
-        model.check_fields(Options, settings)
-        model.check_fields(model.JiTConfig, settings)
+        for kind in (Options, model.JiTConfig):
+            model.check_fields(kind, settings, f"--experiment {name}: ")
         refuse("network" in brought & settings.keys(), f"--experiment {names}: {name} brings a network, and so does "
                "one before it: pass one of them")
         brought |= settings.keys()
@@ -660,7 +678,8 @@ def settle(settings, meta, device, world):
 
     meta: the data set's.  Raises UsageError.
     """
-    row, size = model.MODELS[settings.get("model", Options.model)], meta["size"]
+    row = model.MODELS[settings.get("model", Options.model)]
+    size = meta["size"]
     found = {"image_size": size, "in_channels": meta.get("channels", 3), "num_classes": len(meta["classes"]),
              "noise_scale": max(1.0, size / 256), "shift": meta.get("shift", 1.0)}
     if "coder" in meta:                                   # a latent's mirror image is not a latent
@@ -749,12 +768,13 @@ def read_flags(argv):
 def checkpoint_of(folder, resume, overwrite):
     """The state to go on from, or None for a new run.  Raises ValueError."""
     path = folder / "checkpoint.pt"
-    if resume and (overwrite or not path.exists()):
+    begin = overwrite or not path.exists()
+    if resume and begin:
         raise ValueError(f"--resume: there is no {path}, or --overwrite is given too; leave --resume out to begin")
     others = [file for file in folder.glob("*") if file.suffix != ".jit-part"]           # of a kill in the first save
-    if others and not overwrite and not path.exists():
+    if begin and others and not overwrite:
         raise ValueError(f"{folder} holds files but no checkpoint.pt: pass --run NAME, or --overwrite to move it aside")
-    if overwrite or not path.exists():
+    if begin:
         return None
     state = model.read_checkpoint(path)
     if not {"config", "info", "options", "sums", "rows", "skipped", "bad", *STATEFUL} <= state.keys():
@@ -778,12 +798,13 @@ def refuse_other_settings(state, options, config, folder):
                       "epochs, lr or amp, --resume")
 
 def open_init(name, state):
-    """What --init names, or None: (network with its first averaged weights, configuration); a run has them already."""
+    """What --init names, or None: (averaged weights, configuration, classes).  A run that goes on has its own weights.
+    """
     if not name or state:
-        return None, name and state["config"]
+        return None, name and state["config"], None
     path = Path(name) if Path(name).is_file() else model.folder_of(name, "runs") / "checkpoint.pt"
-    net, _ = model.load_network(path)
-    return net, asdict(net.config)
+    net, info = model.load_network(path)
+    return net.state_dict(), asdict(net.config), info.get("classes")
 
 def announce(options, config, folder, step, count, device):
     """Say what begins."""
@@ -810,7 +831,7 @@ def train_run(given, device, rank, world):
     state = checkpoint_of(folder, resume, given.get("overwrite", False))
     if resume:
         model.load_recorded(state["info"]["experiments"], folder, given.get("experiment", ""))
-    start, init = open_init(given.get("init"), state)
+    weights, init, classes = open_init(given.get("init"), state)
     settings = gather(given, state if resume else None, init)
     if state:
         settings.setdefault("amp", state["options"]["amp"])            # another machine's default is no other setting
@@ -824,6 +845,8 @@ def train_run(given, device, rank, world):
                 print(f"{folder} is finished (step {options.steps}); nothing to do. Train longer with --resume "
                       "--steps N, anew with --overwrite")
             return
+    if classes not in (None, options.classes):            # of other pictures; official weights do not name theirs
+        weights.pop("y_embedder.embedding_table.weight", None)
     if not config.num_classes:
         arrays = {split: (images, labels * 0) for split, (images, labels) in arrays.items()}
     coder = model.load_coder(place, options.coder)
@@ -833,7 +856,7 @@ def train_run(given, device, rank, world):
         return
     with data.locked(folder) if rank == 0 else nullcontext(), data.asked_to_stop() as asked:
         state = checkpoint_of(folder, resume, options.overwrite)               # another process may have gone on
-        trainer = Trainer(options, config, device, rank, world, start and start.state_dict())
+        trainer = Trainer(options, config, device, rank, world, weights)
         if state:
             restore(trainer, state, folder)
         if rank == 0 and options.overwrite and folder.exists():

@@ -164,8 +164,13 @@ class Sampler:
 
     def __init__(self, net, labels, seed, settings, amp, device, compiled=False, coder=None):
         self.net = torch.compile(net.to(device)) if compiled else net.to(device)
-        self.config, self.labels, self.seed, self.settings = net.config, labels, seed, settings
-        self.device, self.autocast, self.coder = device, model.autocast(amp, device), coder and coder.to(device)
+        self.config = net.config
+        self.labels = labels
+        self.seed = seed
+        self.settings = settings
+        self.device = device
+        self.autocast = model.autocast(amp, device)
+        self.coder = coder and coder.to(device)
 
     def labels_of(self, indices):
         """The labels take turns."""
@@ -289,7 +294,8 @@ def draw_trajectory(sampler, path):
     """For four images the state z_t in one row, the network's clean image in the next: nine steps and the result."""
     *way, (_, result) = sampler.states(range(4))
     shown = [way[i] for i in np.unique(np.linspace(0, len(way) - 1, 9).astype(int))]
-    columns, how = [], sampler.settings
+    columns = []
+    how = sampler.settings
     for t, z in shown:
         with sampler.autocast, torch.no_grad():
             x = guided(sampler.net, z, t, sampler.labels_of(range(4)), how["cfg"], how["interval"], "x", how["t_eps"])
@@ -350,8 +356,10 @@ def main(argv=None):
         net, info = model.load_network(path, options.ema, options.experiment)
         classes = info.get("classes") or [] if net.config.num_classes else []            # an unconditional one has none
         labels = parse_labels(options.labels, options.num, classes, net.config.num_classes)
-        settings, amp = settings_of(given, info, net.config), model.choose_precision(options.amp, device)
-        made_by, source = info.get("coder"), info.get("data")
+        settings = settings_of(given, info, net.config)
+        amp = model.choose_precision(options.amp, device)
+        made_by = info.get("coder")
+        source = info.get("data")
         coder = made_by and model.load_coder(model.folder_of(source, "data"), made_by)  # of latents, else None
         sampler = Sampler(net, labels, options.seed, settings, amp, device, options.compile, coder)
         if options.trajectory:

@@ -60,7 +60,8 @@ def inception_score(logits, splits=10):
     """
     if len(logits) < splits:
         raise ValueError(f"the Inception score needs {splits} images")
-    scores, n = [], len(logits)
+    scores = []
+    n = len(logits)
     shuffle = np.random.RandomState(2020).permutation(n)
     logits = torch.as_tensor(logits).double()[shuffle]
     for i in range(splits):
@@ -81,7 +82,8 @@ def kernel_distance(a, b, subsets=100, size=1000):
     """
     if min(len(a), len(b)) < size:
         raise ValueError(f"KID draws subsets of {size} images, one side has {min(len(a), len(b))}")
-    random, scores = np.random.RandomState(2020), []
+    random = np.random.RandomState(2020)
+    scores = []
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
 
     def kernel(x, y):
@@ -133,7 +135,8 @@ def describe(images, net, device, batch_size, title, chosen=None):
     if len(chosen) < 2:
         raise ValueError(f"{len(chosen)} {title} are too few for a covariance")
     kept = np.isin(np.arange(len(chosen)), random_subset(KEPT, len(chosen)))
-    sums, parts = {}, []
+    sums = {}
+    parts = []
     with data.Progress(len(chosen), title, " images") as bar:
         parts_of = data.in_parts(np.arange(len(chosen)), batch_size)
         # all cores read and decode, ahead of the network
@@ -272,7 +275,9 @@ def train_classifier(images, labels, classes, device):
     It sees 40,000 images of 64 pixels, four times as many of half the size, at most 30 times the data set.
     """
     torch.manual_seed(0)
-    net, batch, random = Classifier(classes).to(device), 128, np.random.default_rng(0)
+    net = Classifier(classes).to(device)
+    batch = 128
+    random = np.random.default_rng(0)
     steps = max(1, min(int(40_000 * (64 / min(64, images.shape[1]))**2), 30 * len(labels)) // batch)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05)
     with data.Progress(steps, "training the classifier", " steps") as bar:
@@ -352,7 +357,10 @@ class ImageSet:
     def __init__(self, place, split="train"):
         self.path = path = Path(place)
         self.split = split
-        self.images, self.labels, self.record, self.statistics = None, None, {}, {}
+        self.images = None
+        self.labels = None
+        self.record = {}
+        self.statistics = {}
         if (path / "meta.json").exists():
             self.record, arrays = data.open_data(path)
             if "coder" in self.record:
@@ -488,7 +496,8 @@ def report(result):
             print(f"{title.format(**result):32s} {result[name]:10.4f}{spread}   ({about.format(**result)})")
     for metric, reason in result["left_out"].items():
         print(f"{metric:32s}   left out   ({reason})")
-    n, judge = result["n_generated"], result.get("class_accuracy_real")
+    n = result["n_generated"]
+    judge = result.get("class_accuracy_real")
     if n < 2048:
         model.warn(f"{n} images are few: {result['score']} is biased upwards and only comparable at the same N")
     if result["features"] == "classifier" and (judge or 0) < 0.5:

@@ -313,6 +313,7 @@ def test_links_are_followed_but_not_in_circles(there, capsys):
     folder(Path("elsewhere"), ("more",), 3, splits=None)
     Path("in/cat/link").symlink_to(Path("elsewhere/more").resolve())
     Path("in/cat/circle").symlink_to(Path("in/cat").resolve())
+    Path("in/all").symlink_to(Path("in").resolve())       # is no class
     assert pack() == 0 and sum(len(v[1]) for v in data.open_data("data/set")[1].values()) == 15 and "left out" not in capsys.readouterr().out
 
 def test_a_folder_without_access_is_an_error(there, capsys, monkeypatch):

@@ -519,9 +519,10 @@ def test_memory_of_precision_and_recall_is_not_quadratic():
     assert int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) < 600_000
 
 def test_nothing_is_cached_in_a_folder_of_the_users(there):
-    Path("mine").mkdir()
+    """Image files of any kind, also in folders within."""
+    Path("mine/deep").mkdir(parents=True)
     for i, image in enumerate(images_of(9)):
-        Image.fromarray(image).save(f"mine/{i}.png")
+        Image.fromarray(image).save("mine/deep/8.jpg" if i == 8 else f"mine/{i}.png")
     Path("mine/samples.json").write_text(json.dumps({"labels": [0] * 9, "classes": ["a"]}))
     net = lambda x: {"features": x.float().mean(dim=(1, 2)), "logits": x[:, 0, 0].float()}
     assert evaluate.describe_reference(evaluate.ImageSet("mine"), net, "d", torch.device("cpu"), 7)["n"] == 9 and len(list(Path("mine").iterdir())) == 10

@@ -562,11 +562,11 @@ def test_experiments_combine_and_rows_too(work):
 
 @pytest.mark.parametrize("settings,words", [
     ("{'init': 'shapes'}", "cannot say init: it is a flag"), ("{'run': 'x'}", "cannot say run"), ("{'device': 'cpu'}", "cannot say device"), ("{'overwrite': True}", "cannot say overwrite"),
-    ("{'ema': 0}", "ema 0: it is empty, or not of the type tuple"), ("{'sampling': 1}", "sampling 1: it is empty, or not of the type dict"), ("{'data': 5}", "data 5: it is empty, or not of the type str"),
-    ("{'in_channels': 4}", "cannot say in_channels"), ("{'sampling': 'heun'}", "sampling 'heun': it is empty, or not of the type dict"), ("{1: 2}", "there is no setting 1"), ("{'model': 'JiT-T/99'}", "model 'JiT-T/99' is unknown"),
-    ("{'network': 'nope'}", "network 'nope' is unknown"), ("{'lr': __import__('numpy').float64(1e-3)}", "it is empty, or not of the type float"), ("{'lr': 0}", "lr 0: give a number in (0, inf)"),
-    ("{'rope': 'false'}", "rope 'false': it is empty, or not of the type bool"), ("{'warmup': 2.5}", "warmup 2.5: it is empty, or not of the type int"), ("{'ema': 0.9}", "ema 0.9: it is empty, or not of the type tuple"),
-    ("{'ema': ()}", "ema (): it is empty"), ("{'ema': [0.9]}", "ema [0.9]: it is empty, or not of the type tuple"), ("{'p_mean': '-0.8'}", "p_mean '-0.8': it is empty, or not of the type float"), ("{'sampling': {'step': 3}}", "there is no setting step"), ("{'hiddensize': 3}", "there is no setting hiddensize")])
+    ("{'ema': 0}", "ema 0: it must be of the type tuple"), ("{'sampling': 1}", "sampling 1: it must be of the type dict"), ("{'data': 5}", "data 5: it must be of the type str"),
+    ("{'in_channels': 4}", "cannot say in_channels"), ("{'image_size': 4}", "cannot say image_size"), ("{'sampling': 'heun'}", "sampling 'heun': it must be of the type dict"), ("{1: 2}", "there is no setting 1"), ("{'model': 'JiT-T/99'}", "model 'JiT-T/99' is unknown"),
+    ("{'network': 'nope'}", "network 'nope' is unknown"), ("{'lr': __import__('numpy').float64(1e-3)}", "it must be of the type float"), ("{'lr': 0}", "lr 0: give a number in (0, inf)"),
+    ("{'rope': 'false'}", "rope 'false': it must be of the type bool"), ("{'warmup': 2.5}", "warmup 2.5: it must be of the type int"), ("{'ema': 0.9}", "ema 0.9: it must be of the type tuple"),
+    ("{'ema': ()}", "ema (): it must be of the type tuple (a tuple: of one number or more)"), ("{'ema': [0.9]}", "ema [0.9]: it must be of the type tuple"), ("{'p_mean': '-0.8'}", "p_mean '-0.8': it must be of the type float"), ("{'sampling': {'step': 3}}", "there is no setting step"), ("{'hiddensize': 3}", "there is no setting hiddensize")])
 def test_settings_that_are_none(work, capsys, settings, words):
     """Said before the training."""
     Path("own.py").write_text(f"SETTINGS = {settings}")
@@ -586,6 +586,11 @@ def test_an_experiment_that_was_moved_is_found_by_its_name(work, capsys):
     assert call(sample, "--run", "r", "--num", 2, "--steps", 1) == 1 and "also takes it from a new place" in capsys.readouterr().err
     assert call(sample, "--run", "r", "--num", 2, "--steps", 1, "--experiment", "lab2/my_loss.py") == 0
     assert call(train, "--run", "r", "--resume", "--steps", 4, "--experiment", "exp1") == 2       # another one is not taken for it
+
+def test_the_last_experiment_wins(work):
+    Path("z.py").write_text("SETTINGS = {'p_mean': -1.0, 'p_std': 0.5}"), Path("a.py").write_text("SETTINGS = {'p_mean': -2.0}")
+    settings = train.gather(train.read_flags(["--experiment", "z.py,a.py"]))
+    assert (settings["p_mean"], settings["p_std"]) == (-2.0, 0.5)
 
 def test_an_integer_is_a_float_too(work):
     Path("own.py").write_text("SETTINGS = {'p_mean': -1, 'sampling': {'cfg': 2}}")
@@ -621,7 +626,7 @@ def test_a_file_of_ones_own(work, capsys):
         assert call(script, *more, "--experiment", "lab/my_head.py") == 0
     state = torch.load("runs/shapes-my_head/checkpoint.pt", weights_only=True)
     Path("lab/evil.py").write_text("open('was_here', 'w')")
-    for name in (str(Path("lab/evil.py").resolve()), "lab/evil.py", "../../lab/evil", "lab/evil"):
+    for name in (str(Path("lab/evil.py").resolve()), str(Path("lab/evil").resolve()), "lab/evil.py", "../../lab/evil", "lab/evil"):
         state["info"]["experiments"] = [name]
         torch.save(state, "evil.pt")
         assert call(sample, "--checkpoint", "evil.pt", "--experiment", again) in (1, 2) and not Path("was_here").exists()

@@ -322,7 +322,7 @@ def test_a_wrong_recommendation_is_one_line_and_a_flag_overrides_it(run, capsys)
     state = torch.load("runs/r/checkpoint.pt", weights_only=True)
     state["info"]["sampling"]["steps"] = 2.5
     torch.save(state, "runs/r/checkpoint.pt")
-    assert call(sample, "--run", "r", "--num", 2) == 2 and "steps 2.5: it is empty, or not of the type int" in capsys.readouterr().err
+    assert call(sample, "--run", "r", "--num", 2) == 2 and "steps 2.5: it must be of the type int" in capsys.readouterr().err
     assert call(sample, "--run", "r", "--num", 2, "--steps", 2) == 0
 
 def test_the_working_directory_is_no_place_for_samples(run, capsys, monkeypatch):
@@ -419,10 +419,11 @@ def test_what_a_kill_leaves_is_no_foreign_file(run, name):
     assert len(draw("a", "--npz", num=4)) == 4
 
 def test_the_trajectory_asks_for_what_was_asked(run, monkeypatch):
+    """And no gradients are recorded on the way."""
     asked, real = set(), sample.guided
-    monkeypatch.setattr(sample, "guided", lambda net, z, t, labels, cfg, interval, *more: asked.add((*labels.tolist(), cfg, *interval)) or real(net, z, t, labels, cfg, interval, *more))
+    monkeypatch.setattr(sample, "guided", lambda net, z, t, labels, cfg, interval, *more: asked.add((torch.is_grad_enabled(), *labels.tolist(), cfg, *interval)) or real(net, z, t, labels, cfg, interval, *more))
     assert call(sample, "--run", "r", "--trajectory", "--labels", "dot,ring", "--cfg", 3, "--interval", "0.3,0.7", "--amp", "off") == 0
-    assert asked == {(2, 0, 2, 0, 3.0, 0.3, 0.7)}
+    assert asked == {(False, 2, 0, 2, 0, 3.0, 0.3, 0.7)}
 
 def test_the_record_says_the_precision_that_was_used(run, monkeypatch, capsys):
     monkeypatch.setattr(model, "choose_precision", lambda amp, device: amp or "bf16")

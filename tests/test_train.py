@@ -149,6 +149,8 @@ def test_a_process_that_fails_alone_speaks(work, monkeypatch, capsys):
     for rank, local in ((8, 0), (3, 3)):
         monkeypatch.setenv("RANK", str(rank)), monkeypatch.setenv("LOCAL_RANK", str(local)), monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
         assert data.run(main) == 1 and f"[rank {rank}] out of luck" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "")                        # exported, but empty: there is one process
+    assert data.run(main) == 1 and "error: out of luck" in capsys.readouterr().err
 
 def test_data_order_visits_every_image_once_an_epoch(work):
     options, _, arrays = settings("--micro-batch", 4)
@@ -728,14 +730,14 @@ def test_preview_log_and_snapshots(work):
     assert call(train, *TINY_FLAGS, "--steps", 8, "--preview-every", 4, "--snapshots", 2, "--overwrite") == 0
 
 @pytest.mark.parametrize("settings,word", [({"schedule": "cosin"}, "cosin"), ({"loss": "q"}, "'q'"), ({"label_drop": 2}, "[0, 1)"), ({"batch_size": 0}, "[1, 1000000]"),
-                                           ({"ema": (2.0,)}, "[0, 1)"), ({"ema": ("a",)}, "float: 'a'"), ({"amp": "fp8"}, "fp8"), ({"stepz": 3}, "stepz")], ids=str)
+                                           ({"ema": (2.0,)}, "[0, 1)"), ({"ema": ("a",)}, "slip.py: ema ('a',): it must be"), ({"ema": (None,)}, "slip.py: ema (None,): it must be"), ({"amp": "fp8"}, "fp8"), ({"stepz": 3}, "stepz")], ids=str)
 def test_a_slip_in_an_experiments_settings_is_said(work, capsys, settings, word):
     Path("slip.py").write_text(f"SETTINGS = {settings!r}\n")
     flags = TINY_FLAGS[:]                                 # flags would override the settings
     for name in ("--batch-size", "--amp"):
         place = flags.index(name)
         del flags[place:place + 2]
-    assert call(train, *flags, "--steps", 2, "--experiment", "slip.py") in (1, 2)
+    assert call(train, *flags, "--steps", 2, "--experiment", "slip.py") == 2
     assert word in capsys.readouterr().err and not Path("runs").exists()
 
 def test_an_experiment_that_ends_python_is_no_success(work, capsys):
@@ -773,9 +775,20 @@ def test_resume_refuses_what_is_not_a_run(work, capsys):
 
 def test_init_takes_the_averaged_weights(work):
     assert call(train, *TINY_FLAGS, "--steps", 5, "--run", "jit") == 0
-    net, state = train.open_init("jit", None)[0].state_dict(), model.read_checkpoint("runs/jit/checkpoint.pt")
+    net, state = train.open_init("jit", None)[0], model.read_checkpoint("runs/jit/checkpoint.pt")
     name = "blocks.0.attn.qkv.weight"
     assert torch.equal(net[name], state["ema"][0][name]) and not torch.equal(net[name], state["model"][name])
+
+def test_init_keeps_the_label_table_of_the_same_classes_only(work, capsys):
+    assert call(train, *TINY_FLAGS, "--steps", 5, "--run", "jit") == 0
+    path = Path("data/shapes/meta.json")
+    for name, anew in (("circle", False), ("disc", True)):
+        path.write_text(path.read_text().replace('"circle"', f'"{name}"'))
+        capsys.readouterr()
+        assert call(train, *TINY_FLAGS, "--steps", 2, "--lr", "1e-9", "--init", "jit", "--run", name) == 0
+        assert ("--init: y_embedder.embedding_table.weight have no weights there, or of other classes" in capsys.readouterr().out) == anew
+        table = [model.read_checkpoint(f"runs/{run}/checkpoint.pt")["ema"][0]["y_embedder.embedding_table.weight"] for run in ("jit", name)]
+        assert ((table[0] - table[1]).abs().max() < 1e-6) != anew
 
 def test_the_preview_has_its_titles(work, monkeypatch):
     options, config, arrays = settings("--steps", 9)
@@ -833,6 +846,7 @@ def test_a_closed_terminal_is_a_signal_to_stop():
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(0.01)
             assert asked == [1]
+        assert signal.getsignal(signal.SIGHUP) not in (signal.SIG_DFL, signal.SIG_IGN)         # the handler of before
     finally:
         signal.signal(signal.SIGHUP, before)
 
