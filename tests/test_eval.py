@@ -445,7 +445,7 @@ def bad_sets():
     np.savez("wide.npz", arr_0=np.zeros((9, 16, 40, 3), np.uint8)), np.save("a.npy", np.zeros(3))
     np.savez("square.npz", mu=np.zeros((8, 8)), sigma=np.eye(8))
     np.savez("one_far.npz", arr_0=images_of(9, 16), arr_1=np.arange(9) // 8 * 10)
-    np.savez("far.npz", arr_0=images_of(9, 16), arr_1=np.full(9, 77)), np.savez("big.npz", arr_0=images_of(9, 32))
+    np.savez("far.npz", arr_0=images_of(9, 16), arr_1=np.full(9, 77)), np.savez("far8.npz", arr_0=images_of(9, 16), arr_1=np.full(9, 77, np.uint8)), np.savez("big.npz", arr_0=images_of(9, 32))
     np.savez("nan.npz", mu=np.full(8, np.nan), sigma=np.eye(8)), np.savez("odd.npz", mu=np.zeros(8), sigma=np.eye(3))
     np.savez("short.npz", arr_0=images_of(9, 16), arr_1=np.arange(8))
     Path("broken.npz").write_bytes(b"PK broken")
@@ -454,7 +454,7 @@ def bad_sets():
 @pytest.mark.parametrize("flags,words,code", [
     (["--samples", "mixed"], "must have one size", 1), (["--samples", "void"], "no images at void", 1), (["--samples", "float.npz"], "must be uint8", 1), (["--samples", "nothing.npz"], "neither images", 1),
     (["--samples", "none.npz"], "must be uint8", 1), (["--samples", "onehot.npz"], "one class id per image", 1), (["--samples", "short.npz"], "one class id per image", 1), (["--samples", "cut.npz"], "not a readable npz", 1),
-    (["--samples", "list"], "samples.json is damaged", 1), (["--samples", "nolabels"], "labels is not a list", 1), (["--samples", "cutjson"], "samples.json is damaged", 1), (["--samples", "far.npz"], "labels outside 0..9", 1), (["--samples", "one_far.npz"], "labels outside 0..9", 1), (["--samples", "big.npz"], "the right --reference", 1),
+    (["--samples", "list"], "samples.json is damaged", 1), (["--samples", "nolabels"], "labels is not a list", 1), (["--samples", "cutjson"], "samples.json is damaged", 1), (["--samples", "far.npz"], "labels outside 0..9", 1), (["--samples", "far8.npz"], "labels outside 0..9", 1), (["--samples", "one_far.npz"], "labels outside 0..9", 1), (["--samples", "big.npz"], "the right --reference", 1),
     (["--samples", "few.npz", "--reference", "nan.npz", "--features", "inception", "--inception-weights", "gone.pth"], "all of them finite", 1), (["--samples", "few.npz", "--reference", "odd.npz", "--features", "inception", "--inception-weights", "gone.pth"], "all of them finite", 1),
     (["--samples", "few.npz", "--reference", "square.npz", "--features", "inception", "--inception-weights", "gone.pth"], "mu is float64 (8, 8)", 1),
     (["--samples", "few.npz", "--reference", "small.npz"], "is not a packed data set", 1), (["--samples", "small.npz"], "statistics only", 1), (["--device", "gpu"], "give cuda or cpu", 2),

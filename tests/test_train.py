@@ -264,7 +264,9 @@ def test_another_rate_or_precision_is_the_way_out(work):
     assert call(train, "--resume", "--steps", 6, "--lr", "5e-4", "--amp", "fp16") == 0
     state = model.read_checkpoint("runs/shapes/checkpoint.pt")
     assert (state["options"]["lr"], state["options"]["amp"], state["info"]["step"]) == (5e-4, "fp16", 6) and state["scaler"]
-    assert call(train, "--resume", "--steps", 8, "--amp", "off") == 0
+    assert call(train, "--resume", "--preset", "shapes", "--steps", 8, "--amp", "off") == 0                # what it was begun with stands
+    options = model.read_checkpoint("runs/shapes/checkpoint.pt")["options"]
+    assert (options["lr"], options["batch_size"]) == (5e-4, 8)
 
 def test_a_folder_that_is_in_use_is_not_taken(work, capsys):
     """An official checkpoint put where 04_sample.py reads it; pictures of the user's own in preview/."""
@@ -926,6 +928,7 @@ def test_what_another_process_did_meanwhile_is_not_undone(work, monkeypatch):
 
 def test_the_next_command_names_the_run(work, capsys):
     assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "mine") == 0 and "then run 04_sample.py --run mine" in capsys.readouterr().out
+    assert call(train, *TINY_FLAGS, "--steps", 2) == 0 and "then run 04_sample.py --run shapes" in capsys.readouterr().out
 
 def test_a_run_to_begin_with_is_named_by_its_folder_too(work):
     assert call(train, *TINY_FLAGS, "--steps", 2) == 0
