@@ -1,4 +1,5 @@
 """Data: the crop against an independent one, packing that survives a kill, and bad inputs of every kind."""
+import http.client
 import io
 import os
 import signal
@@ -112,6 +113,7 @@ def test_folder_with_splits(there):
     assert np.array_equal(arrays["train"][0][7], data.center_crop(Image.open("in/train/dog/1.png"), 16)) and arrays["train"][1].tolist() == [0] * 6 + [1] * 6
     assert Path("data/set/preview.png").exists() and not Path("data/.set.partial").exists()
     assert len(meta["id"]) == 32 and len(meta["recipe"]["files"]) == 8 and meta["recipe"]["classes"] == ["cat", "dog"]
+    assert isinstance(arrays["train"][0], np.memmap) and not arrays["train"][0].flags.writeable
 
 def test_flat_folder_holds_out_a_part_and_empties_no_class(there):
     folder(there / "in", classes=("a", "b", "c"), count=4, splits=())
@@ -163,6 +165,7 @@ def test_cifar10_binary_layout(there, monkeypatch):
     assert np.array_equal(arrays["train"][0][25], images_of(1, 32, seed=105)[0]) and arrays["train"][1][25] == 5
 
 def test_imagenette_is_unpacked_with_the_data_filter(there, monkeypatch):
+    monkeypatch.setattr(data.tempfile, "tempdir", "nowhere")                   # beside the archive: /tmp may be another disk
     folder(there / "imagenette2-160", classes=("n01440764", "n02102040"))
     (there / "in").mkdir()
     with tarfile.open(there / "in" / "imagenette2-160.tgz", "w:gz") as tar:
@@ -170,6 +173,7 @@ def test_imagenette_is_unpacked_with_the_data_filter(there, monkeypatch):
     monkeypatch.setitem(data.ARCHIVES, "imagenette-160", (*data.ARCHIVES["imagenette-160"][:2], data.file_hash(there / "in" / "imagenette2-160.tgz", "md5")))
     assert call(data, "--source", "imagenette-160", "--root", "in", "--size", 16, "--workers", 1) == 0
     assert data.open_data("data/imagenette-160")[0]["classes"] == ["tench", "springer"]
+    assert call(data, "--source", "imagenette-160", "--root", "in", "--size", 8, "--workers", 1, "--name", "small") == 0              # it is there
     with tarfile.open("evil.tgz", "w:gz") as tar:
         info = tarfile.TarInfo("../escaped.txt")
         tar.addfile(info, io.BytesIO(b""))
@@ -277,7 +281,7 @@ def test_existing_sets_are_neither_overwritten_nor_ignored(there, capsys):
     assert call(data, "--size", 16, "--count", 100) == 0 and "nothing to do" in capsys.readouterr().out
     assert call(data, "--size", 32, "--count", 100) == 1 and "--overwrite" in capsys.readouterr().err
     assert data.open_data("data/shapes")[0]["size"] == 16
-    for name in ("classifier-0123abcd.10.npz", "statistics-train-0123abcd-01234567.npz"):          # what 05 keeps there
+    for name in ("classifier-0123abcd.10.npz", "classifier-0123abcd.10.npz.jit-part", "statistics-train-0123abcd-01234567.npz"):           # what 05 keeps there
         Path("data/shapes", name).touch()
     assert call(data, "--size", 32, "--count", 100, "--workers", 1, "--overwrite") == 0 and data.open_data("data/shapes")[0]["size"] == 32
     assert call(data, "--size", 32, "--count", 100, "--seed", 5) == 1 and "seed 0, now 5" in capsys.readouterr().err
@@ -397,6 +401,7 @@ def test_classes_have_the_names_of_classes_txt(there, capsys):
     assert pack() == 1 and "made with other settings (classes ['tench', 'goldfish" in capsys.readouterr().err
     Path("in/classes.txt").write_text("n01 crane\nn02 crane\n")
     assert pack("--name", "double") == 2 and "two classes have one name" in capsys.readouterr().err
+    assert data.called(["cat", "dog"], "cat\ndog\n") == ["cat", "dog"]          # names alone
     os.chdir("in")
     Path("classes.txt").unlink()
     assert call(data, "--source", "folder", "--root", ".", "--size", 16, "--name", "here") == 0 and "left out" not in capsys.readouterr().out
@@ -419,6 +424,8 @@ def test_depths(there):
             data.read_image(f"{name}.tif")
     Image.fromarray(grey).save("white.tif", tiffinfo={262: 0})
     assert np.abs(np.asarray(data.read_image("white.tif"))[..., 0] - (65535.0 - grey) / 257).max() <= 0.5
+    Image.fromarray(grey.astype(">u2")).save("big.tif")
+    assert np.abs(np.asarray(data.read_image("big.tif"))[..., 0] - grey / 257).max() <= 0.5
     chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in grey)
     Path("clear.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 256, 256, 16, 0, 0, 0, 0)) + chunk(b"tRNS", struct.pack(">H", 1000)) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
@@ -457,6 +464,7 @@ def as_bytes(image, kind, **options):
     return stream.getvalue()
 
 UNREADABLE = {
+    "other.png": as_bytes(photo(1), "PCX"),               # Pillow could, and other kinds start other programs
     "empty.png": b"", "text.png": b"this is text", "html.jpg": b"<html>404</html>", "cut.jpg": as_bytes(photo(1, (200, 200)), "JPEG")[:2000],
     "cut.png": as_bytes(photo(1, (200, 200)), "PNG")[:3000], "huge.png": huge_header(), "zeros.jpg": bytes(5000), "thin.png": as_bytes(photo(1, (2000, 1)), "PNG"),
     "garbage.webp": b"RIFF1234WEBPgarbage", "header.gif": b"GIF89a", "bitmap.bmp": b"BM" + bytes(20), "broken.tif": b"II*\0" + bytes(8),
@@ -478,6 +486,7 @@ def test_unreadable_images_are_skipped_counted_and_listed(there, capsys, name):
     assert name in Path("data/set/skipped.txt").read_text()
     meta, arrays = data.open_data("data/set")
     assert meta["counts"]["train"] == 12 and sorted(arrays["train"][1]) == [0] * 6 + [1] * 6
+    assert pack("--overwrite") == 0
 
 @pytest.mark.parametrize("name", READABLE)
 def test_odd_images_are_read(there, name):
@@ -502,7 +511,13 @@ def damage(change):
 def rewrite_labels(value):
     return damage(lambda path: np.save(path / "train_labels.npy", np.full(100, value)))
 
+def reworded(old, new):
+    return damage(lambda path: (path / "meta.json").write_text((path / "meta.json").read_text().replace(old, new)))
+
 SETS = {
+    "labels too few": (damage(lambda p: np.save(p / "train_labels.npy", np.zeros(50, np.int64))), "do not fit"), "labels of 32 bits": (damage(lambda p: np.save(p / "train_labels.npy", np.zeros(100, np.int32))), "do not fit"),
+    "images of floats": (damage(lambda p: np.save(p / "train_images.npy", images_of(100).astype(np.float32))), "do not fit"), "one label too high": (damage(lambda p: np.save(p / "train_labels.npy", np.arange(100) // 99 * 10)), "outside 0..9"),
+    "a count is missing": (reworded('"val": 100', '"other": 100'), "damaged"), "no id": (reworded('"id"', '"ID"'), "id is not a str"), "no recipe": (reworded('"recipe"', '"r"'), "recipe is not a dict"),
     "label too high": (rewrite_labels(10), "outside 0..9"), "label negative": (rewrite_labels(-1), "outside 0..9"),
     "images cut": (damage(lambda p: os.truncate(p / "train_images.npy", 5000)), "damaged"), "images empty": (damage(lambda p: os.truncate(p / "train_images.npy", 0)), "damaged"),
     "labels gone": (damage(lambda p: (p / "train_labels.npy").unlink()), "damaged"), "meta is no json": (damage(lambda p: (p / "meta.json").write_text("{")), "damaged"), "meta is a list": (damage(lambda p: (p / "meta.json").write_text("[]")), "damaged"), "meta is deep": (damage(lambda p: (p / "meta.json").write_text("[" * 10**5)), "damaged"), "counts are null": (damage(lambda p: (p / "meta.json").write_text((p / "meta.json").read_text().replace('"counts": {', '"counts": null, "x": {'))), "damaged"),
@@ -542,7 +557,7 @@ def test_no_space_is_said_before_the_start(there, capsys, monkeypatch):
     assert pack() == 1 and "are free: make room" in capsys.readouterr().err and not Path("data/set").exists()
 
 @pytest.mark.parametrize("flags", [["--size", 3], ["--fraction", 0], ["--count", 5], ["--source", "mnist"], ["--source", "folder"], ["--val-fraction", 1], ["--workers", 0],
-                                   ["--seed", -1], ["--name", "a/b"], ["--source", "cifar10", "--size", 64], ["--name", ".a"], ["--root", "photos"], ["--sise", 3]])
+                                   ["--seed", -1], ["--name", "a/b"], ["--source", "cifar10", "--size", 64], ["--name", ".a"], ["--root", "photos"], ["--sise", 3], ["--siz", 16, "--coun", 100]])
 def test_wrong_flags(there, capsys, flags):
     assert call(data, *flags) == 2
     error = capsys.readouterr().err
@@ -561,6 +576,8 @@ def test_a_picture_has_its_images_in_their_places():
     tiles = [np.full((64, 64, 3), value, np.uint8) for value in (10, 20, 30)]
     sheet = np.asarray(data.picture([[tiles[0], tiles[1]], [tiles[2], None], [None, tiles[0]]]))
     assert sheet[32::64, 32::64, 0].tolist() == [[10, 20], [30, 255], [255, 10]]
+    sheet = np.asarray(data.picture([[tiles[0], tiles[1]]], ["a", "b"], ["r"]))            # beside the name, below the titles
+    assert sheet.shape == (80, 208, 3) and (sheet[16:, 80:144] == 10).all() and (sheet[16:, 144:] == 20).all()
 
 def test_sixteen_bits_of_a_pgm_file(there):
     grey = np.arange(64).reshape(8, 8) * 1000
@@ -717,3 +734,74 @@ def test_colours_of_a_shape_are_rounded():
             contrast = abs(np.dot(front - back, (0.299, 0.587, 0.114)))
         image = data.draw_shape(5, index, 32)
         assert np.array_equal(image[0, 0], np.floor(back * 255 + 0.5)) and np.array_equal(image[16, 16], np.floor(front * 255 + 0.5))
+
+# ---- Mistakes that nothing had noticed -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("splits,flag,split", [(("train", "val"), "--fraction", "train"), ((), "--val-fraction", "val")])
+def test_the_seed_reaches_what_is_drawn(there, splits, flag, split):
+    folder(there / "in", splits=splits)
+    for name, seed in (("a", 0), ("b", 1)):
+        assert pack(flag, 0.5, "--name", name, "--seed", seed) == 0
+    a, b = (data.open_data(f"data/{name}")[1][split][0] for name in "ab")
+    assert a.shape == b.shape and not np.array_equal(a, b)
+
+def test_an_empty_argument_of_the_command_line_is_refused(there, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["01_data.py", "--size", "16", "--count", "100", "--name", ""])
+    assert data.run(data.main) == 2 and "an argument is empty" in capsys.readouterr().err
+
+def test_a_download_is_whole(there, monkeypatch):
+    body, asked, real = os.urandom(3 << 20), [], data.urllib.request.urlopen
+    Path("served").mkdir(), Path("served/a.tgz").write_bytes(body)
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, **how: asked.append(how) or real(url, **how))
+    monkeypatch.setitem(data.ARCHIVES, "cifar10", (32, (there / "served/a.tgz").as_uri(), data.file_hash(Path("served/a.tgz"), "md5")))
+    assert data.fetch("cifar10", Path("kept")) == data.fetch("cifar10", Path("kept")) == Path("kept/a.tgz")
+    assert Path("kept/a.tgz").read_bytes() == body and asked == [{"timeout": 60}]
+
+def test_a_download_that_breaks_off_is_one_line(there, monkeypatch, capsys):
+    def breaks(*_):
+        raise http.client.IncompleteRead(b"")             # is no OSError
+    monkeypatch.setattr(data, "download", breaks)
+    assert call(data, "--source", "cifar10") == 1 and "fetch it yourself" in capsys.readouterr().err
+
+def test_each_imagenette_is_its_own(there, monkeypatch):
+    (there / "in").mkdir()
+    for size, classes in ((160, ("n01440764", "n02102040")), (320, ("n02979186", "n03000684"))):
+        folder(Path(f"imagenette2-{size}"), classes=classes, count=2)
+        archive, name = Path(f"in/imagenette2-{size}.tgz"), f"imagenette-{size}"
+        with tarfile.open(archive, "w:gz") as tar:
+            tar.add(f"imagenette2-{size}")
+        monkeypatch.setitem(data.ARCHIVES, name, (*data.ARCHIVES[name][:2], data.file_hash(archive, "md5")))
+    assert call(data, "--source", "imagenette-320", "--root", "in", "--size", 16, "--workers", 1) == 0
+    assert data.open_data("data/imagenette-320")[0]["classes"] == ["cassette", "chainsaw"]
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_file_name_of_another_encoding(there):
+    folder(Path("in"))
+    Path(os.fsdecode(b"in/train/cat/caf\xe9.png")).write_bytes(b"x")
+    assert pack() == 0 and "caf" in Path("data/set/skipped.txt").read_text()
+
+def test_letters_that_a_terminal_lacks(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert data.run(lambda: print("猫")) == 0
+    monkeypatch.setattr(sys, "stdout", io.StringIO())     # a notebook's cannot be reconfigured
+    assert data.run(lambda: print("猫")) == 0
+
+def test_a_grid_has_ten_columns_and_eight_rows(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(data, "picture", lambda rows, titles: drawn.append((len(rows), len(rows[0]), list(titles))))
+    data.class_picture(list(range(12)) * 9, [f"c{i}" for i in range(12)], lambda i: i)
+    assert drawn == [(8, 10, [f"c{i}" for i in range(10)])]
+
+def test_the_line_of_a_bar_off_a_terminal(capsys):
+    bar = data.Progress(200, "x", " images")
+    bar.display()
+    bar.close()
+    assert capsys.readouterr().err == "x: 0 of 200, ? images/s, ? left\n"
+
+def test_a_fraction_that_leaves_a_class_empty_is_said(there, capsys):
+    folder(there / "in")
+    assert pack("--fraction", 0.05) == 1 and "has no readable image: --fraction 0.05 keeps none" in capsys.readouterr().err
+
+def test_memory_that_is_used_up_is_one_line(capsys):
+    def main():
+        raise MemoryError("no room")
+    assert data.run(main) == 1 and "error: no room" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Scores against closed forms and definitions rewritten the slow way; the networks against functional rewrites."""
 import csv
+import hashlib
 import json
 import shutil
 import subprocess
@@ -54,6 +55,8 @@ def test_inception_score_by_definition():
     assert evaluate.inception_score(np.zeros((100, 4)))[0] == pytest.approx(1)
     certain = np.eye(4)[np.arange(4000) % 4] * 100
     assert evaluate.inception_score(certain)[0] == pytest.approx(4, rel=1e-2)
+    with pytest.raises(ValueError, match="needs 10 images"):
+        evaluate.inception_score(np.zeros((9, 4)))
 
 def test_kernel_distance_by_definition():
     a, b = features(30, 4), features(25, 4, 1, 0.5)
@@ -65,6 +68,9 @@ def test_kernel_distance_by_definition():
     assert evaluate.kernel_distance(a, b, 3, 10) == pytest.approx((np.mean(scores), np.std(scores)))
     with pytest.raises(ValueError, match="subsets of 1000"):
         evaluate.kernel_distance(a, b)
+    assert np.isfinite(evaluate.kernel_distance(a[:10], b[:10], 3, 10)).all()              # a subset may be the whole side
+    single = [x.astype(np.float32) for x in (a, b)]       # is reckoned in double precision
+    assert evaluate.kernel_distance(*single, 3, 10) == evaluate.kernel_distance(*(x.astype(float) for x in single), 3, 10)
 
 def test_precision_and_recall_by_definition():
     a, b = features(60, 3), features(50, 3, 1, 0.7)
@@ -165,7 +171,8 @@ def test_inception_agrees_with_rewrite(inception):
 def test_inception_weights_file(there, inception, capsys):
     torch.save(inception, "mine.pth")
     net, name, digest = evaluate.load_inception(Path("mine.pth"))
-    assert name.startswith("FD (mine.pth") and "not the published weights file" in capsys.readouterr().err and len(digest) == 8
+    assert name.startswith("FD (mine.pth") and "not the published weights file" in capsys.readouterr().err
+    assert digest == hashlib.sha256(Path("mine.pth").read_bytes()).hexdigest()[:8]
     state = dict(inception)
     del state["Mixed_6c.branch_pool.bn.running_var"]
     torch.save(state, "less.pth")
@@ -329,7 +336,7 @@ def test_a_score_written_a_second_time(scored):
                 "class_accuracy_real": right("val", arrays["val"][1])[floor].mean(), "n_generated": 30, "n_real": 200, "n_floor": 30}
     assert {name: result[name] for name in expected} == pytest.approx(expected, rel=1e-3) and result["weights"] == digest
     assert on_val["fd"] == pytest.approx(distance(f["fake"], f["val"]), rel=1e-3) and on_val["n_real"] == 100 and "fd_floor" not in on_val
-    assert on_val["class_accuracy_real"] == result["class_accuracy_real"]
+    assert on_val["class_accuracy_real"] == result["class_accuracy_real"] and result["reference_id"] == on_val["reference_id"] == meta["id"]
 
 def test_the_scores_are_asked_of_the_right_numbers():
     """The Inception score of logits, moments in fp64 also far from zero."""
@@ -440,7 +447,7 @@ def bad_sets():
     np.savez("none.npz", arr_0=np.zeros((0, 8, 8, 3), np.uint8))
     np.savez("small.npz", mu=np.zeros(64), sigma=np.eye(64))
     np.savez("pickled.npz", arr_0=np.array([{}], dtype=object))
-    np.savez("few.npz", arr_0=images_of(9, 16))
+    np.savez("few.npz", arr_0=images_of(9, 16)), np.savez("grey.npz", arr_0=images_of(9, 16)[..., :1]), np.savez("minus.npz", arr_0=images_of(9, 16), arr_1=np.arange(9) - 1)
     np.savez("onehot.npz", arr_0=images_of(9, 16), arr_1=np.eye(9))
     np.savez("wide.npz", arr_0=np.zeros((9, 16, 40, 3), np.uint8)), np.save("a.npy", np.zeros(3))
     np.savez("square.npz", mu=np.zeros((8, 8)), sigma=np.eye(8))
@@ -460,7 +467,8 @@ def bad_sets():
     (["--samples", "few.npz", "--reference", "small.npz"], "is not a packed data set", 1), (["--samples", "small.npz"], "statistics only", 1), (["--device", "gpu"], "give cuda or cpu", 2),
     (["--samples", "pickled.npz"], "not a readable npz", 1), (["--samples", "broken.npz"], "not a readable npz", 1), (["--samples", "few.npz", "--reference", ""], "an argument is empty", 2),
     (["--samples", "wide.npz"], "images of 16 x 40 pixels", 1), (["--samples", "a.npy"], "no images at a.npy", 1),
-    (["--samples", "nowhere"], "no images at nowhere", 1), (["--metrics", "psnr"], "unknown", 2), (["--run", "nope"], "make samples first", 1), (["--table", "gone.json"], "gone.json", 1),
+    (["--samples", "nowhere"], "no images at nowhere", 1), (["--metrics", "psnr"], "unknown", 2), (["--features", "clip"], "is unknown", 2), (["--split", "test"], "is unknown", 2),
+    (["--samples", "grey.npz"], "must be uint8", 1), (["--samples", "minus.npz"], "labels outside 0..9", 1), (["--run", "nope"], "make samples first", 1), (["--table", "gone.json"], "gone.json", 1),
     (["--features", "inception", "--inception-weights", "gone.pth", "--samples", "few.npz", "--reference", "few.npz"], "gone.pth", 1)])
 def test_wrong_sets(work, capsys, flags, words, code):
     bad_sets()
@@ -592,6 +600,9 @@ def test_scores_of_other_features_are_not_put_in_one_table(there, capsys):
     for score in ("FID", "FD (classifier features)"):
         Path(f"{score[:3]}.json").write_text(json.dumps({"score": score, "n_real": 9, "n_generated": 9, "reference_id": "a", "sampling": {}, "fd": 1.0}))
     assert call(evaluate, "--table", "FID.json", "FD .json") == 2 and "differ in features" in capsys.readouterr().err
+    for n in (9, 10):
+        Path(f"n{n}.json").write_text(json.dumps({"score": "FD", "n_real": n, "n_generated": 9, "reference_id": "a", "sampling": {}, "fd": 1.0}))
+    assert call(evaluate, "--table", "n9.json", "n10.json") == 2
 
 @pytest.mark.parametrize("missing", [True, False], ids=["one too few", "one too many"])
 def test_samples_that_do_not_fit_their_record_are_refused(scored, capsys, missing):
@@ -678,3 +689,30 @@ def test_ten_thousand_real_images_are_neighbours():
 
 def test_no_image_at_a_time_is_refused(capsys):
     assert call(evaluate, "--batch-size", 0) == 2 and "--batch-size 0: give a number in [1, inf)" in capsys.readouterr().err
+
+# ---- Mistakes that nothing had noticed -----------------------------------------------------------------------------------
+def test_scores_are_made_in_full_fp32(there):
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    assert call(evaluate, "--run", "nope") == 1
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+def test_the_published_weights_are_checked_and_named(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *args, **more: asked.append((args, more)) or {})
+    monkeypatch.setattr(evaluate, "Inception", lambda state: lambda images: None)
+    assert evaluate.load_inception(None)[1:] == ("FID", "6726825d")
+    assert asked == [((evaluate.WEIGHTS_URL,), {"map_location": "cpu", "check_hash": True, "weights_only": True})]
+
+def test_samples_that_name_no_data_set_need_a_reference(there, capsys):
+    np.savez("few.npz", arr_0=images_of(9))
+    assert call(evaluate, "--samples", "few.npz") == 1 and "pass --reference" in capsys.readouterr().err
+
+def test_one_class_is_none_to_judge_by(there):
+    Path("in/cat").mkdir(parents=True)
+    for i, image in enumerate(images_of(20)):
+        Image.fromarray(image).save(f"in/cat/{i}.png")
+    assert call(data, "--source", "folder", "--root", "in", "--size", 16, "--name", "o", "--workers", 1) == 0
+    with pytest.raises(ValueError, match="needs two classes, data/o has 1"):
+        evaluate.load_classifier("data/o", torch.device("cpu"))

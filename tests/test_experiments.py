@@ -586,6 +586,7 @@ def test_an_experiment_that_was_moved_is_found_by_its_name(work, capsys):
     assert call(sample, "--run", "r", "--num", 2, "--steps", 1) == 1 and "also takes it from a new place" in capsys.readouterr().err
     assert call(sample, "--run", "r", "--num", 2, "--steps", 1, "--experiment", "lab2/my_loss.py") == 0
     assert call(train, "--run", "r", "--resume", "--steps", 4, "--experiment", "exp1") == 2       # another one is not taken for it
+    model.load_recorded(["/old/a.py", "/old/b.py"], "runs/r", "new/a.py,b.py")             # both are given again
 
 def test_the_last_experiment_wins(work):
     Path("z.py").write_text("SETTINGS = {'p_mean': -1.0, 'p_std': 0.5}"), Path("a.py").write_text("SETTINGS = {'p_mean': -2.0}")
@@ -813,3 +814,4 @@ def test_settings_of_experiments_that_nothing_shows():
 def test_a_path_needs_no_suffix(there):
     Path("lab").mkdir(), Path("lab/plain.py").write_text("SETTINGS = {'depth': 3}\n")
     assert model.experiment_name("lab/plain") == str(there.resolve() / "lab" / "plain") and model.load_experiment("lab/plain").SETTINGS == {"depth": 3}
+    assert model.experiment_name(str(FOLDER / "ddt.py")) == "ddt"

@@ -176,6 +176,7 @@ def test_rotation_is_the_same_written_with_complex_and_real_numbers(monkeypatch)
     by_pairs = torch.stack([x0 * cos[:, ::2] - x1 * sin[:, 1::2], x1 * cos[:, ::2] + x0 * sin[:, 1::2]], dim=-1).flatten(-2)
     assert all(torch.allclose(form, by_pairs, atol=1e-6) for form in (real, fast)) and not torch.allclose(fast, x)
     assert torch.equal(real[:, :, :2], x[:, :, :2])       # context tokens do not turn
+    assert torch.allclose(model.rotate(x.bfloat16(), cos, sin), model.rotate(x.bfloat16().float(), cos, sin))
 
 def test_reading_ahead_keeps_the_order_and_the_distance():
     begun = []
@@ -188,6 +189,7 @@ def test_reading_ahead_keeps_the_order_and_the_distance():
 def test_context_that_never_enters_is_left_out():
     config = model.JiTConfig(**{**TINY, "in_context_start": 4})
     assert config.in_context_len == 0 and "in_context_posemb" not in model.JiT(config).state_dict()
+    assert model.JiTConfig(**{**TINY, "in_context_start": 7}).in_context_len == 0
 
 def test_dropout_acts_in_the_middle_half_only():
     net = model.JiT(model.JiTConfig(**{**TINY, "depth": 8, "dropout": 0.2}))
@@ -207,6 +209,8 @@ def test_charts_and_rows_of_pictures(monkeypatch):
 def test_memory_that_is_used_up_is_said():
     with pytest.raises(ValueError, match="smaller --micro-batch"), model.torchs_errors():
         torch.empty(2**55)
+    with pytest.raises(ValueError, match="smaller --micro-batch"), model.torchs_errors():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 def test_processes_wait_for_a_day(monkeypatch):
     """The others wait while the first scores or saves."""
@@ -338,6 +342,8 @@ def test_small_things_that_no_shape_shows(tiny_official):
     norm, x = model.RMSNorm(8), torch.randn(3, 8).bfloat16()
     assert torch.equal(norm(x), norm(x.float()))
     assert model.TimeHead(fresh.config).loss(t[:, None], {"t": t}) == 0
+    assert model.Block(model.JiTConfig(**{**TINY, "mlp_ratio": 2.5})).mlp.w3.weight.shape == (32, 53)
+    assert "x_embedder.proj1.bias" in model.JiT(model.JiTConfig(**{**TINY, "bottleneck_dim": 0})).state_dict()
 
 def test_an_auxiliary_head_sees_image_tokens_only():
     """And the network does not change by being asked."""
@@ -348,7 +354,7 @@ def test_an_auxiliary_head_sees_image_tokens_only():
     inputs = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 1])
     out = model.WithHead(net, head)(*inputs)
     assert seen["head"].shape == (2, 16, 32) and torch.equal(seen["head"], seen["final"]) and head.answer.shape == (2, 1)
-    assert torch.equal(out, net(*inputs))
+    assert torch.equal(out, net(*inputs)) and torch.allclose(head.answer, head.mlp(seen["head"].mean(dim=1)), atol=1e-6)
     head.after = 1
     model.WithHead(net, head)(*inputs)
     assert not torch.equal(seen["head"], seen["final"])
@@ -378,11 +384,13 @@ def test_ranks_that_are_not_torchruns_are_refused(monkeypatch, places):
             pass
 
 def test_empty_ranks_are_none(monkeypatch):
+    kept = []
+    monkeypatch.setattr(model, "keep_freed_memory", lambda: kept.append(1))
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "")
     with model.device_and_processes("cpu") as (_, rank, world):
         assert (rank, world) == (0, 1)
-    assert not model.data.Progress(1, "", "").disable
+    assert not model.data.Progress(1, "", "").disable and kept == [1] and "GOMP_SPINCOUNT" in model.os.environ
 
 def test_one_process_shows_the_bar_and_none_without_a_screen(monkeypatch):
     monkeypatch.setenv("RANK", "1")
@@ -404,6 +412,8 @@ def test_more_processes_than_gpus_is_said(monkeypatch):
 def test_the_rotary_tables_of_an_official_file_are_left_out(tiny_official):
     path, net = tiny_official
     state = {"net." + k: v for k, v in net.state_dict().items()} | {"net.feat_rope.freqs_cos": torch.ones(16, 8)}
+    assert torch.equal(model.load_network(official(path, net, model_ema1=state))[0].pos_embed, net.pos_embed)
+    del state["net.pos_embed"]                            # it is a function of the sizes
     assert torch.equal(model.load_network(official(path, net, model_ema1=state))[0].pos_embed, net.pos_embed)
 
 def test_dropout_takes_the_attention_and_the_inside_of_the_ffn():
@@ -469,3 +479,55 @@ def test_the_first_block_can_be_tapped():
     assert torch.equal(out, net(z, t, y)) and tokens.shape == (2, 16, 32)
     c = (net.t_embedder(t) + net.y_embedder(y))[:, None]
     assert torch.allclose(tokens, net.blocks[0](net.x_embedder(z) + net.pos_embed, c, net.rope(0)), atol=1e-5)
+
+# ---- What only a GPU, another system or a second machine would show -----------------------------------------------------
+def test_weights_of_a_gpu_are_read_on_any_machine(tiny_official, monkeypatch):
+    asked, real = {}, torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **how: asked.update(how) or real(*args, **how))
+    model.load_network(tiny_official[0])
+    assert asked["map_location"] == "cpu"
+
+def test_a_second_machine_counts_its_own_gpus(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    monkeypatch.setattr(model.dist, "init_process_group", lambda backend, **more: asked.append(backend))
+    monkeypatch.setattr(model.dist, "barrier", lambda: asked.append("barrier"))
+    for name, value in (("RANK", "9"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "16")):
+        monkeypatch.setenv(name, value)
+    with model.device_and_processes() as (device, rank, world):
+        assert (device, rank, world) == (torch.device("cuda", 1), 9, 16)
+        assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    assert asked == [torch.device("cuda", 1), "cpu:gloo,cuda:nccl", "barrier"]
+
+def test_a_c_library_without_mallopt_is_left_alone(monkeypatch):
+    """macOS has none, and Windows no library without a name."""
+    def nameless(name):
+        raise TypeError("a name is needed")
+    for library in (lambda name: object(), nameless):
+        monkeypatch.setattr(model.ctypes, "CDLL", library)
+        model.keep_freed_memory()
+
+def test_each_precision_has_its_type_and_the_cache_can_be_off():
+    for amp, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        with model.autocast(amp, torch.device("cpu"), cache=False):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype and not torch.is_autocast_cache_enabled()
+
+def test_a_gpu_takes_bf16_since_ampere(monkeypatch):
+    for capability, amp in (((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert model.choose_precision(None, torch.device("cuda")) == amp
+
+def test_without_rope_nothing_turns():
+    net = model.JiT(model.JiTConfig(**{**TINY, "rope": False}))
+    assert net.rope(0) is None and net.rope(2) is None
+
+def test_a_network_that_cannot_be_compiled_is_said():
+    for place in ("_dynamo", "_inductor"):
+        failed = type("Failed", (RuntimeError,), {"__module__": f"torch.{place}.exc"})
+        with pytest.raises(ValueError, match=r"\(no tracing\): pass --no-compile"), model.torchs_errors():
+            raise failed("no tracing\nof this")

@@ -348,7 +348,8 @@ def broken(change):
 
 BROKEN = {"image size": (lambda s: s["config"].update(image_size="16"), "broken.pt cannot be used"), "list config": (lambda s: s.update(config=[1]), "broken.pt cannot be used"),
           "dict ema": (lambda s: s.update(ema={"a": 1}), "broken.pt cannot be used"), "scalar weight": (lambda s: s["ema"][0].update({"pos_embed": 3.0}), "broken.pt cannot be used"),
-          "NaN": (lambda s: s["ema"][0]["final_layer.linear.bias"].fill_(float("nan")), "holds NaN"), "no raw": (lambda s: None, "raw weights, which it does not hold")}
+          "NaN": (lambda s: s["ema"][0]["final_layer.linear.bias"].fill_(float("nan")), "holds NaN"), "no raw": (lambda s: None, "raw weights, which it does not hold"),
+          "unknown setting": (lambda s: s["config"].update(colour=1), "broken.pt cannot be used: TypeError")}
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_checkpoints_are_refused_in_one_line(run, capsys, name):
@@ -421,9 +422,9 @@ def test_what_a_kill_leaves_is_no_foreign_file(run, name):
 def test_the_trajectory_asks_for_what_was_asked(run, monkeypatch):
     """And no gradients are recorded on the way."""
     asked, real = set(), sample.guided
-    monkeypatch.setattr(sample, "guided", lambda net, z, t, labels, cfg, interval, *more: asked.add((torch.is_grad_enabled(), *labels.tolist(), cfg, *interval)) or real(net, z, t, labels, cfg, interval, *more))
-    assert call(sample, "--run", "r", "--trajectory", "--labels", "dot,ring", "--cfg", 3, "--interval", "0.3,0.7", "--amp", "off") == 0
-    assert asked == {(False, 2, 0, 2, 0, 3.0, 0.3, 0.7)}
+    monkeypatch.setattr(sample, "guided", lambda net, z, t, labels, cfg, interval, *more: asked.add((torch.is_grad_enabled(), *labels.tolist(), cfg, *interval, *more)) or real(net, z, t, labels, cfg, interval, *more))
+    assert call(sample, "--run", "r", "--trajectory", "--labels", "dot,ring", "--cfg", 3, "--interval", "0.3,0.7", "--t-eps", 0.02, "--amp", "off") == 0
+    assert asked == {(False, 2, 0, 2, 0, 3.0, 0.3, 0.7, to, 0.02) for to in "vx"}
 
 def test_the_record_says_the_precision_that_was_used(run, monkeypatch, capsys):
     monkeypatch.setattr(model, "choose_precision", lambda amp, device: amp or "bf16")
@@ -440,3 +441,40 @@ def test_the_network_runs_in_the_precision_asked_for(run):
 
 def test_an_interval_of_nothing_is_refused(run, capsys):
     assert call(sample, "--run", "r", "--num", 2, "--interval", "0.5,0.5") == 2 and "the lower first" in capsys.readouterr().err
+
+def test_the_coder_lies_beside_the_data_set(run, monkeypatch):
+    state, asked = torch.load("runs/r/checkpoint.pt", weights_only=True), []
+    state["info"] |= {"data": "shapes-vae", "coder": {"experiment": "vae", "pixels": "shapes", "pixels_id": "1", "size": 16, "id": "2"}}
+    torch.save(state, "runs/r/checkpoint.pt")
+    monkeypatch.setattr(model, "load_coder", lambda folder, made_by: asked.append(folder))
+    assert call(sample, "--run", "r", "--num", 2, "--steps", 1, "--amp", "off") == 0 and asked == [Path("data/shapes-vae")]
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_wait_for_each_other(run, monkeypatch, rank):
+    done = []
+    for place, name in ((sample.dist, "barrier"), (sample, "check_folder"), (data, "save_json"), (sample, "sample_all"), (data, "class_picture"), (model, "save_picture")):
+        monkeypatch.setattr(place, name, lambda *_, name=name: done.append(name))
+    sampler = sample.Sampler(run, [0], 0, {}, "off", torch.device("cpu"))
+    record = asdict(sample.Settings()) | {"num": 1, "classes": [], "size": 16}
+    sample.write_samples(sample.Options(out=Path("a")), sampler, record, Path("."), rank, 2)
+    assert done == (["check_folder", "barrier", "barrier", "sample_all", "barrier"] if rank else
+                    ["check_folder", "barrier", "save_json", "barrier", "sample_all", "barrier", "class_picture", "save_picture"])
+
+def test_the_grid_names_its_classes(run, monkeypatch):
+    drawn, real = [], data.picture
+    monkeypatch.setattr(data, "picture", lambda rows, titles: drawn.append(titles) or real(rows, titles))
+    draw("a", num=6)
+    assert drawn == [["ring", "star", "dot"]]
+
+def test_the_last_line_says_what_was_made(run, capsys):
+    draw("a", "--seed", 5, num=4)
+    assert capsys.readouterr().out == "a: 4 images, heun 4 steps, shift 1, w 2.0, seed 5: a-grid.png\n"
+
+def test_all_that_the_network_is_given_lies_on_its_device():
+    net, seen = torch.nn.Identity(), []
+    net.config = model.JiTConfig(**TINY)
+    net.forward = lambda z, t, y: seen.append({value.device.type for value in (z, t, y)}) or z
+    sampler = sample.Sampler(net, [0], 0, asdict(sample.Settings(steps=1)), "off", torch.device("cpu"))
+    sampler.device = torch.device("meta")
+    sampler.images([0])
+    assert seen == [{"meta"}]

@@ -731,7 +731,7 @@ def test_preview_log_and_snapshots(work):
     assert call(train, *TINY_FLAGS, "--steps", 8, "--preview-every", 4, "--snapshots", 2, "--log-every", 2) == 0          # finished: nothing to do
     assert call(train, *TINY_FLAGS, "--steps", 8, "--preview-every", 4, "--snapshots", 2, "--overwrite") == 0
 
-@pytest.mark.parametrize("settings,word", [({"schedule": "cosin"}, "cosin"), ({"loss": "q"}, "'q'"), ({"label_drop": 2}, "[0, 1)"), ({"batch_size": 0}, "[1, 1000000]"),
+@pytest.mark.parametrize("settings,word", [({"schedule": "cosin"}, "slip.py: schedule 'cosin' is unknown"), ({"loss": "q"}, "'q'"), ({"label_drop": 2}, "[0, 1)"), ({"batch_size": 0}, "[1, 1000000]"),
                                            ({"ema": (2.0,)}, "[0, 1)"), ({"ema": ("a",)}, "slip.py: ema ('a',): it must be"), ({"ema": (None,)}, "slip.py: ema (None,): it must be"), ({"amp": "fp8"}, "fp8"), ({"stepz": 3}, "stepz")], ids=str)
 def test_a_slip_in_an_experiments_settings_is_said(work, capsys, settings, word):
     Path("slip.py").write_text(f"SETTINGS = {settings!r}\n")
