@@ -169,6 +169,7 @@ def test_times_of_training():
     assert abs(torch.log(shifted / (1 - shifted)).mean() + 0.8 + math.log(3)) < 0.01
     uniform = train.sample_times(n, train.Options(times="uniform", shift=1.0), "cpu")
     assert abs(uniform.mean() - 0.5) < 0.01 and abs(uniform.std() - 12**-0.5) < 0.01
+    assert abs(train.sample_times(n, train.Options(times="uniform", shift=3.0), "cpu").median() - 0.25) < 0.01
 
 # ---- The official sampler, rewritten: always two passes, guidance by mask, Heun with a last Euler step ---------------
 def official_sampler(net, z, y, null, steps, method, w, low, high, t_eps=0.05):

@@ -190,6 +190,7 @@ def test_the_log_goes_on_within_a_window(work):
     options, config, arrays = settings("--steps", 20, "--aux", "time", "--amp", "fp16")
     first, second = (train.Trainer(options, config, torch.device("cpu")) for _ in range(2))
     run_steps(first, arrays, 3)
+    assert not first.log.sums.requires_grad
     first.bad.fill_(2)
     first.skipped.fill_(4)
     first.scaler.update(8.0)
@@ -446,6 +447,7 @@ def test_a_dry_run_says_all_and_writes_nothing(work, capsys):
     assert call(train, *TINY_FLAGS, "--steps", 2000, "--ema", "0.998,0.9999", "--dry-run") == 0
     said = capsys.readouterr().out
     assert "step 0 to 2000, batch 8" in said and "micro-batches of 8" in said and "EMA over 223 and 223 steps" in said and "about 0.0 GiB" in said and not Path("runs").exists()
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "./lab", "--dry-run") == 0 and capsys.readouterr().out.startswith("lab: ")
 
 def test_a_folder_that_is_no_runs_is_not_touched(work, capsys):
     Path("runs/shapes").mkdir(parents=True)
@@ -497,6 +499,7 @@ def test_what_the_log_counts(work, monkeypatch):
     z, t = model.mix(batch["x"], batch["e"], batch["t"]), batch["t"]
     assert trainer.objective is train.grid_objective
     loss, v_loss = trainer.objective(trainer, batch)
+    assert loss.requires_grad and not v_loss.requires_grad                     # else the log would keep every graph
     assert torch.allclose(v_loss, (trainer.net(z, t, batch["y"]) - (batch["x"] - batch["e"])).square().mean((1, 2, 3)), rtol=1e-4) and not torch.isclose(loss, v_loss.mean())
     net = model.JiT(config).eval()
     net.load_state_dict(trainer.ema[0])
@@ -562,14 +565,18 @@ def test_ten_steps_written_a_second_time(work):
         assert [float(row[name] or 0) for name in ("step", "images", "loss", *train.SUMMED, "lr")] == pytest.approx(expected, rel=2e-3, abs=1e-9), row
         assert row["skipped"] == "0" and bool(row["held_out"]) == (row["step"] == "10")
 
-def test_the_speed_in_the_log(work):
+def test_the_speed_in_the_log(work, monkeypatch):
     options, config, arrays = settings("--steps", 9, "--micro-batch", 4)
     recorder = recorder_of(train.Trainer(options, config, torch.device("cpu")), {**arrays, "val": tuple(part[:0] for part in arrays["val"])})
     assert len(recorder.shown[1]) == 200                                       # nothing is held out: training images
     recorder.trainer.step, recorder.line_step, recorder.line_at = 7, 2, time.perf_counter() - 10
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**20)
     recorder.write_line(False)
     assert recorder.trainer.log.rows[-1]["images_per_s"] == pytest.approx(5 * 8 / 10, rel=0.05) and recorder.line_step == 7
-    assert math.isnan(recorder.trainer.log.rows[-1]["loss"])               # nothing was finite: no number, and never 0
+    assert math.isnan(recorder.trainer.log.rows[-1]["loss"]) and recorder.trainer.log.rows[-1]["gpu_MiB"] == 3               # nothing was finite: no number, and never 0
+    assert time.perf_counter() - recorder.line_at < 5 and recorder_of(recorder.trainer, arrays).line_step == 7             # the next line begins here
+    recorder.write_line(True)
+    assert recorder.trainer.log.rows[-1]["held_out"] == train.held_out_loss(recorder.trainer, *recorder.shown)
 
 def test_an_older_checkpoint_lacks_a_setting(work, capsys):
     flags = [*TINY_FLAGS, "--run", "old"]
@@ -726,6 +733,7 @@ def test_preview_log_and_snapshots(work):
     assert call(train, *TINY_FLAGS, "--steps", 8, "--preview-every", 4, "--snapshots", 2, "--log-every", 2) == 0
     assert sorted(p.name for p in Path("runs/shapes/preview").iterdir()) == ["0000004.png", "0000008.png"]
     assert sorted(p.name for p in Path("runs/shapes/snapshots").iterdir()) == ["0000004.pt", "0000008.pt"]
+    assert model.read_checkpoint("runs/shapes/snapshots/0000004.pt").keys() == {"config", "info", "ema"}
     rows = list(csv.DictReader(open("runs/shapes/log.csv")))
     assert [row["images"] for row in rows] == ["16", "32", "48", "64"] and list(rows[0]) == train.COLUMNS and Image.open("runs/shapes/loss.png").width > 100
     assert call(train, *TINY_FLAGS, "--steps", 8, "--preview-every", 4, "--snapshots", 2, "--log-every", 2) == 0          # finished: nothing to do
@@ -823,6 +831,9 @@ def test_the_log_counts_every_step_that_was_skipped(work):
     recorder.trainer.skipped.fill_(3)                     # and the last one was a good one: bad is 0
     recorder.write_line(False)
     assert recorder.trainer.log.rows[-1]["skipped"] == 3
+    recorder.trainer.step = 10                            # the second line of five steps
+    recorder.write_line(False)
+    assert "held_out" not in recorder.trainer.log.rows[-1]
 
 def test_what_init_brings_comes_before_the_preset(work):
     """The noise scale of the preset would be another than the weights know; flags come before both."""
@@ -832,7 +843,7 @@ def test_what_init_brings_comes_before_the_preset(work):
     assert train.gather(train.read_flags(["--noise-scale", "1.2"]), init=init)["noise_scale"] == 1.2
 
 def test_every_space_of_the_loss_has_an_effect(work):
-    for flags, objective in (([], "jit"), (["--loss", "x"], "grid"), (["--loss", "e"], "grid"), (["--pred", "v"], "grid")):
+    for flags, objective in (([], "jit"), (["--loss", "x"], "grid"), (["--loss", "e"], "grid"), (["--pred", "v"], "grid"), (["--experiment", "paths", "--path", "cosine"], "grid")):
         assert settings(*flags)[0].objective == objective
 
 def test_what_is_watched_is_the_first_average(work):
@@ -914,6 +925,7 @@ def test_what_is_watched_has_no_dropout(work):
 def test_settings_of_sampling_are_merged_one_by_one():
     merged = train.merge({"sampling": {"solver": "ddpm", "cfg": 1.5}}, {"sampling": None}, {"sampling": {"cfg": 2.0}}, {"steps": 3})
     assert merged == {"sampling": {"solver": "ddpm", "cfg": 2.0}, "steps": 3}
+    assert train.run_name({"preset": "photos", "experiment": "exp3,lab/my_head.py"}) == "photos-exp3-my_head"
 
 def test_what_another_process_did_meanwhile_is_not_undone(work, monkeypatch):
     """Between the first look at the checkpoint and the lock."""
@@ -934,3 +946,76 @@ def test_a_run_to_begin_with_is_named_by_its_folder_too(work):
     assert call(train, *TINY_FLAGS, "--steps", 2) == 0
     for name in ("runs/shapes", "runs/shapes/checkpoint.pt", "shapes"):
         assert call(train, *TINY_FLAGS, "--steps", 2, "--init", name, "--run", "next", "--dry-run") == 0
+
+# ---- Mistakes that nothing had noticed -----------------------------------------------------------------------------------
+def test_another_path_is_followed_in_training_and_in_watching(work):
+    """A fresh network predicts v = 0."""
+    options, config, arrays = settings("--experiment", "paths", "--path", "cosine", "--pred", "v")
+    trainer, path, seen = train.Trainer(options, config, torch.device("cpu")), model.PATHS["cosine"], []
+    trainer.forward = lambda z, t, y: seen.append(z) or trainer.net(z, t, y)
+    batch = train.make_batch(*micro_batch(options, *arrays["train"], 0, 0), options, config)
+    train.grid_objective(trainer, batch)
+    assert torch.equal(seen[0], path.mix(batch["x"], batch["e"], batch["t"]))
+    shown = np.array(arrays["val"][0][:6]), arrays["val"][1][:6]
+    t = torch.sigmoid(torch.special.ndtri((torch.arange(6) + 0.5) / 6) * 0.8 - 0.8)
+    x = model.to_float(shown[0])
+    z = path.mix(x, torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) * config.noise_scale, t)
+    error = (model.convert(0 * z, "v", "x", z, t, "cosine") - x).square().mean((1, 2, 3))
+    assert train.held_out_loss(trainer, *shown) == pytest.approx((path.conversion("x", "v", t)[0]**2 * error).mean().item(), rel=1e-4)
+
+def test_training_runs_in_the_precision_asked_for(work):
+    for flags in ([], ["--loss", "x"]):
+        options, config, arrays = settings("--amp", "bf16", *flags)
+        trainer, seen = train.Trainer(options, config, torch.device("cpu")), []
+        trainer.net.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+        run_steps(trainer, arrays, 1)
+        train.held_out_loss(trainer, np.array(arrays["val"][0][:4]), arrays["val"][1][:4])
+        assert seen == [True, True]
+
+def test_a_gpu_draws_from_the_same_seed(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "manual_seed", seen.append)
+    train.seed_everything(1, 2, 3)
+    assert seen == [int(np.random.SeedSequence((1, 2, 3)).generate_state(1)[0])]
+
+def test_what_is_recorded_and_compiled_by_default_on_a_gpu(monkeypatch):
+    """A small network is recorded and not compiled; heads, checkpointing and files of one's own are not recorded."""
+    monkeypatch.setattr(model, "choose_precision", lambda amp, device: "off")
+    meta = {"size": 64, "classes": ["a", "b"], "counts": {"train": 1000}, "id": "1"}
+    for flags, recorded in (([], True), (["--aux", "time"], False), (["--checkpointing"], False), (["--experiment", "td_norm"], False)):
+        options, _ = train.settle(gathered(*flags), meta, torch.device("cuda"), 1)
+        assert options.record == recorded and not options.compile, flags
+
+def test_other_processes_write_nothing(work, capsys):
+    """Also with --overwrite: it is the first that moves the old run aside."""
+    flags = [*TINY_FLAGS, "--steps", "2", "--micro-batch", "4", "--snapshots", "1", "--overwrite"]
+    assert call(train, *flags) == 0
+    files = lambda: {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    before, _ = files(), capsys.readouterr()
+    train.train_run(train.read_flags(flags), torch.device("cpu"), 1, 1)
+    assert files() == before and capsys.readouterr().out == ""
+
+def test_a_gpu_is_not_waited_for_in_every_step(work):
+    class OnAGpu:
+        def __ge__(self, other):
+            raise AssertionError("it is waited for")
+    options, config, arrays = settings("--steps", 99)
+    recorder = recorder_of(train.Trainer(options, config, torch.device("cpu")), arrays)
+    recorder.trainer.bad, recorder.trainer.step = OnAGpu(), 3
+    recorder.after_step()
+
+def test_what_is_compiled_is_recorded_and_gets_the_head(work, monkeypatch):
+    options, config, _ = settings("--compile", "--aux", "time")
+    options.record, compiled = True, argparse.Namespace(config=config)
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)            # given back
+    monkeypatch.setattr(torch, "compile", lambda net: compiled)
+    monkeypatch.setattr(train, "recorded", lambda net, *more: net)
+    net, head = model.build(config), model.AUX_HEADS["time"](config)
+    assert train.wrap(net, head, options, config, torch.device("cpu"), 1).net is compiled
+
+def test_processes_average_their_gradients_once_a_step(work):
+    options, config, _ = settings("--micro-batch", 4)
+    trainer = train.Trainer(options, config, torch.device("cpu"))
+    trainer.world, trainer.forward = 2, argparse.Namespace(no_sync=lambda: "not now")
+    assert trainer.summing(last=False) == "not now" and isinstance(trainer.summing(last=True), nullcontext)
