@@ -574,7 +574,7 @@ def test_settings_that_are_none(work, capsys, settings, words):
     assert words in capsys.readouterr().err and not Path("runs").exists()
 
 def test_a_checkpoint_that_could_not_be_read_is_said_at_once(work, capsys):
-    Path("own.py").write_text("import numpy as np\nSETTINGS = {'ema': tuple(np.array([0.9])), 'sampling': {'cfg': np.float64(2)}}")
+    Path("own.py").write_text("import numpy as np\nSETTINGS = {'sampling': {'cfg': np.float64(2)}}")
     assert call(train, *TINY_FLAGS, "--experiment", "./own.py", "--steps", 2) == 1 and "is not a checkpoint" in capsys.readouterr().err
 
 def test_an_experiment_that_was_moved_is_found_by_its_name(work, capsys):
