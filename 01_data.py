@@ -22,7 +22,6 @@ import shutil
 import signal
 import sys
 import tarfile
-import tempfile
 import textwrap
 import time
 import urllib.request
@@ -218,8 +217,9 @@ def read_image(path):
     except Exception as error:                            # subtle: Pillow raises many kinds, also SyntaxError
         raise ValueError(f"{path} is not a readable image ({type(error).__name__}: {error})".splitlines()[0])
 
-def decode(path, size):
-    """Read and crop one file: (size,size,3) uint8, or a string that says why not."""
+def decode(job):
+    """Read and crop one file.  job: (path, size).  Returns (size,size,3) uint8, or a string that says why not."""
+    path, size = job
     try:
         image = read_image(path)
     except ValueError as error:
@@ -367,12 +367,12 @@ def download(url, path):
 
 def unpack(archive, folder):
     """Extract a tar file, once and whole; the "data" filter refuses paths that lead out of the folder."""
+    part = folder.with_suffix(".part")                    # what a kill leaves there is extracted again
     with locked(folder):
         if not folder.exists():
-            with tempfile.TemporaryDirectory(dir=folder.parent) as part:
-                with tarfile.open(archive) as tar:
-                    tar.extractall(f"{part}/all", filter="data")
-                os.replace(f"{part}/all", folder)
+            with tarfile.open(archive) as tar:
+                tar.extractall(part, filter="data")
+            os.replace(part, folder)
     return folder
 
 def read_cifar10(archive, names):
@@ -400,7 +400,7 @@ def folder_source(options):
         names = called(names, file.read_text(encoding="utf-8-sig"))
     print(f"folders in {options.root}, or in its train/, are classes, with all that lies in them; every image is "
           f"cropped and scaled to {options.size} x {options.size}, small ones enlarged")
-    return names, lambda path: decode(path, options.size), splits
+    return names, lambda path: decode((path, options.size)), splits
 
 def called(names, text):
     """What a classes.txt calls the class folders, in lines like "n01440764 tench, Tinca tinca"; others keep theirs."""
