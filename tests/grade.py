@@ -223,12 +223,14 @@ def main(arguments):
     options = parser.parse_args(arguments)
     if (options.submission is None) == (options.head is None):
         parser.error("give either SUBMISSION or --head FILE")
+    code = 1
     try:
         if options.head:
             sees, blind = judge(options.head)
             accepted = sees < blind / 3
             print(f"{options.head}: {'accepted' if accepted else 'not accepted'}: aux fell to {sees:.4g}; with a head that sees nothing to {blind:.4g}, a third of which is {blind / 3:.4g}")
             return 0 if accepted else 1
+        code = 2                                          # of a wrong argument
         submission, exercises = options.submission, choose(options.exercises)
         if not submission.exists():
             raise ValueError(f"there is no {submission}")
@@ -238,12 +240,13 @@ def main(arguments):
             raise ValueError(f"--limit {options.limit:g}: give seconds, at least 1")
         if options.out and not options.out.parent.is_dir():
             raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
+        code = 1
         if submission.is_file() or options.out and options.out.suffix == ".json" or any((submission / name).is_file() for name in SCRIPTS):
             grade_one(submission, exercises, options.limit, options.out or Path("results.json"))
         else:
             grade_class(submission, exercises, options.limit, options.out or Path("results"))
     except (ValueError, OSError) as error:
-        return print(f"grade.py: error: {error}", file=sys.stderr) or 1
+        return print(f"grade.py: error: {error}", file=sys.stderr) or code
     except KeyboardInterrupt:
         return print("grade.py: stopped", file=sys.stderr) or 130
     return 0
