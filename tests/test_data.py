@@ -579,6 +579,8 @@ def test_a_picture_has_its_images_in_their_places():
     assert sheet[32::64, 32::64, 0].tolist() == [[10, 20], [30, 255], [255, 10]]
     sheet = np.asarray(data.picture([[tiles[0], tiles[1]]], ["a", "b"], ["r"]))            # beside the name, below the titles
     assert sheet.shape == (80, 208, 3) and (sheet[16:, 80:144] == 10).all() and (sheet[16:, 144:] == 20).all()
+    small = images_of(1, 8)[0]                            # enlarged, a pixel stays a square of one colour
+    assert np.array_equal(np.asarray(data.picture([[small]])), small.repeat(8, axis=0).repeat(8, axis=1))
 
 def test_sixteen_bits_of_a_pgm_file(there):
     grey = np.arange(64).reshape(8, 8) * 1000
@@ -806,3 +808,11 @@ def test_memory_that_is_used_up_is_one_line(capsys):
     def main():
         raise MemoryError("no room")
     assert data.run(main) == 1 and "error: no room" in capsys.readouterr().err
+
+def test_packing_holds_few_images_in_memory(tmp_path, monkeypatch):
+    """A row is written before the next block is made."""
+    written, ahead = [], []
+    monkeypatch.setattr(data, "save_rows", lambda path, rows, shape: written.extend(row for row in rows))
+    with ThreadPoolExecutor(1) as pool:
+        data.pack(tmp_path / "x.npy", [(i, 0) for i in range(1000)], lambda job: ahead.append(job - len(written)) or np.zeros(1), (1,), pool)
+    assert len(written) == 1000 and max(ahead) <= 256

@@ -814,4 +814,4 @@ def test_settings_of_experiments_that_nothing_shows():
 def test_a_path_needs_no_suffix(there):
     Path("lab").mkdir(), Path("lab/plain.py").write_text("SETTINGS = {'depth': 3}\n")
     assert model.experiment_name("lab/plain") == str(there.resolve() / "lab" / "plain") and model.load_experiment("lab/plain").SETTINGS == {"depth": 3}
-    assert model.experiment_name(str(FOLDER / "ddt.py")) == "ddt"
+    assert model.experiment_name(str(FOLDER / "ddt.py")) == "ddt" and model.load_experiment("lab/plain") is model.load_experiment("lab/plain.py")           # run once

@@ -288,6 +288,10 @@ def test_another_programs_record_is_no_permission(run, capsys):
 def test_numbers_that_are_none_are_never_a_picture(run, capsys):
     assert call(sample, "--run", "r", "--num", 9, "--amp", "off", "--cfg", "1e39", "--out", "a") == 1
     assert "not finite" in capsys.readouterr().err and not list(Path("a").glob("*.png"))
+    x, sampler = torch.zeros(2, 3, 16, 16), sample.Sampler(run, [0], 0, {}, "off", torch.device("cpu"))
+    x[1, 2, 3, 4] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        sampler.pictures(x)
 
 def test_without_a_trained_null_class_there_is_no_guidance(work, capsys):
     assert call(train, *TINY_FLAGS, "--steps", 2, "--label-drop", 0) == 0
@@ -306,6 +310,7 @@ def test_pictures_of_the_process(work, monkeypatch, capsys):
     assert titles[0] == "t = 0.00" and titles[-2:] == ["t = 0.98", "result"] and len(titles) == len(rows[0]) == 10 and names == ["z", "x_pred"] * 4
     assert call(sample, "--run", "p", "--steps", 2, "--trajectory", "--out", "here.png") == 0
     assert Image.open("runs/p/trajectory.png").width > 100 and Image.open("here.png").width > 100
+    assert drawn.pop()[1] == ["t = 0.00", "t = 0.25", "result"]                # each step once: --shift 3 of two steps
     Path("copy.py").write_bytes((ROOT / "02_model.py").read_bytes())           # it names the mark, and does not carry it
     for kept in ("runs/p/checkpoint.pt", "runs/p/log.csv", "copy.py"):
         before = Path(kept).read_bytes()

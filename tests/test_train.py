@@ -1019,3 +1019,9 @@ def test_processes_average_their_gradients_once_a_step(work):
     trainer = train.Trainer(options, config, torch.device("cpu"))
     trainer.world, trainer.forward = 2, argparse.Namespace(no_sync=lambda: "not now")
     assert trainer.summing(last=False) == "not now" and isinstance(trainer.summing(last=True), nullcontext)
+
+def test_help_without_a_preset_shows_those_of_the_shapes(there, capsys):
+    with pytest.raises(SystemExit):
+        call(train, "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "images per optimizer step (default: 32)" in text and "k, the noise's std (default: 2.0)" in text
