@@ -6,6 +6,7 @@ import sys
 import zlib
 from dataclasses import asdict
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -194,6 +195,7 @@ def test_context_that_never_enters_is_left_out():
 def test_dropout_acts_in_the_middle_half_only():
     net = model.JiT(model.JiTConfig(**{**TINY, "depth": 8, "dropout": 0.2}))
     assert [block.dropout.p for block in net.blocks] == [block.mlp.dropout.p for block in net.blocks] == [0, 0, .2, .2, .2, .2, 0, 0]
+    assert [block.dropout.p for block in model.JiT(model.JiTConfig(**{**TINY, "depth": 6, "dropout": 0.2})).blocks] == [0, .2, .2, 0, 0, 0]
 
 def test_charts_and_rows_of_pictures(monkeypatch):
     """Numbers along the axes, y going up, and of each image both kinds in their order."""
@@ -211,6 +213,8 @@ def test_memory_that_is_used_up_is_said():
         torch.empty(2**55)
     with pytest.raises(ValueError, match="smaller --micro-batch"), model.torchs_errors():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    with pytest.raises(ValueError, match="smaller --micro-batch"), model.torchs_errors():
+        raise MemoryError
 
 def test_processes_wait_for_a_day(monkeypatch):
     """The others wait while the first scores or saves."""
@@ -219,8 +223,11 @@ def test_processes_wait_for_a_day(monkeypatch):
     monkeypatch.setattr(model.dist, "barrier", lambda: None)
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(model.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(model.dist, "destroy_process_group", lambda: asked.update(closed=True))
     with model.device_and_processes("cpu") as (_, rank, world):
         assert asked["timeout"].total_seconds() == 86400 and (rank, world) == (0, 1)
+    assert asked["closed"]
 
 def test_the_table_of_sizes_is_printed_in_the_papers_unit(capsys, monkeypatch):
     monkeypatch.setattr(model, "MODELS", {"JiT-B/16": model.MODELS["JiT-B/16"]})
@@ -328,7 +335,7 @@ def test_damaged_checkpoints_are_named(tmp_path, tiny_official):
         torch.save(changed, tmp_path / "bad.pth")
         with pytest.raises(ValueError, match=words):
             model.load_network(tmp_path / "bad.pth")
-    with pytest.raises(ValueError, match="--ema"):
+    with pytest.raises(ValueError, match="numbered 0 to 1, and -1 stands for the raw weights$"):
         model.load_network(path, ema=5)
 
 def test_small_things_that_no_shape_shows(tiny_official):
@@ -344,6 +351,10 @@ def test_small_things_that_no_shape_shows(tiny_official):
     assert model.TimeHead(fresh.config).loss(t[:, None], {"t": t}) == 0
     assert model.Block(model.JiTConfig(**{**TINY, "mlp_ratio": 2.5})).mlp.w3.weight.shape == (32, 53)
     assert "x_embedder.proj1.bias" in model.JiT(model.JiTConfig(**{**TINY, "bottleneck_dim": 0})).state_dict()
+    one = torch.load(path, weights_only=False)
+    del one["model_ema2"]                                 # a file with one average
+    torch.save(one, path)
+    assert torch.equal(model.load_network(path)[0].pos_embed, net.pos_embed)
 
 def test_an_auxiliary_head_sees_image_tokens_only():
     """And the network does not change by being asked."""
@@ -485,7 +496,7 @@ def test_weights_of_a_gpu_are_read_on_any_machine(tiny_official, monkeypatch):
     asked, real = {}, torch.load
     monkeypatch.setattr(torch, "load", lambda *args, **how: asked.update(how) or real(*args, **how))
     model.load_network(tiny_official[0])
-    assert asked["map_location"] == "cpu"
+    assert asked["map_location"] == "cpu" and asked["mmap"] and asked["weights_only"]
 
 def test_a_second_machine_counts_its_own_gpus(monkeypatch):
     asked = []
@@ -508,7 +519,10 @@ def test_a_c_library_without_mallopt_is_left_alone(monkeypatch):
     """macOS has none, and Windows no library without a name."""
     def nameless(name):
         raise TypeError("a name is needed")
-    for library in (lambda name: object(), nameless):
+
+    def unopened(name):
+        raise OSError("no such library")
+    for library in (lambda name: object(), nameless, unopened):
         monkeypatch.setattr(model.ctypes, "CDLL", library)
         model.keep_freed_memory()
 
@@ -521,6 +535,7 @@ def test_a_gpu_takes_bf16_since_ampere(monkeypatch):
     for capability, amp in (((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         assert model.choose_precision(None, torch.device("cuda")) == amp
+    assert [model.choose_precision(amp, torch.device("cuda")) for amp in ("off", "fp16")] == ["off", "fp16"]
 
 def test_without_rope_nothing_turns():
     net = model.JiT(model.JiTConfig(**{**TINY, "rope": False}))
@@ -531,3 +546,38 @@ def test_a_network_that_cannot_be_compiled_is_said():
         failed = type("Failed", (RuntimeError,), {"__module__": f"torch.{place}.exc"})
         with pytest.raises(ValueError, match=r"\(no tracing\): pass --no-compile"), model.torchs_errors():
             raise failed("no tracing\nof this")
+
+def test_one_kernel_on_a_gpu_and_without_a_backward_pass(monkeypatch):
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: "kernel")
+    assert model.attend(argparse.Namespace(is_cuda=True), None, None) == "kernel"
+    with torch.no_grad():
+        assert model.attend(argparse.Namespace(is_cuda=False), None, None) == "kernel"
+
+def test_the_c_library_is_asked_to_keep_memory(monkeypatch):
+    asked = []
+    monkeypatch.setattr(model.ctypes, "CDLL", lambda name: argparse.Namespace(mallopt=lambda *pair: asked.append(pair)))
+    model.keep_freed_memory()
+    assert asked == [(-4, 0), (-1, 2147483647), (-2, 268435456), (-8, 1)]
+
+def test_jobs_ahead_are_done_together():
+    together = Barrier(4)
+    assert list(model.ahead(lambda job: together.wait(5) >= 0, range(4), 4)) == [True] * 4
+
+def test_a_chart_of_many_curves_over_whole_steps(monkeypatch):
+    words = []
+    monkeypatch.setattr(data, "write", lambda draw, place, text, *more, **how: words.append((text, place[1])))
+    assert model.chart("loss", "step", {str(i): [(0, i), (4600, 2)] for i in range(7)}).size == (480, 320)
+    assert [text for text, y in words if y == 320 - 31] == ["0", "1150", "2300", "3450", "4600"]
+
+def test_the_script_prints_the_table_and_walks_the_smallest_network_of_64_pixels(capsys, monkeypatch):
+    monkeypatch.setattr(model, "MODELS", {name: model.MODELS[name] for name in ("JiT-T/8", "JiT-T/16")})
+    model.main([])
+    said = capsys.readouterr().out
+    assert said.startswith("model ") and "One batch through JiT-T/16:" in said and "2 x 3 x 64 x 64" in said and "2 x 3 x 32 x 32" not in said
+    assert said.splitlines()[1].split()[1:6] == ["32", "8", "192", "6", "3"]
+
+def test_a_device_that_this_machine_lacks_is_not_offered(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(data.UsageError, match="--device mps: give cuda or cpu$"):
+        with model.device_and_processes("mps"):
+            pass

@@ -464,6 +464,7 @@ def test_processes_wait_for_each_other(run, monkeypatch, rank):
     sample.write_samples(sample.Options(out=Path("a")), sampler, record, Path("."), rank, 2)
     assert done == (["check_folder", "barrier", "barrier", "sample_all", "barrier"] if rank else
                     ["check_folder", "barrier", "save_json", "barrier", "sample_all", "barrier", "class_picture", "save_picture"])
+    assert Path(".a.lock").exists() == (rank == 0)
 
 def test_the_grid_names_its_classes(run, monkeypatch):
     drawn, real = [], data.picture
@@ -483,3 +484,31 @@ def test_all_that_the_network_is_given_lies_on_its_device():
     sampler.device = torch.device("meta")
     sampler.images([0])
     assert seen == [{"meta"}]
+
+def test_what_the_network_says_is_reckoned_with_in_fp32():
+    assert sample.predict(lambda z, t, y: z.bfloat16(), torch.randn(1, 3, 4, 4), 0.5, None, "x").dtype == torch.float32
+
+def test_network_and_coder_move_to_the_device():
+    moved, net, coder = [], torch.nn.Identity(), torch.nn.Identity()
+    net.config = model.JiTConfig(**TINY)
+    for part, name in ((net, "net"), (coder, "coder")):
+        part.to = lambda device, part=part, name=name: moved.append((name, device)) or part
+    sample.Sampler(net, [0], 0, {}, "off", torch.device("cpu"), coder=coder)
+    assert moved == [("net", torch.device("cpu")), ("coder", torch.device("cpu"))]
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_draws_the_trajectory(run, monkeypatch, rank):
+    monkeypatch.setattr(model, "device_and_processes", lambda name: sample.nullcontext((torch.device("cpu"), rank, 2)))
+    assert call(sample, "--run", "r", "--trajectory", "--steps", 1, "--amp", "off") == 0 and Path("runs/r/trajectory.png").exists() == (rank == 0)
+
+def test_little_noise_is_shown_as_it_is(there, monkeypatch):
+    drawn, real = [], data.picture
+    monkeypatch.setattr(data, "picture", lambda rows, *more: drawn.append(rows) or real(rows, *more))
+    net = randomised(model.JiTConfig(**{**TINY, "noise_scale": 0.5}))
+    sample.draw_trajectory(sample.Sampler(net, [0], 0, asdict(sample.Settings(steps=1)), "off", torch.device("cpu")), there / "t.png")
+    assert np.array_equal(drawn[0][0][0], model.to_pictures(sample.noise_for([0], (3, 16, 16), 0, 0.5))[0])
+
+def test_a_wrong_label_is_told_the_names():
+    for names, known in ((["ring", "star"], "names are ring, star"), ([], "names are not known")):
+        with pytest.raises(data.UsageError, match=f"ids: id:0 to id:1, {known}$"):
+            sample.parse_labels("moon", 1, names, 2)
