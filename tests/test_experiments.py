@@ -561,7 +561,7 @@ def test_experiments_combine_and_rows_too(work):
     assert model.load_network("runs/shapes-exp3-ddt-mean_colour/checkpoint.pt")[1]["experiments"] == ["ddt", "mean_colour"]
 
 @pytest.mark.parametrize("settings,words", [
-    ("{'init': 'shapes'}", "cannot say init: it is a flag"), ("{'run': 'x'}", "cannot say run"), ("{'device': 'cpu'}", "cannot say device"), ("{'overwrite': True}", "cannot say overwrite"),
+    ("{'init': 'shapes'}", "cannot say init: it is a flag"), ("{'run': 'x'}", "cannot say run"), ("{'device': 'cpu'}", "cannot say device"), ("{'overwrite': True}", "cannot say overwrite"), ("{'preset': 'photos'}", "cannot say preset"), ("{'experiment': 'exp1'}", "cannot say experiment"), ("{'resume': True}", "cannot say resume"),
     ("{'ema': 0}", "ema 0: it must be of the type tuple"), ("{'sampling': 1}", "sampling 1: it must be of the type dict"), ("{'data': 5}", "data 5: it must be of the type str"),
     ("{'in_channels': 4}", "cannot say in_channels"), ("{'image_size': 4}", "cannot say image_size"), ("{'sampling': 'heun'}", "sampling 'heun': it must be of the type dict"), ("{1: 2}", "there is no setting 1"), ("{'model': 'JiT-T/99'}", "model 'JiT-T/99' is unknown"),
     ("{'network': 'nope'}", "network 'nope' is unknown"), ("{'lr': __import__('numpy').float64(1e-3)}", "it must be of the type float"), ("{'lr': 0}", "lr 0: give a number in (0, inf)"),

@@ -229,6 +229,7 @@ def test_the_first_checkpoint_comes_after_a_minute(work):
         assert (model.read_checkpoint("runs/x/checkpoint.pt")["info"]["step"] == 1) == saved
     assert time.perf_counter() - recorder.saved_at < 5
     assert recorder.wait == options.save_minutes == 5
+    assert recorder_of(train.Trainer(*settings("--steps", 9, "--save-minutes", "0.1")[:2], torch.device("cpu")), arrays).wait == 0.1
 
 @pytest.mark.parametrize("content", [b"\0" * 1000, b"other,header\n1,2\n", b"\xef\xbb\xbfstep,loss\n"])
 def test_the_log_is_written_and_never_read(work, content):
@@ -433,8 +434,10 @@ def test_micro_batches(batch, world, micro):
     if micro:
         assert settled(meta, "--batch-size", batch, world=world)[0].micro_batch == micro
     else:                                                 # a prime would mean passes of one image
-        with pytest.raises(data.UsageError, match="give a multiple of"):
+        with pytest.raises(data.UsageError, match="give a multiple of 6"):
             settled(meta, "--batch-size", batch, world=world)
+        with pytest.raises(data.UsageError, match="micro-batches of 16 for 1 process"):
+            settled(meta | {"size": 256}, "--preset", "photos", "--batch-size", 257)
 
 @pytest.mark.parametrize("size,next_size", [(178, 192), (94, 96), (127, 128), (218, 224)])
 def test_sizes_that_make_no_good_patches_are_refused(size, next_size):
@@ -444,10 +447,12 @@ def test_sizes_that_make_no_good_patches_are_refused(size, next_size):
     assert settled(meta, "--preset", "photos", "--patch-size", size)[1].patch_size == size
 
 def test_a_dry_run_says_all_and_writes_nothing(work, capsys):
-    assert call(train, *TINY_FLAGS, "--steps", 2000, "--ema", "0.998,0.9999", "--dry-run") == 0
+    assert call(train, *TINY_FLAGS, "--steps", 2000, "--ema", "0.9,0.998,0.9999", "--dry-run") == 0
     said = capsys.readouterr().out
-    assert "step 0 to 2000, batch 8" in said and "micro-batches of 8" in said and "EMA over 223 and 223 steps" in said and "about 0.0 GiB" in said and not Path("runs").exists()
+    assert "step 0 to 2000, batch 8" in said and "micro-batches of 8" in said and "EMA over 10 and 223 and 223 steps" in said and "about 0.0 GiB" in said and not Path("runs").exists()
     assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "./lab", "--dry-run") == 0 and capsys.readouterr().out.startswith("lab: ")
+    assert call(train, *TINY_FLAGS, "--steps", 2) == 0 and call(train, "--resume", "--steps", 4, "--dry-run") == 0
+    assert "on 200 images; step 2 to 4, batch 8, lr 0.001, off, cpu; micro" in capsys.readouterr().out
 
 def test_a_folder_that_is_no_runs_is_not_touched(work, capsys):
     Path("runs/shapes").mkdir(parents=True)
@@ -470,11 +475,12 @@ def test_another_machines_precision_is_no_other_setting(work, monkeypatch):
 def test_a_damaged_checkpoint_is_one_line(work, capsys):
     assert call(train, *TINY_FLAGS, "--steps", 4) == 0
     whole = torch.load("runs/shapes/checkpoint.pt", weights_only=True)
-    for change in ({"sums": torch.zeros(3, 2)}, {"model": {}}, {"info": None}):
+    for change in ({"sums": torch.zeros(3, 2)}, {"model": {}}, {"info": None}, {"optimizer": {}}, {"model": 3}, {"optimizer": {"state": {}, "param_groups": []}}, {"optimizer": 3}):
         torch.save({k: v for k, v in (whole | change).items() if v is not None}, "runs/shapes/checkpoint.pt")
         assert call(train, *TINY_FLAGS, "--steps", 6, "--resume") == 1
         error = capsys.readouterr().err
         assert len(error.strip().splitlines()) == 1 and ("damaged" in error or "not the state of a training run" in error), error
+        assert change != {"model": {}} or "Missing key(s)" in error
 
 @pytest.mark.parametrize("flags,size,device,micro", [(["--preset", "photos"], 256, "cpu", 16), (["--preset", "imagenet-B"], 256, "cpu", 8), (["--preset", "imagenet-B"], 256, "cuda", 128),
                                                      (["--preset", "imagenet-L"], 256, "cuda", 32), (["--preset", "cifar10"], 32, "cuda", 256), ([], 64, "cpu", 32)])
@@ -490,7 +496,7 @@ def test_what_the_log_counts(work, monkeypatch):
     """Ranges of t in their order; v-space whatever the loss; sums of all processes in a checkpoint; a save asks all processes."""
     options, config, arrays = settings("--loss", "x", "--pred", "v", "--steps", 9)
     trainer = train.Trainer(options, config, torch.device("cpu"))
-    trainer.log.add_losses(torch.tensor([1.0, 2.0, math.nan]), torch.tensor([0.1, 0.9, 0.1]))
+    trainer.log.add_losses(torch.tensor([1.0, 2.0, math.nan]), torch.tensor([0.1, 1.0, 0.1]))
     trainer.log.add("aux", torch.tensor(3.0)), trainer.log.add("aux", torch.tensor(math.inf))
     assert trainer.log.sums.tolist() == [[1, 1], [0, 0], [0, 0], [0, 0], [2, 1], [3, 1], [0, 0]]
     for weight in [*trainer.ema[0].values(), *trainer.net.parameters()]:
@@ -572,7 +578,7 @@ def test_the_speed_in_the_log(work, monkeypatch):
     recorder.trainer.step, recorder.line_step, recorder.line_at = 7, 2, time.perf_counter() - 10
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**20)
     recorder.write_line(False)
-    assert recorder.trainer.log.rows[-1]["images_per_s"] == pytest.approx(5 * 8 / 10, rel=0.05) and recorder.line_step == 7
+    assert recorder.trainer.log.rows[-1]["images_per_s"] == pytest.approx(5 * 8 / 10, rel=0.05) and recorder.line_step == 7 and recorder.bar.postfix == "images_per_s=4, loss=nan"
     assert math.isnan(recorder.trainer.log.rows[-1]["loss"]) and recorder.trainer.log.rows[-1]["gpu_MiB"] == 3               # nothing was finite: no number, and never 0
     assert time.perf_counter() - recorder.line_at < 5 and recorder_of(recorder.trainer, arrays).line_step == 7             # the next line begins here
     recorder.write_line(True)
@@ -631,6 +637,7 @@ def test_rotation_turns_the_image_and_is_asked_for():
 def test_lambda_is_applied_and_the_time_head_learns(work):
     """The documents' own code parsed lambda and used 1.0: the head's gradient must scale with it."""
     grads = []
+    assert settings("--aux", "time", "--aux-weight", 0)[0].aux_weight == 0
     for weight in (0.1, 0.3):
         options, config, arrays = settings("--aux", "time", "--aux-weight", weight)
         trainer = train.Trainer(options, config, torch.device("cpu"))
@@ -740,7 +747,7 @@ def test_preview_log_and_snapshots(work):
     assert call(train, *TINY_FLAGS, "--steps", 8, "--preview-every", 4, "--snapshots", 2, "--overwrite") == 0
 
 @pytest.mark.parametrize("settings,word", [({"schedule": "cosin"}, "slip.py: schedule 'cosin' is unknown"), ({"loss": "q"}, "'q'"), ({"label_drop": 2}, "[0, 1)"), ({"batch_size": 0}, "[1, 1000000]"),
-                                           ({"ema": (2.0,)}, "[0, 1)"), ({"ema": ("a",)}, "slip.py: ema ('a',): it must be"), ({"ema": (None,)}, "slip.py: ema (None,): it must be"), ({"amp": "fp8"}, "fp8"), ({"stepz": 3}, "stepz")], ids=str)
+                                           ({"ema": (2.0,)}, "[0, 1)"), ({"ema": ("a",)}, "slip.py: ema ('a',): it must be"), ({"ema": (None,)}, "slip.py: ema (None,): it must be"), ({"amp": "fp8"}, "fp8"), ({"stepz": 3}, "stepz"), ({"objective": "jitt"}, "slip.py: objective 'jitt' is unknown")], ids=str)
 def test_a_slip_in_an_experiments_settings_is_said(work, capsys, settings, word):
     Path("slip.py").write_text(f"SETTINGS = {settings!r}\n")
     flags = TINY_FLAGS[:]                                 # flags would override the settings
@@ -766,6 +773,7 @@ def test_what_a_finished_run_answers(work, capsys, monkeypatch):
     assert call(train, "--resume") == 0 and "nothing to do" in capsys.readouterr().out and Path("runs/shapes/config.json").read_bytes() == before
 
 @pytest.mark.parametrize("flags,words,code", [
+    (["--times", "unifrom"], "one of logit-normal, uniform", 2),
     (["--steps", -1], "give a number in [1, inf)", 2), (["--lr", "nan"], "give a number", 2), (["--p-mean", "inf"], "give a number", 2), (["--num-classes", 5], "the data set has 10", 2), (["--preset", "nope"], "unknown", 2), (["--experiment", "exp9"], "there is no", 2), (["--model", "JiT-Z"], "unknown", 2),
     (["--batch-size", 10, "--micro-batch", 4], "give a multiple of 4", 2), (["--patch-size", 5], "not a multiple", 2), (["--ema", "fast"], "--ema", 2), (["--ema", "0.9,1"], "in [0, 1)", 2), (["--label-drop", 1], "label-drop", 2),
     (["--lr", 0], "(0, inf)", 2), (["--patch-embed", "nonlinear", "--bottleneck-dim", 0], "needs a bottleneck", 2), (["--pred", "y"], "one of x, e, v", 2), (["--steps", "many"], "invalid int", 2),
@@ -867,10 +875,10 @@ def test_the_curves_run_over_steps(work, monkeypatch):
     """What is no number has no place on them."""
     options, config, arrays = settings("--steps", 9)
     recorder, drawn = recorder_of(train.Trainer(options, config, torch.device("cpu")), arrays), []
-    monkeypatch.setattr(model, "chart", lambda *what, **how: drawn.append(what) or Image.new("RGB", (9, 9)))
+    monkeypatch.setattr(model, "chart", lambda *what, **how: drawn.append((*what, how)) or Image.new("RGB", (9, 9)))
     recorder.trainer.log.rows = [{"step": 5, "images": 40, "loss": 2.0, "held_out": 1.0}, {"step": 10, "images": 80, "loss": math.nan}]
     recorder.draw_loss()
-    assert drawn == [("loss in v-space", "step", {"loss": [(5, 2.0)], "held_out": [(5, 1.0)]})]
+    assert drawn == [("loss in v-space", "step", {"loss": [(5, 2.0)], "held_out": [(5, 1.0)]}, {"log": True})]
 
 def test_latents_are_never_mirrored(work):
     meta = {"size": 4, "channels": 4, "classes": ["a", "b"], "counts": {"train": 1000}, "id": "1", "coder": {"id": "2"}}
@@ -883,6 +891,12 @@ def test_the_memory_that_is_announced(capsys, monkeypatch):
     options, config = settled(meta, "--preset", "imagenet-B")
     train.announce(options, config, Path("r"), 0, 1000, torch.device("cpu"))
     assert f"about {(24 * 131_123_712 + 130 * 8 * 256 * 768 * 12) / 2**30:.1f} GiB" in capsys.readouterr().out
+    options.compile = options.record = True
+    train.announce(options, config, Path("r"), 0, 1000, torch.device("cpu"))
+    assert f", cpu compiled as CUDA graphs; micro-batches of 8, about {(24 * 131_123_712 + 50 * 8 * 256 * 768 * 12) / 2**30:.1f} GiB" in capsys.readouterr().out
+    options.record = False
+    train.announce(options, config, Path("r"), 0, 1000, torch.device("cpu"))
+    assert ", cpu compiled; micro-batches" in capsys.readouterr().out
 
 @pytest.mark.parametrize("flag", ["--preset", "--experiment", "--steps"])
 def test_a_flag_without_a_value_is_one_line(there, capsys, flag):
@@ -904,6 +918,7 @@ def test_more_epochs_with_resume(work):
     """200 images in batches of 8: 25 steps an epoch."""
     assert call(train, *TINY_FLAGS, "--epochs", 0.2) == 0 and call(train, "--resume", "--epochs", 0.4) == 0
     assert model.read_checkpoint("runs/shapes/checkpoint.pt")["info"]["step"] == 10
+    assert settings("--epochs", 0.001)[0].steps == 1 and call(train, "--resume", "--steps", 12, "--warmup", 3) == 0
 
 def test_another_batch_size_is_refused_as_such(work, capsys):
     """Not for the micro-batch of the run, which nobody can help."""
@@ -983,9 +998,10 @@ def test_what_is_recorded_and_compiled_by_default_on_a_gpu(monkeypatch):
     """A small network is recorded and not compiled; heads, checkpointing and files of one's own are not recorded."""
     monkeypatch.setattr(model, "choose_precision", lambda amp, device: "off")
     meta = {"size": 64, "classes": ["a", "b"], "counts": {"train": 1000}, "id": "1"}
-    for flags, recorded in (([], True), (["--aux", "time"], False), (["--checkpointing"], False), (["--experiment", "td_norm"], False)):
+    for flags, recorded in (([], True), (["--aux", "time"], False), (["--checkpointing"], False), (["--experiment", "td_norm"], False), (["--preset", "cifar10", "--batch-size", 32], True)):
         options, _ = train.settle(gathered(*flags), meta, torch.device("cuda"), 1)
         assert options.record == recorded and not options.compile, flags
+    assert train.settle(gathered("--preset", "cifar10", "--no-compile"), meta, torch.device("cuda"), 1)[0].compile is False
 
 def test_other_processes_write_nothing(work, capsys):
     """Also with --overwrite: it is the first that moves the old run aside."""
@@ -994,6 +1010,7 @@ def test_other_processes_write_nothing(work, capsys):
     files = lambda: {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
     before, _ = files(), capsys.readouterr()
     train.train_run(train.read_flags(flags), torch.device("cpu"), 1, 1)
+    train.train_run(train.read_flags(flags[:-1]), torch.device("cpu"), 1, 1)               # finished: the first says so
     assert files() == before and capsys.readouterr().out == ""
 
 def test_a_gpu_is_not_waited_for_in_every_step(work):
@@ -1012,7 +1029,7 @@ def test_what_is_compiled_is_recorded_and_gets_the_head(work, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda net: compiled)
     monkeypatch.setattr(train, "recorded", lambda net, *more: net)
     net, head = model.build(config), model.AUX_HEADS["time"](config)
-    assert train.wrap(net, head, options, config, torch.device("cpu"), 1).net is compiled
+    assert train.wrap(net, head, options, config, torch.device("cpu"), 1).net is compiled and torch._dynamo.config.optimize_ddp is True
 
 def test_processes_average_their_gradients_once_a_step(work):
     options, config, _ = settings("--micro-batch", 4)
@@ -1025,3 +1042,21 @@ def test_help_without_a_preset_shows_those_of_the_shapes(there, capsys):
         call(train, "--help")
     text = " ".join(capsys.readouterr().out.split())
     assert "images per optimizer step (default: 32)" in text and "k, the noise's std (default: 2.0)" in text
+
+def test_ten_bad_steps_end_a_run_and_one_is_not_saved(work):
+    options, config, arrays = settings("--steps", 99)
+    recorder = recorder_of(train.Trainer(options, config, torch.device("cpu")), arrays)
+    assert recorder.is_good()
+    recorder.trainer.bad.fill_(1)
+    assert not recorder.is_good()
+    recorder.trainer.bad.fill_(10)
+    recorder.trainer.step = 10
+    with pytest.raises(ValueError, match=r"at step 10 \(10 gradients in a row\): runs/x/checkpoint.pt is from before"):
+        recorder.after_step()
+
+def test_a_signal_in_the_last_step_finishes_the_run(work):
+    options, config, arrays = settings("--steps", 9)
+    recorder = recorder_of(train.Trainer(options, config, torch.device("cpu")), arrays, [1])
+    recorder.trainer.step = 9
+    recorder.after_step()
+    assert model.read_checkpoint("runs/x/checkpoint.pt")["info"]["step"] == 9
