@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -130,6 +131,7 @@ def test_unlabelled_folder_and_fraction(there):
     meta, arrays = data.open_data("data/set")
     assert meta["classes"] == [] and meta["counts"] == {"train": 27, "val": 10} and meta["recipe"]["fraction"] == 0.3
     first = arrays["train"][0].copy()
+    assert Image.open("data/set/preview.png").size == (640, 16 + 3 * 64)       # 27 images
     assert pack("--fraction", 0.3, "--val-fraction", 0.1, "--overwrite") == 0
     assert np.array_equal(data.open_data("data/set")[1]["train"][0], first)
     from conftest import TINY_FLAGS
@@ -141,6 +143,7 @@ def test_what_is_held_out(there):
     assert len(train_set | val) == 200                    # held-out shapes are none of those trained on
     folder(there / "in", splits=())
     assert data.list_folder(there / "in", 0.3, 0)[1]["val"] != data.list_folder(there / "in", 0.3, 1)[1]["val"]
+    assert [len(data.hold_out([(i, 0) for i in range(n)], 0.1, 0)["val"]) for n in (2, 4, 26)] == [1, 1, 3]
 
 def test_one_percent_of_imagenet_is_12811_images():
     kept = data.keep_fraction(range(1_281_167), 0.01, 0)
@@ -174,6 +177,8 @@ def test_imagenette_is_unpacked_with_the_data_filter(there, monkeypatch):
     assert call(data, "--source", "imagenette-160", "--root", "in", "--size", 16, "--workers", 1) == 0
     assert data.open_data("data/imagenette-160")[0]["classes"] == ["tench", "springer"]
     assert call(data, "--source", "imagenette-160", "--root", "in", "--size", 8, "--workers", 1, "--name", "small") == 0              # it is there
+    (there / "elsewhere").mkdir(), (there / "in").rename("elsewhere/downloads")
+    assert call(data, "--source", "imagenette-160", "--out", "elsewhere", "--size", 16, "--workers", 1) == 0
     with tarfile.open("evil.tgz", "w:gz") as tar:
         info = tarfile.TarInfo("../escaped.txt")
         tar.addfile(info, io.BytesIO(b""))
@@ -541,7 +546,7 @@ FOLDERS = {
     "class empty": (lambda: (folder(Path("in")), Path("in/train/eel").mkdir(), Path("in/val/eel").mkdir()), "eel holds no images", 1),
     "class unreadable": (lambda: (folder(Path("in")), [Path(f"in/{s}/eel").mkdir() or Path(f"in/{s}/eel/a.png").write_bytes(b"x") for s in ("train", "val")]), "class eel has no readable", 1),
     "loose images": (lambda: (folder(Path("in")), Image.new("RGB", (9, 9)).save("in/train/a.png")), "1 loose images (in/train/a.png", 1),
-    "splits differ": (lambda: (folder(Path("in")), Path("in/train/dog").rename("in/train/fox")), "is in one only", 1),
+    "splits differ": (lambda: (folder(Path("in")), Path("in/train/dog").rename("in/train/fox")), "dog is in one only", 1),
 }
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -589,7 +594,9 @@ def test_sixteen_bits_of_a_pgm_file(there):
 
 def test_a_tenth_of_the_shapes_is_held_out():
     splits = data.shapes_source(data.Options())[2]
-    assert {split: len(pairs) for split, pairs in splits.items()} == {"train": 20_000, "val": 2_000}
+    assert {split: len(pairs) for split, pairs in splits.items()} == {"train": 20_000, "val": 2_000} and splits["val"][0] == (10**7, 0)               # beyond the largest --count
+    assert data.shapes_source(options := data.Options(workers=8)) and options.workers == 1
+    assert [data.Options(source=name).size for name in ("shapes", "folder", "cifar10", "imagenette-160", "imagenette-320")] == [64, 64, 32, 160, 320]
 
 def test_a_script_that_is_asked_to_end_says_so():
     code = "import os, signal, sys, time; from importlib import import_module; sys.exit(import_module('01_data').run(lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(9)))"
@@ -700,7 +707,7 @@ def test_odd_class_names_are_said_and_drawn(there, capsys):
     folder(there / "in" / "train", classes=("a\nb", "c"))
     assert call(data, "--source", "folder", "--root", "in/train/train", "--size", 16, "--name", "set", "--workers", 1) == 0
     assert call(data, "--source", "folder", "--root", "in", "--size", 16, "--name", "two", "--workers", 1) == 0
-    assert "2 classes (train, val)" in capsys.readouterr().out
+    assert "data/two: 22 training and 2 held-out images, 16 x 16, 2 classes (train, val); look at data/two/preview.png" in capsys.readouterr().out
 
 def test_the_bar_counts_every_image(there, monkeypatch):
     bars, close = set(), data.Progress.close
@@ -773,6 +780,7 @@ def test_each_imagenette_is_its_own(there, monkeypatch):
         with tarfile.open(archive, "w:gz") as tar:
             tar.add(f"imagenette2-{size}")
         monkeypatch.setitem(data.ARCHIVES, name, (*data.ARCHIVES[name][:2], data.file_hash(archive, "md5")))
+    assert call(data, "--source", "imagenette-160", "--root", "in", "--size", 16, "--workers", 1) == 0
     assert call(data, "--source", "imagenette-320", "--root", "in", "--size", 16, "--workers", 1) == 0
     assert data.open_data("data/imagenette-320")[0]["classes"] == ["cassette", "chainsaw"]
 
@@ -798,6 +806,7 @@ def test_the_line_of_a_bar_off_a_terminal(capsys):
     bar = data.Progress(200, "x", " images")
     bar.display()
     bar.close()
+    assert (bar.mininterval, bar.delay) == (30, 4)
     assert capsys.readouterr().err == "x: 0 of 200, ? images/s, ? left\n"
 
 def test_a_fraction_that_leaves_a_class_empty_is_said(there, capsys):
@@ -811,8 +820,19 @@ def test_memory_that_is_used_up_is_one_line(capsys):
 
 def test_packing_holds_few_images_in_memory(tmp_path, monkeypatch):
     """A row is written before the next block is made."""
-    written, ahead = [], []
+    written, ahead, makers = [], [], set()
     monkeypatch.setattr(data, "save_rows", lambda path, rows, shape: written.extend(row for row in rows))
     with ThreadPoolExecutor(1) as pool:
-        data.pack(tmp_path / "x.npy", [(i, 0) for i in range(1000)], lambda job: ahead.append(job - len(written)) or np.zeros(1), (1,), pool)
-    assert len(written) == 1000 and max(ahead) <= 256
+        data.pack(tmp_path / "x.npy", [(i, 0) for i in range(1000)], lambda job: ahead.append(job - len(written)) or makers.add(threading.current_thread()) or np.zeros(1), (1,), pool)
+    assert len(written) == 1000 and max(ahead) <= 256 and makers and threading.current_thread() not in makers
+
+def test_two_at_once_do_not_unpack_one_archive(there):
+    with data.locked(there / "x"), pytest.raises(ValueError, match="another process is writing"):
+        data.unpack(Path("gone.tgz"), there / "x")
+
+def test_names_stay_whole_in_help(monkeypatch, capsys):
+    for width in range(60, 118):
+        monkeypatch.setenv("COLUMNS", str(width))
+        with pytest.raises(SystemExit):
+            call(data, "--help")
+        assert "imagenette-\n" not in capsys.readouterr().out

@@ -172,7 +172,7 @@ def test_inception_weights_file(there, inception, capsys):
     torch.save(inception, "mine.pth")
     net, name, digest = evaluate.load_inception(Path("mine.pth"))
     assert name.startswith("FD (mine.pth") and "not the published weights file" in capsys.readouterr().err
-    assert digest == hashlib.sha256(Path("mine.pth").read_bytes()).hexdigest()[:8]
+    assert digest == hashlib.sha256(Path("mine.pth").read_bytes()).hexdigest()[:8] and name == f"FD (mine.pth {digest})"
     state = dict(inception)
     del state["Mixed_6c.branch_pool.bn.running_var"]
     torch.save(state, "less.pth")
@@ -534,6 +534,9 @@ def test_nothing_is_cached_in_a_folder_of_the_users(there):
     Path("mine/samples.json").write_text(json.dumps({"labels": [0] * 9, "classes": ["a"]}))
     net = lambda x: {"features": x.float().mean(dim=(1, 2)), "logits": x[:, 0, 0].float()}
     assert evaluate.describe_reference(evaluate.ImageSet("mine"), net, "d", torch.device("cpu"), 7)["n"] == 9 and len(list(Path("mine").iterdir())) == 10
+    Path("mine/samples.json").write_text(json.dumps({"labels": ["a"] * 9, "classes": ["a"]}))
+    with pytest.raises(ValueError, match="labels for 9"):
+        evaluate.ImageSet("mine")
 
 def test_large_images_are_averaged_for_the_classifier():
     seen, net = [], evaluate.Classifier(3).eval()
@@ -542,6 +545,8 @@ def test_large_images_are_averaged_for_the_classifier():
     net(images)
     wanted = F.avg_pool2d(images.permute(0, 3, 1, 2).float() / 127.5 - 1, 2)
     assert seen[0].shape == (2, 3, 64, 64) and torch.allclose(seen[0], wanted, atol=1e-5)
+    assert [type(part).__name__ for part in net.body] == ["Conv2d", "BatchNorm2d", "SiLU"] * 3 + ["AdaptiveAvgPool2d", "Flatten", "Linear", "SiLU"]
+    assert [tuple(p.shape) for p in net.body.parameters() if p.ndim > 1] == [(32, 3, 3, 3), (64, 32, 3, 3), (128, 64, 3, 3), (128, 2048)]
 
 def test_a_distance_that_is_no_number_is_never_the_best():
     x = np.eye(3)
@@ -562,6 +567,10 @@ def test_a_covariance_is_symmetric(there):
     np.savez("tilted.npz", mu=np.zeros(2), sigma=np.array([[1.0, 0.5], [0.0, 1.0]]))
     with pytest.raises(ValueError, match="symmetric"):
         evaluate.ImageSet("tilted.npz")
+    np.savez("minus.npz", mu=np.zeros(2), sigma=-np.eye(2)), np.savez("two_n.npz", mu=np.zeros(2), sigma=np.eye(2), n=np.array([5, 6]))
+    for name, words in (("minus", "sigma is .* variances"), ("two_n", "n is int64")):
+        with pytest.raises(ValueError, match=words):
+            evaluate.ImageSet(f"{name}.npz")
     np.savez("spatial.npz", mu=np.zeros(2), sigma=np.eye(2), mu_s=np.zeros(2), sigma_s=np.array([[1.0, 0.5], [0.0, 1.0]]))
     with pytest.raises(ValueError, match="sigma_s is .* symmetric"):
         evaluate.read_npz(Path("spatial.npz"))
@@ -716,3 +725,30 @@ def test_one_class_is_none_to_judge_by(there):
     assert call(data, "--source", "folder", "--root", "in", "--size", 16, "--name", "o", "--workers", 1) == 0
     with pytest.raises(ValueError, match="needs two classes, data/o has 1"):
         evaluate.load_classifier("data/o", torch.device("cpu"))
+
+def test_a_batch_without_colours_is_refused(there):
+    np.savez("flat.npz", arr_0=images_of(9)[..., 0])
+    with pytest.raises(ValueError, match="must be uint8"):
+        evaluate.ImageSet("flat.npz")
+
+def test_no_more_images_at_a_time_than_asked_for(work):
+    np.savez("few.npz", arr_0=images_of(20))
+    seen, options = [], evaluate.Options(metrics="fd", batch_size=7)
+    net = lambda x: seen.append(len(x)) or {"features": x.float().mean(dim=(1, 2)), "logits": x[:, 0, 0].float()}
+    evaluate.score(evaluate.ImageSet("few.npz"), evaluate.ImageSet("data/shapes"), net, options, "seven777", torch.device("cpu"))
+    assert max(seen) == 7 and sum(seen) == 200 + 20 + 20
+
+def test_a_table_shows_what_differs_in_four_digits(there, capsys):
+    for name, step, fd in (("a", 4, 12.3456), ("b", 8, 0.000123456)):
+        Path(f"{name}.json").write_text(json.dumps({"score": "FD", "n_real": 9, "n_generated": 9, "reference_id": "a", "sampling": {"weights": name, "step": step}, "fd": fd}))
+    assert call(evaluate, "--table", "a.json", "b.json") == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.startswith("file | step | n_generated | fd |") and rows == ["a.json | 4 | 9 | 12.35" + " | " * 6, "b.json | 8 | 9 | 0.0001235" + " | " * 6]
+
+def test_a_gpu_without_fp64_is_not_used(work, monkeypatch):
+    def enough(folder, device):
+        raise ValueError(f"asked on {device.type}")
+    np.savez("few.npz", arr_0=images_of(9))
+    monkeypatch.setattr(evaluate, "load_classifier", enough)
+    with pytest.raises(ValueError, match="asked on cpu"):
+        evaluate.evaluate(evaluate.Options(samples="few.npz", reference="data/shapes"), torch.device("mps"))

@@ -78,6 +78,7 @@ def test_help_may_have_a_percent_sign(capsys):
     with pytest.raises(SystemExit):
         data.parse(["--help"], "", options)
     assert "50 % of it, or %(prog)" in capsys.readouterr().out
+    assert data.help_text({"text": "x", "default": True, "choices": None}, True) == "x (default: on)"
 
 def test_help_on_a_terminal_without_unicode(there):
     assert shell("05_eval.py", "--help", cwd=there, env={"PYTHONIOENCODING": "ascii"}).returncode == 0
