@@ -834,5 +834,5 @@ def test_names_stay_whole_in_help(monkeypatch, capsys):
     for width in range(60, 118):
         monkeypatch.setenv("COLUMNS", str(width))
         with pytest.raises(SystemExit):
-            call(data, "--help")
-        assert "imagenette-\n" not in capsys.readouterr().out
+            call(train, "--help")
+        assert "logit-\n" not in capsys.readouterr().out
