@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -445,7 +446,7 @@ def bad_sets():
     np.savez("float.npz", arr_0=np.zeros((3, 8, 8, 3), np.float32))
     np.savez("nothing.npz", other=np.zeros(3))
     np.savez("none.npz", arr_0=np.zeros((0, 8, 8, 3), np.uint8))
-    np.savez("small.npz", mu=np.zeros(64), sigma=np.eye(64))
+    np.savez("small.npz", mu=np.zeros(64), sigma=np.eye(64)), np.savez("mean.npz", mu=np.zeros(8))
     np.savez("pickled.npz", arr_0=np.array([{}], dtype=object))
     np.savez("few.npz", arr_0=images_of(9, 16)), np.savez("grey.npz", arr_0=images_of(9, 16)[..., :1]), np.savez("minus.npz", arr_0=images_of(9, 16), arr_1=np.arange(9) - 1)
     np.savez("onehot.npz", arr_0=images_of(9, 16), arr_1=np.eye(9))
@@ -467,7 +468,7 @@ def bad_sets():
     (["--samples", "few.npz", "--reference", "small.npz"], "is not a packed data set", 1), (["--samples", "small.npz"], "statistics only", 1), (["--device", "gpu"], "give cuda or cpu", 2),
     (["--samples", "pickled.npz"], "not a readable npz", 1), (["--samples", "broken.npz"], "not a readable npz", 1), (["--samples", "few.npz", "--reference", ""], "an argument is empty", 2),
     (["--samples", "wide.npz"], "images of 16 x 40 pixels", 1), (["--samples", "a.npy"], "no images at a.npy", 1),
-    (["--samples", "nowhere"], "no images at nowhere", 1), (["--metrics", "psnr"], "unknown", 2), (["--features", "clip"], "is unknown", 2), (["--split", "test"], "is unknown", 2),
+    (["--samples", "nowhere"], "no images at nowhere", 1), (["--metrics", "psnr"], "unknown", 2), (["--features", "clip"], "is unknown", 2), (["--metrics", "fd,class_accuracy"], "is unknown", 2), (["--samples", "few.npz", "--reference", "mean.npz"], "neither images", 1), (["--split", "test"], "is unknown", 2),
     (["--samples", "grey.npz"], "must be uint8", 1), (["--samples", "minus.npz"], "labels outside 0..9", 1), (["--run", "nope"], "make samples first", 1), (["--table", "gone.json"], "gone.json", 1),
     (["--features", "inception", "--inception-weights", "gone.pth", "--samples", "few.npz", "--reference", "few.npz"], "gone.pth", 1)])
 def test_wrong_sets(work, capsys, flags, words, code):
@@ -752,3 +753,26 @@ def test_a_gpu_without_fp64_is_not_used(work, monkeypatch):
     monkeypatch.setattr(evaluate, "load_classifier", enough)
     with pytest.raises(ValueError, match="asked on cpu"):
         evaluate.evaluate(evaluate.Options(samples="few.npz", reference="data/shapes"), torch.device("mps"))
+
+def test_each_sum_has_its_own_moments():
+    images = images_of(20)
+    net = lambda x: {"features": x.float().mean(dim=(1, 2)), "spatial": x[:, :2, 0, 0].float(), "logits": x[:, 0, 0].float()}
+    found = evaluate.describe(images, net, torch.device("cpu"), 7, "images")
+    assert np.allclose(found["mu"], images.mean(axis=(1, 2)).mean(axis=0)) and np.allclose(found["mu_s"], images[:, :2, 0, 0].mean(axis=0))
+    assert np.allclose(found["sigma_s"], np.cov(images[:, :2, 0, 0].astype(float).T))
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_process_scores(there, monkeypatch, rank):
+    done = []
+    monkeypatch.setattr(evaluate.model, "device_and_processes", lambda name: nullcontext((torch.device("cpu"), rank, 2)))
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: done.append(1))
+    assert call(evaluate) == 0 and len(done) == 1 - rank
+
+@pytest.mark.parametrize("flags,asked", [(["--features", "inception"], "inception None"), (["--inception-weights", "w.pth"], "classifier"), (["--features", "inception", "--inception-weights", "w.pth"], "inception w.pth")])
+def test_the_features_asked_for_are_taken(work, monkeypatch, capsys, flags, asked):
+    def stop(what):
+        raise ValueError(f"it takes {what}")
+    np.savez("few.npz", arr_0=images_of(9))
+    monkeypatch.setattr(evaluate, "load_inception", lambda path: stop(f"inception {path}"))
+    monkeypatch.setattr(evaluate, "load_classifier", lambda *_: stop("classifier"))
+    assert call(evaluate, "--samples", "few.npz", "--reference", "data/shapes", *flags) == 1 and f"it takes {asked}\n" in capsys.readouterr().err

@@ -655,7 +655,7 @@ def test_checkpointing_changes_memory_and_nothing_else(work, monkeypatch):
     calls, states, forward = [], [], model.Block.forward
     monkeypatch.setattr(model.Block, "forward", lambda block, *inputs: calls.append(1) or forward(block, *inputs))
     for flags in ([], ["--checkpointing"]):
-        options, config, arrays = settings("--warmup", 0, "--dropout", 0.5, *flags)
+        options, config, arrays = settings("--warmup", 0, "--depth", 4, "--dropout", 0.5, *flags)               # of three blocks none has dropout
         trainer = train.Trainer(options, config, torch.device("cpu"))
         run_steps(trainer, arrays, 3)
         states.append([len(calls), *trainer.net.state_dict().values()])
@@ -1060,3 +1060,10 @@ def test_a_signal_in_the_last_step_finishes_the_run(work):
     recorder.trainer.step = 9
     recorder.after_step()
     assert model.read_checkpoint("runs/x/checkpoint.pt")["info"]["step"] == 9
+
+def test_every_process_loads_the_experiments_of_the_run(work, monkeypatch):
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--experiment", "td_norm") == 0
+    loaded = []
+    monkeypatch.setattr(model, "load_recorded", lambda names, *more: loaded.append(names))
+    train.train_run(train.read_flags(["--run", "shapes-td_norm", "--resume"]), torch.device("cpu"), 1, 1)
+    assert loaded == [["td_norm"]]
