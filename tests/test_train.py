@@ -1067,3 +1067,15 @@ def test_every_process_loads_the_experiments_of_the_run(work, monkeypatch):
     monkeypatch.setattr(model, "load_recorded", lambda names, *more: loaded.append(names))
     train.train_run(train.read_flags(["--run", "shapes-td_norm", "--resume"]), torch.device("cpu"), 1, 1)
     assert loaded == [["td_norm"]]
+
+def test_the_head_moves_to_the_device(work, monkeypatch):
+    moved = []
+
+    class Head(model.AuxHead):
+        def to(self, device):
+            moved.append(device)
+            return self
+    options, config, _ = settings("--steps", 2)
+    monkeypatch.setitem(model.AUX_HEADS, "none", Head)
+    train.Trainer(options, config, torch.device("cpu"))
+    assert moved == [torch.device("cpu")]
