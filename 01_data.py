@@ -521,9 +521,11 @@ def run(main):
     try:
         return main() or 0
     except KeyboardInterrupt as stop:
-        code, message = 130, str(stop) or "stopped; the same command begins again, or goes on where it was"
-    except (ValueError, OSError, NotImplementedError, MemoryError) as error:
-        code, message = 2 if isinstance(error, UsageError) else 1, error
+        code = 130
+        message = str(stop) or "stopped; the same command begins again, or goes on where it was"
+    except (ValueError, OSError, NotImplementedError, MemoryError, OverflowError) as error:
+        code = 2 if isinstance(error, UsageError) else 1
+        message = error
     rank = os.environ.get("RANK") or "0"
     if rank != "0":                                       # if all processes fail alike, the first speaks and torchrun
         signal.signal(signal.SIGTERM, signal.SIG_DFL)     # ends the others in this time; one that fails alone speaks
@@ -553,6 +555,7 @@ def asked_to_stop():
 def whole(path):
     """with whole(path) as part: write the file `part`.  At the end it is moved to its place: never half a file."""
     part = Path(f"{path}.jit-part")
+    part.unlink(missing_ok=True)                          # of a kill; if it is a link, what it leads to is not ours
     try:
         yield part
         os.replace(part, path)
@@ -646,7 +649,8 @@ def picture(rows, titles=(), names=()):
     """
     small = len(rows[0][0])
     side = max(small, 64 // small * small)                # small images are enlarged
-    left, top = 80 * bool(names), 16 * bool(titles)
+    left = 80 * bool(names)
+    top = 16 * bool(titles)
     sheet = Image.new("RGB", (left + side * max(map(len, rows)), top + side * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
     for x, title in enumerate(titles):

@@ -178,7 +178,8 @@ def rotary_table(head_dim, side, context):
     rows, cols = torch.meshgrid(torch.arange(side).float(), torch.arange(side).float(), indexing="ij")
     angles = torch.cat([rows.reshape(-1, 1) * freq, cols.reshape(-1, 1) * freq], dim=1)            # N d/2
     angles = torch.cat([torch.zeros(context, head_dim // 2), angles])                              # L d/2
-    cos, sin = angles.cos(), angles.sin()
+    cos = angles.cos()
+    sin = angles.sin()
     pairs = torch.stack([cos, cos, -sin, sin]).unflatten(0, (2, 2))                                # 2 2 L d/2
     return pairs.movedim(1, -1).flatten(-2)                                                        # 2 L d
 
@@ -389,7 +390,8 @@ def conversion(kind, to, t, t_eps=T_EPS):
     Since z is known, a squared error in the space `to` is u^2 times the one in the space `kind`: choosing the space of
     the loss is choosing a weight over t.  For x to v that weight is 1 / (1-t)^2.
     """
-    zero, one = torch.zeros_like(t), torch.ones_like(t)
+    zero = torch.zeros_like(t)
+    one = torch.ones_like(t)
     noise = (1 - t).clamp_min(t_eps)                      # the share of noise in z, and
     image = t.clamp_min(t_eps)                            # that of the image, as denominators
     formulas = {
@@ -616,8 +618,8 @@ def read_checkpoint(path):
         with torch.serialization.safe_globals([argparse.Namespace]):        # the official files' only foreign class
             state = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception:                                     # torch raises many kinds
-        raise ValueError(f"{path} is not a checkpoint: no access, damaged, not written by torch.save, or holding more "
-                         "than tensors and plain values")
+        raise ValueError(f"{path} is not a checkpoint: no access, damaged, not written by torch.save (1.6 or newer), "
+                         "or holding more than tensors and plain values")
     if not {"ema", "model_ema1"} & state.keys():
         raise ValueError(f"{path} is not a JiT checkpoint: it holds neither ema nor model_ema1")
     return state
@@ -639,7 +641,8 @@ def load_network(path, ema=0, experiment=""):
             averages = [state[name] for name in ("model_ema1", "model_ema2") if name in state]
             info = {}
         else:
-            config, averages = state["config"], list(state["ema"])
+            config = state["config"]
+            averages = list(state["ema"])
             info = state.get("info", {})
             load_recorded(info.get("experiments", []), path, experiment)
         if info.get("step") == 0:
@@ -802,7 +805,8 @@ def chart(title, label, lines, log=False, width=480, height=320):
     """Curves {name: [(x, y), ...]} over one axis, called `label`, as a PIL picture.  log: both axes are logarithmic."""
     curves = {name: np.log10(line) if log else np.array(line) for name, line in lines.items()}
     points = np.concatenate(list(curves.values()))
-    low, span = points.min(axis=0), np.ptp(points, axis=0) + 1e-9
+    low = points.min(axis=0)
+    span = np.ptp(points, axis=0) + 1e-9
     corner, size = np.array([50, height - 35]), np.array([width - 75, 70 - height])        # in pixels, y going up
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)

@@ -393,7 +393,8 @@ def preview(trainer, images, labels, coder):
     times = (0.1, 0.3, 0.5, 0.7, 0.9)
     columns = []
     for t in times:
-        generator, t = torch.Generator().manual_seed(1), torch.full((len(labels),), t)
+        generator = torch.Generator().manual_seed(1)
+        t = torch.full((len(labels),), t)
         x, *pair = noise_and_predict(trainer, images, labels, t, generator)
         columns.append([model.to_pictures(image, coder) for image in pair])
     columns.insert(0, [model.to_pictures(x, coder)] * 2)
@@ -625,7 +626,8 @@ def files_of(names):
     """Of --experiment those that are files."""
     return [name for name in names.split(",") if name and name not in EXPERIMENTS]
 
-NOT_FOR_SETTINGS = {*"preset experiment run init device resume overwrite image_size in_channels".split()}
+NOT_FOR_SETTINGS = {*"preset experiment run init device resume overwrite record image_size in_channels "
+                     "classes data_id coder".split()}
 
 def experiment_settings(names):
     """--experiment NAME[,NAME] -> settings of each: a row of EXPERIMENTS, or SETTINGS of a file.  Raises UsageError."""
@@ -820,7 +822,7 @@ def announce(options, config, folder, step, count, device):
 def move_aside(folder):
     """NAME -> NAME.old, or NAME.old.old where that exists: nothing is ever deleted."""
     aside = Path(f"{folder}.old")
-    if aside.exists():
+    if os.path.lexists(aside):
         move_aside(aside)
     os.replace(folder, aside)
     print(f"what was {folder} is {aside} now")

@@ -34,7 +34,8 @@ def moments(sums):
     These sums (D+1,D+1), in fp64, hold N in their corner, the sum of f beside it and the sum of f^T f in the rest:
     batches just add theirs.
     """
-    n, total = sums[0, 0], sums[0, 1:]
+    n = sums[0, 0]
+    total = sums[0, 1:]
     mean = total / n
     covariance = (sums[1:, 1:] - n * np.outer(mean, mean)) / (n - 1)
     return mean, covariance
@@ -84,14 +85,16 @@ def kernel_distance(a, b, subsets=100, size=1000):
         raise ValueError(f"KID draws subsets of {size} images, one side has {min(len(a), len(b))}")
     random = np.random.RandomState(2020)
     scores = []
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    a = np.asarray(a, np.float64)
+    b = np.asarray(b, np.float64)
 
     def kernel(x, y):
         return (x @ y.T / x.shape[1] + 1)**3
     for _ in range(subsets):
         x = a[random.choice(len(a), size, replace=False)]
         y = b[random.choice(len(b), size, replace=False)]
-        xx, yy = kernel(x, x), kernel(y, y)
+        xx = kernel(x, x)
+        yy = kernel(y, y)
         within = xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)             # the diagonal: an image with itself
         scores.append(within / (size * (size - 1)) - 2 * kernel(x, y).mean())
     return float(np.mean(scores)), float(np.std(scores))
@@ -103,7 +106,8 @@ def share_inside(x, y, k=3, block=1000):
     Precision is share_inside(generated, real), recall share_inside(real, generated).      (Kynkäänniemi 2019, eq. 2)
     x, y: features (N,D).  In blocks: memory grows with N, not with N^2.
     """
-    x, y = torch.as_tensor(x).double(), torch.as_tensor(y).double()
+    x = torch.as_tensor(x).double()
+    y = torch.as_tensor(y).double()
     if min(len(x), len(y)) < 10 * k:
         raise ValueError(f"precision and recall need {10 * k} images a side")
     # subtle: within y an element is its own nearest neighbour, hence the (k+1)-th
@@ -148,7 +152,8 @@ def describe(images, net, device, batch_size, title, chosen=None):
                 if name not in sums:
                     sums[name] = f.new_zeros(f.shape[1], f.shape[1])
                 sums[name].addmm_(f.T, f)                 # in place: a new sum for each batch is 33 MB
-            features, logits = out["features"].float(), out["logits"].float()
+            features = out["features"].float()
+            logits = out["logits"].float()
             parts.append((features[kept[rows]], logits[kept[rows]], logits.argmax(dim=1)))
             bar.update(len(rows))
     features, logits, seen = (torch.cat(part).cpu().numpy() for part in zip(*parts))
@@ -389,7 +394,8 @@ def read_npz(path):
             content = {name: file[name] for name in known if name in file.files}
     except Exception as error:                            # zip, zlib and numpy each have their own
         raise ValueError(f"{path} is not a readable npz file ({error})")
-    images, labels = content.pop("arr_0", None), content.pop("arr_1", None)
+    images = content.pop("arr_0", None)
+    labels = content.pop("arr_1", None)
     if images is None and not {"mu", "sigma"} <= content.keys():
         raise ValueError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")
     shape = np.shape(images)
@@ -403,7 +409,8 @@ def read_npz(path):
 
 def check_statistic(path, name, content):
     """Raise ValueError unless it is a mean (D,), a covariance (D,D), or a number n."""
-    value, mean = content[name], content.get(name.replace("sigma", "mu"))
+    value = content[name]
+    mean = content.get(name.replace("sigma", "mu"))
     shape = {"n": (), "m": value.shape[:1], "s": np.shape(mean) * 2}[name[0]]
     good = value.shape == shape and value.dtype.kind in "fiu" and np.isfinite(value).all()
     if good and name[0] == "s":
@@ -425,7 +432,8 @@ def describe_reference(real, net, digest, device, batch_size):
 # ---- From two image sets to a result ---------------------------------------------------------------------------------
 def frechet(suffix):
     """The distance of two descriptions, by the moments whose names end so."""
-    mu, sigma = "mu" + suffix, "sigma" + suffix
+    mu = "mu" + suffix
+    sigma = "sigma" + suffix
     return lambda fake, real: frechet_distance(fake[mu], fake[sigma], real[mu], real[sigma])
 
 def neighbours(real):
@@ -453,7 +461,8 @@ def compare(fake, real, metrics, inception):
     if fake["mu"].shape != real["mu"].shape:
         raise ValueError(f"the reference has features of {len(real['mu'])} numbers, the samples of {len(fake['mu'])}: "
                          "they were made with other networks")
-    scores, left_out = {}, {}
+    scores = {}
+    left_out = {}
     for metric in metrics:
         try:
             if metric in ("is", "sfd") and not inception:

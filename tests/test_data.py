@@ -1,6 +1,7 @@
 """Data: the crop against an independent one, packing that survives a kill, and bad inputs of every kind."""
 import http.client
 import io
+import json
 import os
 import signal
 import struct
@@ -836,3 +837,8 @@ def test_names_stay_whole_in_help(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             call(train, "--help")
         assert "logit-\n" not in capsys.readouterr().out
+
+def test_a_link_in_the_place_of_a_part_is_not_followed(there):
+    Path("mine.txt").write_text("mine"), Path("a.json.jit-part").symlink_to("mine.txt")
+    data.save_json(Path("a.json"), {"a": 1})
+    assert Path("mine.txt").read_text() == "mine" and json.loads(Path("a.json").read_text()) == {"a": 1} and not Path("a.json").is_symlink()

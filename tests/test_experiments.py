@@ -561,7 +561,7 @@ def test_experiments_combine_and_rows_too(work):
     assert model.load_network("runs/shapes-exp3-ddt-mean_colour/checkpoint.pt")[1]["experiments"] == ["ddt", "mean_colour"]
 
 @pytest.mark.parametrize("settings,words", [
-    ("{'init': 'shapes'}", "cannot say init: it is a flag"), ("{'run': 'x'}", "cannot say run"), ("{'device': 'cpu'}", "cannot say device"), ("{'overwrite': True}", "cannot say overwrite"), ("{'preset': 'photos'}", "cannot say preset"), ("{'experiment': 'exp1'}", "cannot say experiment"), ("{'resume': True}", "cannot say resume"),
+    ("{'init': 'shapes'}", "cannot say init: it is a flag"), ("{'run': 'x'}", "cannot say run"), ("{'device': 'cpu'}", "cannot say device"), ("{'overwrite': True}", "cannot say overwrite"), ("{'preset': 'photos'}", "cannot say preset"), ("{'experiment': 'exp1'}", "cannot say experiment"), ("{'resume': True}", "cannot say resume"), ("{'classes': ['a']}", "cannot say classes"),
     ("{'ema': 0}", "ema 0: it must be of the type tuple"), ("{'sampling': 1}", "sampling 1: it must be of the type dict"), ("{'data': 5}", "data 5: it must be of the type str"),
     ("{'in_channels': 4}", "cannot say in_channels"), ("{'image_size': 4}", "cannot say image_size"), ("{'sampling': 'heun'}", "sampling 'heun': it must be of the type dict"), ("{1: 2}", "there is no setting 1"), ("{'model': 'JiT-T/99'}", "model 'JiT-T/99' is unknown"),
     ("{'network': 'nope'}", "network 'nope' is unknown"), ("{'lr': __import__('numpy').float64(1e-3)}", "it must be of the type float"), ("{'lr': 0}", "lr 0: give a number in (0, inf)"),
@@ -576,6 +576,9 @@ def test_settings_that_are_none(work, capsys, settings, words):
 def test_a_checkpoint_that_could_not_be_read_is_said_at_once(work, capsys):
     Path("own.py").write_text("import numpy as np\nSETTINGS = {'sampling': {'cfg': np.float64(2)}}")
     assert call(train, *TINY_FLAGS, "--experiment", "./own.py", "--steps", 2) == 1 and "is not a checkpoint" in capsys.readouterr().err
+
+def test_what_a_run_may_say_of_sampling():
+    assert train.OF_SAMPLING == model.names_of(sample.Settings)
 
 def test_an_experiment_that_was_moved_is_found_by_its_name(work, capsys):
     Path("lab").mkdir()
@@ -596,9 +599,6 @@ def test_the_last_experiment_wins(work):
 def test_an_integer_is_a_float_too(work):
     Path("own.py").write_text("SETTINGS = {'p_mean': -1, 'sampling': {'cfg': 2}}")
     assert call(train, *TINY_FLAGS, "--experiment", "./own.py", "--steps", 2) == 0
-
-def test_what_a_run_may_say_of_sampling():
-    assert train.OF_SAMPLING == model.names_of(sample.Settings)
 
 def test_two_networks_do_not_combine(work, capsys):
     assert call(train, *TINY_FLAGS, "--experiment", "ddt,td_norm", "--steps", 2) == 2

@@ -280,6 +280,9 @@ def test_a_folder_that_is_in_use_is_not_taken(work, capsys):
     Path("runs/keep/preview/holiday.png").write_bytes(b"mine")
     assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "keep", "--overwrite") == 0 and Path("runs/keep.old/preview/holiday.png").exists()
     assert "what was runs/keep is runs/keep.old now" in capsys.readouterr().out
+    Path("runs/lone.old").symlink_to("nowhere"), Path("runs/lone").mkdir(), Path("runs/lone/a").write_text("mine")
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "lone", "--overwrite") == 0 and Path("runs/lone.old/a").exists() and Path("runs/lone.old.old").is_symlink()
+    assert call(train, *TINY_FLAGS, "--steps", "1" + "0" * 340, "--run", "long") == 1 and len(capsys.readouterr().err.splitlines()) == 1
     assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "keep", "--overwrite") == 0 and Path("runs/keep.old/config.json").exists() and Path("runs/keep.old.old/preview/holiday.png").exists()
 
 def test_resume_does_not_overwrite(work):
@@ -1079,3 +1082,11 @@ def test_the_head_moves_to_the_device(work, monkeypatch):
     monkeypatch.setitem(model.AUX_HEADS, "none", Head)
     train.Trainer(options, config, torch.device("cpu"))
     assert moved == [torch.device("cpu")]
+
+def test_the_first_checkpoint_is_read_at_once(work, monkeypatch):
+    """What it may not hold would be noticed at the end otherwise."""
+    read, real = [], model.read_checkpoint
+    monkeypatch.setattr(model, "read_checkpoint", lambda path: read.append(path) or real(path))
+    options, config, arrays = settings("--steps", 9)
+    recorder_of(train.Trainer(options, config, torch.device("cpu")), arrays)
+    assert read == [Path("runs/x/checkpoint.pt")]
