@@ -800,8 +800,7 @@ def refuse_other_settings(state, options, config, folder):
                       "epochs, lr or amp, --resume")
 
 def open_init(name, state):
-    """What --init names, or None: (averaged weights, configuration, classes).  A run that goes on has its own weights.
-    """
+    """What --init names, or None: (averaged weights, configuration, classes).  A run that exists has its own."""
     if not name or state:
         return None, name and state["config"], None
     path = Path(name) if Path(name).is_file() else model.folder_of(name, "runs") / "checkpoint.pt"
@@ -847,7 +846,7 @@ def train_run(given, device, rank, world):
                 print(f"{folder} is finished (step {options.steps}); nothing to do. Train longer with --resume "
                       "--steps N, anew with --overwrite")
             return
-    if classes not in (None, options.classes):            # of other pictures; official weights do not name theirs
+    if config.num_classes and classes not in (None, options.classes):          # official weights do not name theirs
         weights.pop("y_embedder.embedding_table.weight", None)
     if not config.num_classes:
         arrays = {split: (images, labels * 0) for split, (images, labels) in arrays.items()}

@@ -219,7 +219,8 @@ def parse_labels(text, num, classes, num_classes):
 
 # ---- Writing: a folder of PNG files that knows its settings ----------------------------------------------------------
 PARTS = ("*.jit-part",)                                   # left by a kill
-SAMPLE_FILES = ("[0-9][0-9][0-9][0-9][0-9][0-9][0-9].png", "samples.json", "samples.npz*", "arr_0.npy", *PARTS)
+SAMPLE_FILES = ("[0-9][0-9][0-9][0-9][0-9][0-9][0-9].png", "samples.json", "samples.npz",
+                "samples.npz-metrics.json", "arr_0.npy", *PARTS)                           # the metrics are 05's
 
 def file_of(out, i):
     return out / f"{i:07d}.png"

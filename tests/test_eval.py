@@ -302,6 +302,10 @@ def test_samples_made_anew_while_they_are_scored_have_no_score(scored, monkeypat
     def score(*given, real=evaluate.score):
         assert call(sample, "--num", 30, "--steps", 3, "--amp", "off", "--overwrite") == 0
         return real(*given)
+    opened, real = [], evaluate.read_npz
+    monkeypatch.setattr(evaluate, "read_npz", lambda path: opened.append(path) or real(path))
+    np.savez("few.npz", arr_0=images_of(9))               # has no record, and is not read again
+    assert call(evaluate, "--samples", "few.npz", "--reference", "shapes", "--metrics", "fd") == 0 and len(opened) == 1
     monkeypatch.setattr(evaluate, "score", score)
     assert call(evaluate, "--metrics", "fd") == 1 and "samples was made anew in the meantime" in capsys.readouterr().err and not Path("runs/shapes/metrics.json").exists()
 

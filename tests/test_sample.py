@@ -266,7 +266,7 @@ def test_samples_half_removed_are_made_by_the_same_command(run, monkeypatch, aft
         assert call(sample, *flags) == 130
     assert call(sample, *flags) == 0 and np.load("a/samples.npz")["arr_0"].shape == (4, 16, 16, 3)
 
-@pytest.mark.parametrize("name", ["0000000.png", "0000099.png", "thesis.part", "0000000.png.part", "samples.npz", "arr_0.npy"])
+@pytest.mark.parametrize("name", ["0000000.png", "0000099.png", "thesis.part", "0000000.png.part", "samples.npz", "samples.npz.bak", "arr_0.npy"])
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]], ids=str)
 def test_a_folder_without_our_record_is_not_touched(run, capsys, name, flags):
     """What looks like samples is only ours where samples.json, which is written first, lies beside it."""

@@ -810,6 +810,9 @@ def test_init_keeps_the_label_table_of_the_same_classes_only(work, capsys):
         assert ("--init: y_embedder.embedding_table.weight have no weights there, or of other classes" in capsys.readouterr().out) == anew
         table = [model.read_checkpoint(f"runs/{run}/checkpoint.pt")["ema"][0]["y_embedder.embedding_table.weight"] for run in ("jit", name)]
         assert ((table[0] - table[1]).abs().max() < 1e-6) != anew
+    assert call(train, *TINY_FLAGS, "--num-classes", 0, "--steps", 2, "--run", "free") == 0
+    path.write_text(path.read_text().replace('"disc"', '"circle"'))
+    assert call(train, *TINY_FLAGS, "--num-classes", 0, "--steps", 2, "--init", "free", "--run", "again") == 0 and "begin anew" not in capsys.readouterr().out
 
 def test_the_preview_has_its_titles(work, monkeypatch):
     options, config, arrays = settings("--steps", 9)
