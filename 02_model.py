@@ -752,7 +752,7 @@ def torchs_errors():
             raise ValueError("out of memory: pass a smaller --micro-batch or --batch-size")
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             why = str(error).strip().splitlines()[0][:100]
-            raise ValueError(f"torch.compile failed ({why}): pass --no-compile")
+            raise ValueError(f"torch.compile failed ({why}): pass --no-compile; to 04_sample.py, no --compile")
         raise
 
 def keep_freed_memory():

@@ -438,9 +438,10 @@ class Recorder:
         Raises ValueError when steps stop being finite, KeyboardInterrupt, with all saved, after a signal to stop.
         """
         trainer = self.trainer
-        options = self.trainer.options
-        step = self.trainer.step
-        first, done = trainer.rank == 0, step == options.steps
+        options = trainer.options
+        step = trainer.step
+        first = trainer.rank == 0
+        done = step == options.steps
         self.bar.update()
         if step % MAX_BAD == 0 and trainer.bad >= MAX_BAD or done and not self.is_good():
             raise ValueError(
@@ -479,8 +480,8 @@ class Recorder:
     def write_line(self, done):
         """One line of the log."""
         trainer = self.trainer
-        step = self.trainer.step
-        options = self.trainer.options
+        options = trainer.options
+        step = trainer.step
         sums = over_processes(trainer.log.sums, trainer.world)
         trainer.log.sums.zero_()
         seconds = time.perf_counter() - self.line_at

@@ -3,6 +3,7 @@ import http.client
 import io
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -167,6 +168,7 @@ def test_cifar10_binary_layout(there, monkeypatch):
     meta, arrays = data.open_data("data/cifar10")
     assert meta["counts"] == {"train": 100, "val": 20} and meta["classes"][3] == "cat"
     assert np.array_equal(arrays["train"][0][25], images_of(1, 32, seed=105)[0]) and arrays["train"][1][25] == 5
+    assert np.array_equal(arrays["val"][0][3], images_of(1, 32, seed=503)[0]) and call(data, "--source", "cifar10", "--root", "in", "--size", 16, "--name", "x") == 2
 
 def test_imagenette_is_unpacked_with_the_data_filter(there, monkeypatch):
     (there / "in/imagenette-160.part/imagenette2-160/val/n01440764").mkdir(parents=True)                # left there by a kill, with half a file
@@ -842,3 +844,299 @@ def test_a_link_in_the_place_of_a_part_is_not_followed(there):
     Path("mine.txt").write_text("mine"), Path("a.json.jit-part").symlink_to("mine.txt")
     data.save_json(Path("a.json"), {"a": 1})
     assert Path("mine.txt").read_text() == "mine" and json.loads(Path("a.json").read_text()) == {"a": 1} and not Path("a.json").is_symlink()
+
+# ---- Sources and folders, in particular -----------------------------------------------------------------------------
+def test_the_shapes_are_everybodys():
+    assert list(data.SHAPES) == ["circle", "square", "triangle", "star", "heart", "cross", "moon", "arrow", "ring", "drop"]
+    assert [int(data.draw_shape(1, i, 32).sum()) for i in range(10)] == [126488, 151900, 252158, 587019, 263261, 601720, 547506, 237064, 232002, 311822]
+
+def test_what_chance_draws_is_everybodys():
+    pairs = [(i, 0) for i in range(10)]
+    held = np.random.default_rng((4, 1)).permutation(range(1, 10))[:3]
+    assert data.hold_out(pairs, 0.3, 4)["val"] == [(i, 0) for i in sorted(held)]
+    kept = np.random.default_rng((4, 2)).permutation(10)[:5]
+    assert data.keep_fraction(pairs, 0.5, 4) == [(i, 0) for i in sorted(kept)] and len(data.keep_fraction(pairs, 0.01, 4)) == 1
+
+class Answer(io.BytesIO):
+    """Of a server that does not say how much it sends."""
+    headers = {}
+
+def test_a_download_into_a_folder_that_is_there(there, monkeypatch, capsys):
+    bars = []
+
+    class Bar(data.Progress):
+        def close(self):
+            bars.append((self.n, self.total))
+            super().close()
+    monkeypatch.setattr(data, "Progress", Bar)
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: Answer(b"abc"))
+    monkeypatch.setitem(data.ARCHIVES, "cifar10", (32, "https://host/a.tgz", "900150983cd24fb0d6963f7d28e17f72"))              # the md5 of abc
+    for folder_there in (False, True):
+        path = data.fetch("cifar10", Path("downloads"))
+        assert path == Path("downloads/a.tgz") and path.read_bytes() == b"abc" and bars[0] == (3, 0)
+        path.unlink()
+    path.write_bytes(b"other")
+    with pytest.raises(ValueError, match=r"^downloads/a.tgz is damaged: its md5 is not 9001"):
+        data.fetch("cifar10", Path("downloads"))
+    path.unlink()
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: Answer(b"abd"))
+    with pytest.raises(ValueError, match=r"cannot download https://host/a.tgz .*: fetch it yourself and put it into downloads$"):
+        data.fetch("cifar10", Path("downloads"))
+
+def test_archives_are_unpacked_with_the_data_filter(there, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tarfile.TarFile, "extractall", lambda self, path, **how: asked.append(how) or Path(path).mkdir())
+    tarfile.open("a.tar", "w").close()
+    data.unpack(Path("a.tar"), there / "a")
+    assert asked == [{"filter": "data"}]
+
+def test_with_splits_what_is_left_out_is_said(there, capsys):
+    folder(Path("in"))
+    assert pack() == 0 and "left out" not in capsys.readouterr().out
+    Path("in/val/cat/notes.txt").write_text("x")
+    assert pack("--name", "more") == 0 and "1 files are left out, of other kinds, hidden, or in other folders, as in/val/cat/notes.txt" in capsys.readouterr().out
+
+def test_of_val_and_test_val_is_held_out(there, capsys):
+    folder(Path("in"), splits=("train", "val", "test"))
+    assert data.split_folders(Path("in")) == {"train": Path("in/train"), "val": Path("in/val")}
+    assert pack() == 0 and "12 files are left out" in capsys.readouterr().out
+
+def test_a_class_of_one_split_is_named(there, capsys):
+    folder(Path("in"))
+    shutil.rmtree("in/val/dog")
+    assert pack() == 1 and "dog is in one only" in capsys.readouterr().err
+    shutil.rmtree("in/val/cat")
+    photo().save("in/val/ILSVRC2012_val_00000001.png")
+    assert pack() == 1 and "cat is in one only (ImageNet's val/ comes without: sort it)" in capsys.readouterr().err
+
+def test_hidden_folders_within_a_class_hold_no_pictures(there, capsys):
+    folder(Path("in"), splits=None)
+    for name in ("@eaDir", ".thumbnails"):
+        Path("in/cat", name).mkdir()
+        photo(9).save(f"in/cat/{name}/0.png")
+    assert len(data.list_images(Path("in/cat"))) == 6
+
+def test_a_gallerys_own_record_hides_nothing(there):
+    folder(Path("in"), splits=None)
+    Path("in/cat/meta.json").write_text("{}")
+    assert len(data.list_images(Path("in/cat"))) == 6
+
+def test_links_to_the_scripts_folders_and_to_the_root(there, capsys):
+    """data/ on a bigger disk is still data/; a root that is a link is not met again by way of a link in it."""
+    folder(Path("work"), ("cat",), splits=None), folder(Path("disk"), ("set",), splits=None)
+    Path("work/data").symlink_to("../disk"), Path("link").symlink_to("work"), Path("work/cat/up").symlink_to("..")
+    names, splits = data.list_folder(Path("link"), 0.1, 0)
+    assert names == ["cat", "data"] and len(splits["train"] + splits["val"]) == 12             # from elsewhere data/ is a folder as any other
+    os.chdir("work")
+    Path("data/preview.png").write_bytes(Path("cat/0.png").read_bytes())
+    capsys.readouterr()
+    names, splits = data.list_folder(Path("."), 0.1, 0)
+    assert names == ["cat"] and len(splits["train"] + splits["val"]) == 6
+
+def test_what_is_not_looked_into_is_said_where_it_is(there, capsys):
+    folder(Path("cat"), ("a", "b"), splits=None)
+    Path("project/data").mkdir(parents=True)
+    os.chdir("project")
+    data.list_folder(Path("../cat"), 0.1, 0)
+    assert "not looked into" not in capsys.readouterr().out
+    photo().save("../project/0.png")
+    data.list_folder(Path(".."), 0.1, 0)
+    said = capsys.readouterr().out
+    assert f"{(there / 'project/data').resolve()} is not looked into" in said and f"{there / 'project/runs'} is" not in said
+
+# ---- Images, in particular ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("shape,size", [((300, 200), 16), ((1500, 1000), 64)])
+def test_large_photographs_are_halved_again_and_again(shape, size):
+    image = photo(1, shape)
+    assert np.array_equal(data.center_crop(image, size), adm_crop(image, size))
+
+@pytest.mark.parametrize("shape,good", [((20, 2000), True), ((2000, 20), True), ((20, 2020), False), ((2020, 20), False)])
+def test_strips(there, shape, good):
+    Image.new("RGB", shape).save("a.png")
+    made = data.decode(("a.png", 8))
+    assert made.shape == (8, 8, 3) if good else made == f"{shape[0]} x {shape[1]} is too long and thin"
+
+@pytest.mark.parametrize("mode,colour,extra", [("LA", (0, 0), {}), ("RGB", (1, 2, 3), {"transparency": (1, 2, 3)}), ("L", 7, {"transparency": 7})], ids=["LA", "RGB", "L"])
+def test_what_is_transparent_is_white(there, mode, colour, extra):
+    Image.new(mode, (4, 4), colour).save("a.png", **extra)
+    assert (np.asarray(data.read_image("a.png")) == 255).all()
+
+def test_deep_png_files_lie_as_their_exif_says_with_any_pillow(there):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.arange(8, dtype=np.uint16).reshape(2, 4) * 8000).save("a.png", exif=exif)
+    assert data.read_image("a.png").size == (2, 4)
+    old = Image.new("I", (2, 2), 65535)                   # what Pillow before 11.3 made of a PNG of 16 bits
+    old.format = "PNG"
+    assert (np.asarray(data.to_rgb(old)) == 255).all()
+
+@pytest.mark.parametrize("kind", [struct.error, KeyError, TypeError, IndexError, EOFError, RuntimeError], ids=lambda kind: kind.__name__)
+def test_whatever_pillow_raises(there, monkeypatch, kind):
+    """In an EXIF entry it does not matter; anywhere else the file is left out, in one line."""
+    def raises(*_, **__):
+        raise kind("odd\nindeed")
+    photo().save("line\nbreak.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "getexif", raises)
+        assert data.read_image("line\nbreak.png").size == (40, 30)
+    monkeypatch.setattr(data, "to_rgb", raises)
+    assert isinstance(said := data.decode(("line\nbreak.png", 8)), str) and "\n" not in said
+
+# ---- Packing and flags, in particular -------------------------------------------------------------------------------
+def test_blocks_keep_many_threads_busy(tmp_path):
+    class Pool:
+        def map(self, make, jobs):
+            sizes.append(len(jobs))
+            return map(make, jobs)
+    sizes = []
+    data.pack(tmp_path / "a.npy", [(i, 0) for i in range(300)], lambda i: np.zeros((1, 1, 3), np.uint8), (1, 1, 3), Pool())
+    assert sizes == [256, 44]
+
+def test_nothing_pickled_is_opened(there, monkeypatch):
+    assert call(data, "--size", 8, "--count", 100, "--workers", 1) == 0
+    asked, real = [], np.load
+    monkeypatch.setattr(np, "load", lambda path, **how: asked.append(how["allow_pickle"]) or real(path, **how))
+    data.open_data("data/shapes")
+    assert asked == [False] * 4
+    with pytest.raises(ValueError, match=r"no data set at data/cats: make it first \(python 01_data.py --name cats \.\.\.;"):
+        data.open_data("data/cats")
+
+def test_a_refusal_is_a_line_of_some_length():
+    with pytest.raises(ValueError) as error:
+        data.refuse_other({"classes": ["old"] * 1000}, {"classes": ["new"] * 1000}, "data/x", "choose --name")
+    assert len(str(error.value)) < 200 and str(error.value).endswith("): choose --name")
+    with pytest.raises(ValueError, match=r"\(seed None, now 0\)"):
+        data.refuse_other({}, {"seed": 0}, "data/x", "choose --name")          # what an older one lacks is no agreement
+
+def test_the_space_is_that_of_the_place(there, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: asked.append(path) or type("Usage", (), {"free": 2.5e9})())
+    Path("big").mkdir()
+    assert call(data, "--size", 4096, "--count", 100, "--out", "big") == 1 and asked == [Path("big")]
+    assert "big/shapes needs 10.1 GB, 2.5 GB are free: make room, or pass --out" in capsys.readouterr().err
+
+class Stream(io.StringIO):
+    def __init__(self, terminal):
+        super().__init__()
+        self.isatty = lambda: terminal
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_is_for_the_stream_that_it_goes_to(monkeypatch, terminal):
+    monkeypatch.setattr(sys, "stderr", Stream(terminal)), monkeypatch.setattr(sys, "stdout", Stream(not terminal))
+    with data.Progress(7, "x", " steps") as bar:
+        bar.set_postfix(refresh=False, loss="0.5")
+        bar.display()
+        assert bar.lines == (not terminal)
+    assert "0 of 7" in sys.stderr.getvalue() or terminal
+    assert ", loss=0.5" in sys.stderr.getvalue()
+
+def test_texts_of_a_picture_can_be_read(monkeypatch):
+    """Black, in their places, and no wider than their column."""
+    white = np.full((64, 64, 3), 255, np.uint8)
+    sheet = np.asarray(data.picture([[white, white]], ["W" * 20, "title"], ["name"]))
+    assert sheet[:16, 80:144].min() < 60 and sheet[:16, 144:].min() < 60 and sheet[16:, :80].min() < 60 and sheet[:16, 140:147].min() > 200
+    placed, drawn, real = [], [], data.write
+    monkeypatch.setattr(data, "write", lambda draw, place, text, width, anchor="la", fill="black": placed.append((text, place, width, anchor)) or real(draw, place, text, width, anchor, fill))
+    monkeypatch.setattr(data.ImageDraw.ImageDraw, "text", lambda self, place, text, **how: drawn.append((place, how["anchor"], how["fill"])))
+    data.picture([[white], [white]], ["a"], ["x", "y"])
+    assert placed == [("a", (83, 1), 60, "la"), ("x", (3, 48), 74, "lm"), ("y", (3, 112), 74, "lm")]
+    assert drawn == [((83, 1), "la", "black"), ((3, 48), "lm", "black"), ((3, 112), "lm", "black")]
+
+def test_a_text_that_is_cut_is_as_wide_as_its_place(monkeypatch):
+    drawn, sheet = [], Image.new("RGB", (200, 20))
+    draw = data.ImageDraw.Draw(sheet)
+    monkeypatch.setattr(draw, "text", lambda place, text, font, **more: drawn.append(draw.textlength(text, font)))
+    for width in (30, 60, 90):
+        data.write(draw, (0, 0), "m" * 40, width)
+        assert drawn[-1] <= width
+
+@pytest.mark.parametrize("size,side", [(8, 64), (24, 48), (28, 56), (40, 40), (48, 48), (100, 100)])
+def test_images_are_enlarged_by_whole_numbers(size, side):
+    assert data.picture([[np.zeros((size, size, 3), np.uint8)]]).size == (side, side)
+
+def test_scores_beside_a_data_set_are_ours_and_others_are_not(there, capsys):
+    flags = ["--size", 8, "--count", 100, "--workers", 1]
+    assert call(data, *flags) == 0
+    Path("data/shapes/statistics-val-0123abcd-01234567.npz").touch()
+    assert call(data, *flags, "--overwrite") == 0
+    for name in ("classifier-mine.npz", "statistics-imagenet.npz", "x.jit-part", "preview.png"):
+        place = Path("data/shapes", name)
+        place.unlink() if place.exists() else None
+        place.mkdir() if "npz" not in name else place.touch()
+        assert call(data, *flags, "--overwrite") == 1 and f"holds {name}, which this script did not write" in capsys.readouterr().err
+        assert place.exists()
+        place.rmdir() if place.is_dir() else place.unlink()
+
+def test_a_damaged_set_is_not_already_packed(there, capsys):
+    flags = ["--size", 8, "--count", 100, "--workers", 1]
+    assert call(data, *flags) == 0
+    os.truncate("data/shapes/train_images.npy", 500)
+    assert call(data, *flags) == 1 and "cannot be read" in capsys.readouterr().err
+
+def test_a_foreign_meta_with_an_id_is_no_permission(there, capsys):
+    Path("data/shapes").mkdir(parents=True)
+    Path("data/shapes/meta.json").write_text('{"id": "mine"}'), Path("data/shapes/preview.png").write_bytes(b"mine")
+    assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--overwrite") == 1 and "recipe is not a dict" in capsys.readouterr().err
+    assert Path("data/shapes/preview.png").read_bytes() == b"mine"
+
+def test_threads_and_locks_are_those_asked_for(there, monkeypatch):
+    folder(Path("in")), Path("disk").mkdir(), Path("data").mkdir()
+    threads, places, pool, lock = [], [], data.ThreadPoolExecutor, data.locked
+    monkeypatch.setattr(data, "ThreadPoolExecutor", lambda *count: threads.append(count) or pool(*count))
+    monkeypatch.setattr(data, "locked", lambda path: places.append(path) or lock(path))
+    assert pack("--workers", 3) == 0 and (threads, places) == ([(3,)], [Path("data/set")])
+    Path("data/set").rename("disk/set"), Path("data/set").symlink_to("../disk/set")
+    assert pack("--overwrite") == 0 and places[1] == there.resolve() / "disk/set"
+    assert data.Options().workers == os.cpu_count() and next(entry for entry in data.fields(data.Options) if entry.name == "workers").default == os.cpu_count()
+
+def test_a_disk_without_locks_is_named_as_such(there, monkeypatch, capsys):
+    def none(*_):
+        raise OSError(37, "No locks available")
+    monkeypatch.setattr(data, "flock", none)
+    assert call(data, "--size", 8, "--count", 100) == 1 and "No locks available" in capsys.readouterr().err
+
+def test_a_preview_names_the_classes(there, monkeypatch):
+    named, real = [], data.class_picture
+    monkeypatch.setattr(data, "class_picture", lambda labels, names, image_of: named.append(names) or real(labels, names, image_of))
+    folder(Path("in"))
+    assert pack() == 0 and named == [["cat", "dog"]]
+
+def test_any_name_can_be_recorded(there):
+    data.save_json(Path("a.json"), {"classes": ["caf\udce9", "猫"]})
+    assert Path("a.json").read_bytes().isascii() and data.load_json(Path("a.json"), classes=list) == {"classes": ["caf\udce9", "猫"]}
+
+def test_what_help_says(capsys):
+    """What the script does, titles, defaults of zero and of tuples, and nothing of what is no flag."""
+    said = {}
+    for module in (data, train):
+        with pytest.raises(SystemExit):
+            call(module, "--help")
+        said[module] = " ".join(capsys.readouterr().out.split())
+    assert "Pack images into memory-mapped arrays." in said[data] and "of drawing, --fraction and hold-out (default: 0)" in said[data] and "03_train.py then needs --data OUT/NAME" in said[data]
+    assert "Defaults shown are the paper's, or those of --preset and --experiment." in said[train] and "(default: 0.998)" in said[train] and "of AdamW (default: 0.0)" in said[train]
+    assert all(f"{title}: --" in said[train] for title in ("what to train on", "objective", "optimizer", "hardware", "keeping", "network"))
+    assert not any(f"{word} " in said[train] for word in ("--sampling", "--image-size", "--in-channels", "--record", "--objective", "--classes", "--data-id", "--coder"))
+    given = train.read_flags(["--no-flip", "--no-rope", "--no-qk-norm", "--no-compile"])
+    assert given == {"flip": False, "rope": False, "qk_norm": False, "compile": False}
+
+def test_an_empty_function_of_a_kit_is_one_line(capsys):
+    def main():
+        raise NotImplementedError("exercise 3: write me")
+    assert data.run(main) == 1 and capsys.readouterr().err.endswith(": error: exercise 3: write me\n")
+
+def test_a_terminals_own_letters_stay(monkeypatch):
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, "latin-1"))
+    assert data.run(lambda: print("ü猫", flush=True)) == 0 and out.getvalue() == b"\xfc?\n"
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_signals_are_only_noted(number):
+    before = signal.signal(number, signal.default_int_handler)                 # ignored if pytest runs in the background
+    try:
+        with data.asked_to_stop() as asked:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+            assert asked == [1]
+        assert signal.getsignal(number) == signal.default_int_handler
+    finally:
+        signal.signal(number, before)

@@ -406,7 +406,7 @@ def test_a_data_set_packed_again_is_said(scored, capsys):
     shutil.copytree("data/shapes", "mine")
     Path("data").unlink(), Path("data").mkdir(), Path("mine").rename("data/shapes")
     assert call(data, "--size", 16, "--count", 200, "--workers", 1, "--overwrite") == 0
-    assert call(evaluate) == 1 and "was packed anew since" in capsys.readouterr().err
+    assert call(evaluate) == 1 and "was packed anew since the network of runs/shapes/samples was trained: pass --reference shapes to compare" in capsys.readouterr().err
     assert call(evaluate, "--reference", "shapes") == 0                                # as the line says
 
 def test_unlabelled_data_cannot_be_judged_offline(there, capsys):
@@ -546,9 +546,9 @@ def test_nothing_is_cached_in_a_folder_of_the_users(there):
 def test_large_images_are_averaged_for_the_classifier():
     seen, net = [], evaluate.Classifier(3).eval()
     net.body.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    images = torch.from_numpy(images_of(2, 128))
+    images = torch.from_numpy(images_of(2, 256))
     net(images)
-    wanted = F.avg_pool2d(images.permute(0, 3, 1, 2).float() / 127.5 - 1, 2)
+    wanted = F.avg_pool2d(images.permute(0, 3, 1, 2).float() / 127.5 - 1, 4)
     assert seen[0].shape == (2, 3, 64, 64) and torch.allclose(seen[0], wanted, atol=1e-5)
     assert [type(part).__name__ for part in net.body] == ["Conv2d", "BatchNorm2d", "SiLU"] * 3 + ["AdaptiveAvgPool2d", "Flatten", "Linear", "SiLU"]
     assert [tuple(p.shape) for p in net.body.parameters() if p.ndim > 1] == [(32, 3, 3, 3), (64, 32, 3, 3), (128, 64, 3, 3), (128, 2048)]
@@ -780,3 +780,175 @@ def test_the_features_asked_for_are_taken(work, monkeypatch, capsys, flags, aske
     monkeypatch.setattr(evaluate, "load_inception", lambda path: stop(f"inception {path}"))
     monkeypatch.setattr(evaluate, "load_classifier", lambda *_: stop("classifier"))
     assert call(evaluate, "--samples", "few.npz", "--reference", "data/shapes", *flags) == 1 and f"it takes {asked}\n" in capsys.readouterr().err
+
+# ---- Details that only some users meet ------------------------------------------------------------------------------
+def test_the_classifier_sees_small_images_as_they_are():
+    seen, net = [], evaluate.Classifier(3).eval()
+    net.body.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[-1]))
+    for size in (16, 32, 64):
+        net(torch.from_numpy(images_of(2, size)))
+    assert seen == [16, 32, 64] and net.body[-4].output_size == 4
+    assert [(part.kernel_size, part.stride, part.padding) for part in net.body if isinstance(part, torch.nn.Conv2d)] == [((3, 3), (2, 2), (1, 1))] * 3
+
+def test_the_classifier_begins_each_step_anew_and_sees_every_image(monkeypatch):
+    done, rows = [], set()
+
+    class Spy(torch.optim.AdamW):
+        def zero_grad(self, *args, **more):
+            done.append("zero")
+            super().zero_grad(*args, **more)
+
+        def step(self, closure=None):
+            done.append("step")
+            return super().step(closure)
+
+    class Images:
+        shape = (200, 8, 8, 3)
+
+        def __getitem__(self, chosen):
+            rows.update(chosen.tolist())
+            return images_of(len(chosen), 8)
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    evaluate.train_classifier(Images(), np.arange(200) % 3, 3, torch.device("cpu"))
+    assert done == ["zero", "step"] * (30 * 200 // 128) and rows == set(range(200))
+
+def test_labels_against_statistics_alone(there):
+    """The usual case of published scores: samples.npz with labels, a reference without images."""
+    np.savez("s.npz", arr_0=images_of(9), arr_1=np.arange(9)), np.savez("r.npz", mu=np.zeros(3), sigma=np.eye(3))
+    samples, real = evaluate.open_sets(evaluate.Options(samples="s.npz", reference="r.npz", features="inception"))
+    assert len(samples.images) == 9 and real.images is None and real.statistics["n"] == 0
+
+def test_inception_is_no_judge_of_classes(work, capsys):
+    np.savez("s.npz", arr_0=images_of(30))
+    net = lambda x: {"features": x.float().mean(dim=(1, 2)), "logits": x[:, 0, 0].float()}
+    options = evaluate.Options(metrics="fd", features="inception")
+    result = evaluate.score(evaluate.ImageSet("s.npz"), evaluate.ImageSet("data/shapes"), net, options, "0123abcd", torch.device("cpu"))
+    assert not {"class_accuracy", "class_accuracy_real", "fd_floor"} & result.keys()
+    evaluate.report(result | {"features": "inception", "score": "FID", "n_generated": 2048})
+    assert capsys.readouterr().err == ""
+
+def test_the_published_file_given_by_hand_makes_fid(there, monkeypatch, capsys):
+    Path("w.pth").write_bytes(b"x")
+    asked = []
+    monkeypatch.setattr(data, "file_hash", lambda path, kind: "6726825d" + "0" * 56)
+    monkeypatch.setattr(torch, "load", lambda path, **how: asked.append(how) or {})
+    monkeypatch.setattr(evaluate, "Inception", lambda state: lambda images: None)
+    assert evaluate.load_inception(Path("w.pth"))[1:] == ("FID", "6726825d") and capsys.readouterr().err == ""
+    assert asked == [{"map_location": "cpu", "weights_only": True}]
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    with pytest.raises(ValueError, match=r"weights from https://github.com/mseitzer/.* \(no route to host\): fetch https://github.com/.* and pass --inception-weights FILE$"):
+        evaluate.load_inception(None)
+
+def test_scores_are_reckoned_on_the_device(there, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate, "describe", lambda *_: {"n": 3})
+    monkeypatch.setattr(evaluate, "describe_reference", lambda *_: {"n": 3})
+    monkeypatch.setattr(evaluate, "compare", lambda *_: asked.append(torch.empty(0).device.type) or ({}, {}))
+    np.savez("s.npz", arr_0=images_of(9))
+    samples = evaluate.ImageSet("s.npz")
+    evaluate.score(samples, samples, None, evaluate.Options(features="inception"), "", torch.device("meta"))
+    assert asked == ["meta"] and evaluate.resize_tf1(torch.zeros(1, 3, 8, 8, device="meta"), 5).device.type == "meta"
+
+    def elsewhere(*_):
+        raise AssertionError("from_numpy: on the CPU whatever the device")
+    x, y = features(40, 3), features(40, 3, 1)
+    monkeypatch.setattr(torch, "from_numpy", elsewhere)
+    assert 0 < evaluate.share_inside(x, y) <= 1 and evaluate.inception_score(x)[0] > 1
+
+def test_the_classifier_is_trained_where_scores_are_made(work, monkeypatch):
+    def enough(folder, device):
+        raise ValueError(f"asked on {device.type}")
+    np.savez("few.npz", arr_0=images_of(9))
+    monkeypatch.setattr(evaluate, "load_classifier", enough)
+    with pytest.raises(ValueError, match="asked on meta"):
+        evaluate.evaluate(evaluate.Options(samples="few.npz", reference="data/shapes"), torch.device("meta"))
+
+def test_the_floor_has_no_more_images_than_are_held_out(work):
+    np.savez("many.npz", arr_0=images_of(150))
+    assert call(evaluate, "--samples", "many.npz", "--reference", "shapes", "--metrics", "fd") == 0
+    result = json.loads(Path("many.npz-metrics.json").read_text())
+    assert (result["n_generated"], result["n_floor"], result["samples"]) == (150, 100, "many.npz")
+
+def test_a_result_names_the_samples(scored):
+    assert call(evaluate, "--metrics", "fd") == 0 and json.loads(Path("runs/shapes/metrics.json").read_text())["samples"] == "runs/shapes/samples"
+
+@pytest.mark.parametrize("content,words", [
+    ({"arr_0": images_of(9), "arr_1": np.zeros(9)}, "it must hold one class id per image"), ({"arr_0": images_of(9), "arr_1": np.array(list("abcdefghi"))}, "it must hold one class id per image"),
+    ({"mu": np.array(["a"] * 3), "sigma": np.eye(3)}, "mu is <U1"), ({"mu": np.zeros(3, complex), "sigma": np.eye(3)}, "mu is complex128"), ({"mu": np.zeros(3, bool), "sigma": np.eye(3)}, "mu is bool")], ids=str)
+def test_what_is_no_number_or_no_class(there, content, words):
+    np.savez("s.npz", **content)
+    with pytest.raises(ValueError, match=words):
+        evaluate.read_npz(Path("s.npz"))
+
+def test_what_refusals_advise(work, capsys):
+    np.savez("small.npz", arr_0=images_of(9))
+    assert call(evaluate, "--samples", "small.npz", "--reference", "./small.npz") == 1 and "error: ./small.npz is not a packed data set, the classifier is trained on one: use --features inception" in capsys.readouterr().err
+    assert call(evaluate, "--samples", "gone.npz", "--reference", "shapes") == 1 and "no images at gone.npz: make samples first" in capsys.readouterr().err
+    Path("made").mkdir(), Image.fromarray(images_of(1)[0]).save("made/0000000.png")
+    Path("made/samples.json").write_text('{"labels": [1]}')
+    assert call(evaluate, "--samples", "made", "--reference", "shapes") == 1 and "classes is not a list" in capsys.readouterr().err
+    for content in ({"score": "x"}, {"score": "x", "n_generated": "many"}):
+        Path("mine.json").write_text(json.dumps(content))
+        assert call(evaluate, "--samples", "small.npz", "--reference", "shapes", "--out", "mine.json") == 1 and "n_generated is not a int" in capsys.readouterr().err
+        assert json.loads(Path("mine.json").read_text()) == content
+    assert call(evaluate, "--table") == 2
+
+def test_latents_name_the_pixels_to_give_instead(there, monkeypatch):
+    Path("set").mkdir(), Path("set/meta.json").touch()
+    monkeypatch.setattr(data, "open_data", lambda path: ({"coder": {"experiment": "vae", "pixels": "photos", "id": "0a"}}, {}))
+    with pytest.raises(ValueError, match="set holds latents: give the pixels they were made of, photos$"):
+        evaluate.ImageSet("set")
+
+def test_a_bare_name_is_a_data_set(work):
+    """Also where a folder of the same name lies in the working directory."""
+    Path("shapes").mkdir()
+    Image.fromarray(images_of(1)[0]).save("shapes/a.png")
+    np.savez("s.npz", arr_0=images_of(9))
+    assert evaluate.open_sets(evaluate.Options(samples="s.npz", reference="shapes"))[1].path == Path("data/shapes")
+
+def test_tables_of_results_made_elsewhere(there, monkeypatch, capsys):
+    titles, record = [], {"score": "FD (x)", "n_real": 9, "n_generated": 9, "reference_id": "a"}
+    monkeypatch.setattr(evaluate.model, "chart", lambda title, label, lines: titles.append((title, label, lines)) or Image.new("RGB", (9, 9)))
+    for name, more in {"a": {"fd": 1.0, "sampling": {"solver": "heun", "interval": [0, 1], "cfg": 2.0}}, "b": {"fd": 2.0, "sampling": {"solver": "euler", "interval": [0.1, 1], "cfg": 1.0}},
+                       "none": {"fd": 3.0, "sampling": {}}, "old": {"fd": 3.0}}.items():
+        Path(f"{name}.json").write_text(json.dumps(record | more))
+    assert call(evaluate, "--table", "a.json", "b.json", "none.json", "--out", "c.png") == 0
+    assert titles == [("FD (x)", "cfg", {"score": [(1.0, 2.0), (2.0, 1.0)]})]
+    assert call(evaluate, "--table", "a.json", "old.json") == 1 and "sampling is not a dict" in capsys.readouterr().err
+    Path("no_n.json").write_text(json.dumps({"score": "FD (x)", "sampling": {}}))
+    assert call(evaluate, "--table", "a.json", "no_n.json") == 1 and "n_generated is not a int" in capsys.readouterr().err
+
+def test_features_are_read_by_all_cores_and_kept_in_part(monkeypatch):
+    asked, ahead = [], evaluate.model.ahead
+    monkeypatch.setattr(evaluate.model, "ahead", lambda function, jobs, count: asked.append(count) or ahead(function, jobs, count))
+    monkeypatch.setattr(evaluate, "KEPT", 40)
+    net = lambda x: {"features": x.float().mean(dim=(1, 2)), "logits": x[:, 0, 0].float()}
+    described = evaluate.describe(images_of(120), net, "cpu", 7, "")
+    assert asked == [evaluate.os.cpu_count()] and (len(described["features"]), len(described["logits"]), len(described["seen"])) == (40, 40, 120)
+    rows = evaluate.random_subset(30, 100)
+    assert len(rows) == 30 and (np.diff(rows) > 0).all()                       # in order, as a memory map is read fastest
+
+def test_scores_at_their_limits():
+    for seed in range(20):
+        mu, sigma = moments(features(60, 12, seed))
+        assert evaluate.frechet_distance(mu, sigma, mu, sigma) >= 0
+    logits = features(100, 4).astype(np.float32) * 30
+    assert evaluate.inception_score(logits) == evaluate.inception_score(logits.astype(np.float64)) and evaluate.inception_score(logits[:10]) == (1, 0)
+    with pytest.raises(ValueError, match="KID draws subsets of 1000 images, one side has 999"):
+        evaluate.kernel_distance(features(1000, 2), features(999, 2))
+    assert evaluate.share_inside(np.zeros((40, 2)), np.zeros((40, 2))) == 1   # equal images lie in each other's balls of radius 0
+
+def test_a_cache_with_code_in_it_is_made_again(there, capsys):
+    np.savez("c.npz", a=np.array([{}], dtype=object))
+    assert evaluate.remembered(Path("c.npz"), lambda: {"a": np.ones(3)})["a"].tolist() == [1, 1, 1] and "c.npz is damaged" in capsys.readouterr().err
+
+def test_a_classifier_trained_on_a_gpu_is_kept_as_numbers(work, monkeypatch):
+    asked, real = [], torch.Tensor.cpu
+    monkeypatch.setattr(evaluate, "remembered", lambda path, make: make())
+    monkeypatch.setattr(evaluate, "train_classifier", lambda images, labels, classes, device: evaluate.Classifier(classes))
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda value: asked.append(1) or real(value))
+    net, *_ = evaluate.load_classifier("data/shapes", torch.device("cpu"))
+    assert len(asked) == 2 * len(net.state_dict())        # kept, and taken for the fingerprint

@@ -525,6 +525,23 @@ def test_reuse(solver, evaluations, begin):
     if solver == "euler":                                 # the class' tokens do not serve the null class
         assert (images(2, cfg=0.0, interval=(0.4, 1.0))[0] - images(2, cfg=1e-4, interval=(0.4, 1.0))[0]).abs().max() < 0.01
 
+def test_a_picture_of_the_way_asks_a_wide_head_anew(there, monkeypatch):
+    """Not with the condition that the walk's last step kept: step 3 of 0 to 3 is one that reuses."""
+    torch.manual_seed(0)
+    net, drawn, real = model.build(config_with(**WIDE)).eval(), [], data.picture
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    monkeypatch.setattr(data, "picture", lambda rows, *more: drawn.append(rows) or real(rows, *more))
+    net.config.reuse = 2
+    sampler = sample.Sampler(net, [0], 0, vars(sample.Settings(steps=4, solver="euler")), "off", torch.device("cpu"))
+    sample.draw_trajectory(sampler, there / "t.png")
+    z = sample.noise_for(range(4), (3, 16, 16), 0, 1.0)
+    net.begin_step(0, 0.0, 0.25)
+    with torch.no_grad():
+        x = model.to_pictures(net(z, torch.zeros(4), torch.zeros(4, dtype=torch.int64)))
+    assert all(np.array_equal(drawn[0][2 * i + 1][0], x[i]) for i in range(4))
+
 def test_wide_head_trains_resumes_and_samples(work):
     flags = [*TINY_FLAGS, "--experiment", "ddt", "--head-depth", 1, "--head-width", 64, "--reuse", 2, "--aux", "time", "--checkpointing", "--micro-batch", 4, "--save-minutes", 0]
     assert call(train, *flags, "--steps", 6, "--run", "whole") == 0

@@ -1,5 +1,6 @@
 """The network against the reference's golden output, an independent rewrite, and the paper's table of sizes."""
 import argparse
+import importlib.util
 import math
 import pickle
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import TINY, data, model, randomised
+from conftest import ROOT, TINY, data, model, randomised
 
 HERE = Path(__file__).parent
 
@@ -383,7 +384,10 @@ def test_initialisation_is_jits_and_a_foreign_ffn_keeps_its_own(monkeypatch):
         assert 0.95 * bound(*fans) < layer.weight.abs().max() <= bound(*fans) and layer.bias.abs().max() == 0, fans
     for weight in (plain.t_embedder.mlp[0].weight, plain.t_embedder.mlp[2].weight, plain.y_embedder.embedding_table.weight, plain.in_context_posemb):
         assert abs(weight.std() - 0.02) < 0.006
-    assert plain.t_embedder.mlp[0].bias.abs().max() == 0
+    squeezed = model.bottleneck_ffn(32, 128, 0.0)
+    for layer, fans in ((plain.blocks[0].attn.proj, (32, 32)), (squeezed[0], (32, 16)), (squeezed[2], (16, 128)), (squeezed[4], (128, 32))):
+        assert 0.9 * bound(*fans) < layer.weight.abs().max() <= bound(*fans) and layer.bias.abs().max() == 0, fans
+    assert plain.t_embedder.mlp[0].bias.abs().max() == plain.t_embedder.mlp[2].bias.abs().max() == 0
 
 @pytest.mark.parametrize("places", [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "5", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
                                     {"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "0"}], ids=str)
@@ -462,6 +466,7 @@ def test_the_walk_names_every_part(capsys):
     shown = {row[0]: " ".join(row[1:]) for row in rows}
     assert [row[0] for row in rows if row[0].startswith("blocks")] == [f"blocks.{i}" for i in range(4)]
     assert shown["x_embedder"] == shown["blocks.0"] == "2 x 16 x 32" and shown["blocks.1"] == "2 x 18 x 32" and shown["final_layer"] == "2 x 16 x 48"
+    assert " ".join(rows[0]) == "z: the noised images 2 x 3 x 16 x 16" and " ".join(rows[-1]) == "unpatchify: the predicted clean images 2 x 3 x 16 x 16"
 
 def test_a_heads_channels_turn_in_pairs():
     """Half of the pairs with the row, half with the column: heads of 18 channels are refused, not found out in a reshape."""
@@ -581,3 +586,185 @@ def test_a_device_that_this_machine_lacks_is_not_offered(monkeypatch):
     with pytest.raises(data.UsageError, match="--device mps: give cuda or cpu$"):
         with model.device_and_processes("mps"):
             pass
+
+# ---- What only another device, another file or another eye would show -----------------------------------------------
+def loaded_anew(path):
+    """02_model.py as another module, its first lines run again."""
+    spec = importlib.util.spec_from_file_location("model_anew", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["model_anew"] = module                    # dataclasses look there
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules["model_anew"]
+    return module
+
+def test_how_threads_wait_is_the_users_to_say(monkeypatch):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
+    loaded_anew(ROOT / "02_model.py")
+    assert model.os.environ["GOMP_SPINCOUNT"] == "5"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    loaded_anew(ROOT / "02_model.py")
+    assert model.os.environ["GOMP_SPINCOUNT"] == "10000"
+
+def test_a_project_behind_a_link_knows_its_experiments(tmp_path):
+    (tmp_path / "link").symlink_to(ROOT)
+    anew = loaded_anew(tmp_path / "link/02_model.py")
+    assert anew.EXPERIMENTS_FOLDER == ROOT.resolve() / "tests/experiments" and anew.experiment_name(str(tmp_path / "link/tests/experiments/ddt.py")) == "ddt"
+
+def test_pixels_and_pictures_go_where_they_must(monkeypatch):
+    assert model.to_float(np.zeros((2, 4, 4, 3), np.uint8), "meta").device.type == "meta"
+    asked, real = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda value: asked.append(1) or real(value))
+    model.to_pictures(torch.zeros(1, 3, 4, 4))
+    assert len(asked) == 1
+    model.fingerprint(torch.nn.Linear(2, 2))
+    assert len(asked) == 3
+
+def test_the_papers_cost_and_the_headings(capsys, monkeypatch):
+    assert model.PAPER_GMAC == {"JiT-B/16": 25, "JiT-B/32": 26, "JiT-B/64": 30, "JiT-L/16": 88, "JiT-L/32": 89, "JiT-H/16": 182, "JiT-H/32": 183, "JiT-G/16": 383}
+    monkeypatch.setattr(model, "MODELS", {})
+    model.print_table()
+    assert capsys.readouterr().out.split() == "model image patch hidden depth heads parameters GMAC paper".split()
+
+def test_a_mac_may_be_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with model.device_and_processes("mps") as (device, rank, world):
+        assert (device.type, rank, world) == ("mps", 0, 1)
+
+def test_auxiliary_heads_written_a_second_time():
+    """Mean of the tokens, Linear, SiLU, Linear; squared error, cross-entropy; fp32, and a gradient for the network."""
+    config = model.JiTConfig(**TINY)
+    bound = (6 / (32 + 32))**0.5
+    for head in (model.TimeHead(config), model.RotationHead(config)):
+        first, last = head.mlp[0], head.mlp[2]
+        assert [type(part) for part in head.mlp] == [model.Linear, torch.nn.SiLU, model.Linear]
+        assert 0.9 * bound < first.weight.abs().max() <= bound and first.bias.abs().max() == last.bias.abs().max() == 0
+        tokens = torch.randn(2, 5, 32, requires_grad=True)
+        h = tokens.mean(1) @ first.weight.T + first.bias
+        assert torch.allclose(head(tokens), (h / (1 + (-h).exp())) @ last.weight.T + last.bias, atol=1e-5)
+        with model.autocast("bf16", torch.device("cpu")):
+            assert head(tokens).dtype == torch.float32
+        head(tokens).sum().backward()
+        assert tokens.grad.abs().max() > 0
+    assert model.TimeHead(config).loss(torch.tensor([[0.5], [1.0]]), {"t": torch.tensor([0.0, 0.0])}) == pytest.approx((0.25 + 1) / 2)
+    answer = torch.tensor([[2.0, 0, 0, 0], [0, 0, 0, 0]])
+    assert model.RotationHead(config).loss(answer, {"turns": torch.tensor([1, 3])}).item() == pytest.approx((math.log(math.e**2 + 3) + math.log(4)) / 2)
+
+def test_every_image_of_a_batch_is_turned_by_its_own_turn():
+    x = torch.randn(40, 3, 4, 4)
+    batch = model.RotationHead(model.JiTConfig(**TINY)).prepare({"x": x, "other": 1})
+    assert batch["other"] == 1 and all(torch.equal(turned, torch.rot90(image, int(k), (1, 2))) for turned, image, k in zip(batch["x"], x, batch["turns"]))
+
+def test_which_form_of_the_rotation_is_taken(monkeypatch):
+    """The complex one on a CPU, unless it is compiled."""
+    taken, real, (cos, sin) = [], torch.view_as_complex, model.rotary_table(8, 4, 2)
+    monkeypatch.setattr(torch, "view_as_complex", lambda value: taken.append(1) or real(value))
+    model.rotate(torch.zeros(1, 1, 18, 8, device="meta"), cos.to("meta"), sin.to("meta"))
+    assert not taken
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        model.rotate(torch.zeros(1, 1, 18, 8), cos, sin)
+    assert not taken
+    model.rotate(torch.zeros(1, 1, 18, 8), cos, sin)
+    assert taken
+
+def test_the_softmax_is_taken_in_fp32(monkeypatch):
+    asked, real = [], torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda scores, **how: asked.append(how) or real(scores, **how))
+    q = torch.randn(1, 1, 3, 4).bfloat16()
+    assert model.attend(q, q, q).dtype == torch.bfloat16 and asked == [{"dim": -1, "dtype": torch.float32}]
+
+def test_a_token_of_zeros_has_a_norm():
+    assert torch.equal(model.RMSNorm(8)(torch.zeros(2, 8)), torch.zeros(2, 8))
+
+def test_curves_numbers_and_frame_agree(monkeypatch):
+    """A chart written a second time: one scale for all curves, each in its colour, numbers that end at the left axis."""
+    lines, frames, words = [], [], []
+    monkeypatch.setattr(model.ImageDraw.ImageDraw, "line", lambda self, points, fill, width: lines.append((points, fill)))
+    monkeypatch.setattr(model.ImageDraw.ImageDraw, "rectangle", lambda self, box, outline: frames.append(box))
+    monkeypatch.setattr(data, "write", lambda draw, place, text, width, anchor="la", fill="black": words.append((text, place, anchor, fill)))
+    curves = {"a": [(0, 10), (10, 20)], "b": [(0, 0), (20, 40)]}
+    model.chart("title", "step", curves)
+    assert frames == [[50, 35, 455, 285]]
+    for (points, fill), (name, curve), colour in zip(lines, curves.items(), ("navy", "firebrick")):
+        assert fill == colour and (name, (50 + 100 * (name == "b"), 18), "la", colour) in words
+        assert np.allclose(points, [(50 + x / 20 * 405, 285 - y / 40 * 250) for x, y in curve], atol=1e-5)
+    below = {text: place for text, place, anchor, _ in words if anchor == "ma" and text != "step"}
+    left = {text: place for text, place, anchor, _ in words if anchor == "rm"}
+    assert {text: round(float(x), 3) for text, (x, y) in below.items()} == {"0": 50, "5": 151.25, "10": 252.5, "15": 353.75, "20": 455} and {y for _, y in below.values()} == {289}
+    assert {text: round(float(y), 3) for text, (x, y) in left.items()} == {"0": 285, "10": 222.5, "20": 160, "30": 97.5, "40": 35} and {x for x, _ in left.values()} == {46}
+
+def test_how_far_ahead_jobs_are_begun(monkeypatch):
+    asked, begun = [], []
+
+    class Pool:
+        def __init__(self, *count):
+            asked.extend(count)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def submit(self, function, job):
+            begun.append(job)
+            return argparse.Namespace(result=lambda: function(job))
+    monkeypatch.setattr(model, "ThreadPoolExecutor", Pool)
+    for count in (1, 3):
+        begun.clear()
+        assert next(model.ahead(str, range(9), count)) == "0" and len(begun) == count + 1
+    assert asked == [1, 3]
+
+def test_files_that_are_no_dicts_and_files_that_say_little(tmp_path):
+    for content in (torch.zeros(3), [torch.zeros(3)]):
+        torch.save(content, tmp_path / "a.pt")
+        with pytest.raises(ValueError, match="a.pt is not a"):
+            model.read_checkpoint(tmp_path / "a.pt")
+    net = randomised(model.JiTConfig(**TINY))
+    torch.save({"config": TINY, "ema": [net.state_dict()]}, tmp_path / "b.pt")
+    assert model.load_network(tmp_path / "b.pt")[1] == {}
+
+def test_a_save_that_fails_says_that_nothing_is_lost(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("Permission denied")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ValueError, match="cannot write .*Permission denied.* what was there is intact"):
+        model.save({}, tmp_path / "a.pt")
+
+def test_other_errors_are_not_swallowed():
+    with pytest.raises(RuntimeError, match="a bug"):
+        with model.torchs_errors():
+            raise RuntimeError("a bug")
+
+def test_casts_are_kept_by_default():
+    with model.autocast("bf16", torch.device("cpu")):
+        assert torch.is_autocast_cache_enabled()
+
+def test_parameters_are_counted_without_storage(monkeypatch):
+    places = []
+    monkeypatch.setattr(model, "build", lambda config: places.append(torch.empty(0).device.type) or torch.nn.Linear(2, 2))
+    assert model.count_parameters(None) == 6 and places == ["meta"]
+
+def test_a_value_of_another_type_is_refused_also_where_it_equals_the_default():
+    with pytest.raises(data.UsageError, match="depth 12.0: it must be of the type int"):
+        model.JiTConfig(depth=12.0)
+    with pytest.raises(data.UsageError, match="rope 1: it must be of the type bool"):
+        model.JiTConfig(rope=1)
+
+def test_names_of_files_and_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert model.folder_of("..", "runs") == Path("..") and model.folder_of(".", "runs") == Path(".")
+    Path("lab").mkdir(), Path("lab/plain.py").write_text("SETTINGS = {}\n"), Path("short").symlink_to("lab")
+    assert len({model.experiment_name(name) for name in ("lab/plain.py", "lab/../lab/plain.py", "short/plain.py")}) == 1
+    for recorded, given in (("/old/plain", "lab/plain.py"), ("/old/plain.py", "lab/plain")):
+        model.load_recorded([recorded], "runs/r", given)
+    Path("lab/bad.py").write_text("x = 1\n\ndef (:\n")
+    with pytest.raises(ValueError, match=r"SyntaxError.*line 3\)$"):
+        model.load_experiment("lab/bad.py")
+    Path("lab/bad.py").write_text("SETTINGS = {'depth': 5}\n")                 # mended, in the same notebook
+    assert model.load_experiment("lab/bad.py").SETTINGS == {"depth": 5}
+    with pytest.raises(data.UsageError) as error:
+        model.load_experiment("nope")
+    assert "mean_colour" in str(error.value) and "_compare" not in str(error.value) and "and to 03_train.py the rows that its --help names" in str(error.value)

@@ -200,7 +200,7 @@ def test_samples_are_neither_overwritten_nor_ignored(run, capsys):
     assert call(sample, "--run", "r", "--num", 4, "--amp", "off", "--out", "out") == 0
     assert before == [path.stat().st_mtime_ns for path in Path("out").glob("*.png")]
     assert call(sample, "--run", "r", "--num", 4, "--amp", "off", "--out", "out", "--cfg", 3) == 1
-    assert "cfg 2.0, now 3.0" in capsys.readouterr().err
+    assert "(cfg 2.0, now 3.0): pass --overwrite to replace them, or --out" in capsys.readouterr().err
     assert call(sample, "--run", "r", "--num", 4, "--amp", "off", "--out", "out", "--cfg", 3, "--overwrite") == 0 and np.array_equal(pictures("out"), draw("fresh", "--cfg", 3, num=4))
     Path("mine").mkdir()
     Image.new("RGB", (9, 9)).save("mine/holiday.png")
@@ -216,6 +216,7 @@ def test_official_checkpoint_is_sampled(there, monkeypatch):
     expected = sample.generate(net, noise, torch.full((5,), 2), steps=3, cfg=2.9, interval=(0.1, 1.0))
     assert np.array_equal(pictures("samples"), model.to_uint8(expected).permute(0, 2, 3, 1).numpy())
     assert call(sample, "--checkpoint", "official.pth", "--num", 5, "--steps", 3, "--ema", 1, "--out", "other", "--amp", "off") == 0
+    assert json.loads(Path("other/samples.json").read_text())["ema"] == 1
 
 def test_labels_grammar():
     names = ["ring", "star", "4x4"]
@@ -273,7 +274,7 @@ def test_a_folder_without_our_record_is_not_touched(run, capsys, name, flags):
     Path("a").mkdir()
     Image.new("RGB", (16, 16), "red").save(f"a/{name}", "png")
     before = Path(f"a/{name}").read_bytes()
-    assert call(sample, "--run", "r", "--num", 9, "--amp", "off", "--out", "a", *flags) == 1 and f"holds {name}" in capsys.readouterr().err
+    assert call(sample, "--run", "r", "--num", 9, "--amp", "off", "--out", "a", *flags) == 1 and f"holds {name}, which this script did not write: choose another --out" in capsys.readouterr().err
     assert Path(f"a/{name}").read_bytes() == before and len(list(Path("a").iterdir())) == 1
 
 def test_another_programs_record_is_no_permission(run, capsys):
@@ -344,7 +345,7 @@ def test_two_at_once_are_refused(run, capsys):
 
 def test_no_compiler_is_said_in_one_line(run):
     done = shell("04_sample.py", "--run", "r", "--num", 1, "--compile", cwd=Path("."), env={"CXX": "/nonexistent", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"})
-    assert done.returncode == 1 and "pass --no-compile" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "pass --no-compile; to 04_sample.py, no --compile" in done.stderr and "Traceback" not in done.stderr
 
 def broken(change):
     state = torch.load("runs/r/checkpoint.pt", weights_only=True)
@@ -370,7 +371,7 @@ def test_another_ema_than_there_is_is_refused(work, capsys):
     assert call(sample, "--ema", -1, "--num", 2, "--steps", 2) == 0
 
 @pytest.mark.parametrize("flags,words,code", [
-    (["--steps", -1], "[1, 100000]", 2), (["--interval", "0.5"], "two times", 2), (["--interval", "0.9,0.1"], "two times", 2), (["--interval", "0,2"], "in [0, 1]", 2), (["--solver", "rk4"], "is unknown", 2),
+    (["--steps", -1], "[1, 100000]", 2), (["--interval", "0.5"], "two times", 2), (["--interval", "0,0.5,1"], "two times", 2), (["--interval", "0.9,0.1"], "two times", 2), (["--interval", "0,2"], "in [0, 1]", 2), (["--solver", "rk4"], "is unknown", 2),
     (["--labels", "moon"], "is not a class", 2), (["--ema", 3], "averaged weights are numbered 0 to 0", 1), (["--run", "nope"], "train one first", 1), (["--checkpoint", "x.pth"], "no checkpoint at x.pth", 1), (["--seed", -1], "[0, inf)", 2),
     (["--device", "gpu"], "give cuda or cpu", 2), (["--num", 0], "[1, 10000000]", 2), (["--num", "9999999999"], "[1, 10000000]", 2), (["--cfg", "nan"], "give a number", 2),
     (["--t-eps", "inf"], "in (0, 1)", 2), (["--shift", "inf"], "in [0.001, 1000]", 2), (["--checkpoint", "notes.txt"], "notes.txt is not a checkpoint: no access, damaged, not written by torch.save", 1)])
@@ -384,6 +385,7 @@ def test_guidance_without_classes_is_refused(there, capsys):
     config = {**TINY, "num_classes": 0}
     torch.save({"config": config, "info": {}, "ema": [randomised(model.JiTConfig(**config)).state_dict()]}, "u.pt")
     assert call(sample, "--checkpoint", "u.pt", "--num", 2, "--steps", 2, "--cfg", 2) == 2 and "nothing to guide" in capsys.readouterr().err
+    assert call(sample, "--checkpoint", "u.pt", "--num", 2, "--steps", 2, "--cfg", 0) == 2 and "nothing to guide" in capsys.readouterr().err
     assert call(sample, "--checkpoint", "u.pt", "--num", 2, "--steps", 2, "--labels", "1") == 2 and "without classes" in capsys.readouterr().err
     assert call(sample, "--checkpoint", "u.pt", "--num", 2, "--steps", 2) == 0
 
@@ -453,17 +455,18 @@ def test_the_coder_lies_beside_the_data_set(run, monkeypatch):
     torch.save(state, "runs/r/checkpoint.pt")
     monkeypatch.setattr(model, "load_coder", lambda folder, made_by: asked.append(folder))
     assert call(sample, "--run", "r", "--num", 2, "--steps", 1, "--amp", "off") == 0 and asked == [Path("data/shapes-vae")]
+    assert json.loads(Path("runs/r/samples/samples.json").read_text())["coder"] == "2"
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_wait_for_each_other(run, monkeypatch, rank):
     done = []
     for place, name in ((sample.dist, "barrier"), (sample, "check_folder"), (data, "save_json"), (sample, "sample_all"), (data, "class_picture"), (model, "save_picture")):
-        monkeypatch.setattr(place, name, lambda *_, name=name: done.append(name))
+        monkeypatch.setattr(place, name, lambda *args, name=name: done.append(f"{name} {args[-2:]}" if name == "sample_all" else name))
     sampler = sample.Sampler(run, [0], 0, {}, "off", torch.device("cpu"))
     record = asdict(sample.Settings()) | {"num": 1, "classes": [], "size": 16}
     sample.write_samples(sample.Options(out=Path("a")), sampler, record, Path("."), rank, 2)
-    assert done == (["check_folder", "barrier", "barrier", "sample_all", "barrier"] if rank else
-                    ["check_folder", "barrier", "save_json", "barrier", "sample_all", "barrier", "class_picture", "save_picture"])
+    assert done == (["check_folder", "barrier", "barrier", "sample_all (1, 2)", "barrier"] if rank else
+                    ["check_folder", "barrier", "save_json", "barrier", "sample_all (0, 2)", "barrier", "class_picture", "save_picture"])
     assert Path(".a.lock").exists() == (rank == 0)
 
 def test_the_grid_names_its_classes(run, monkeypatch):
@@ -512,3 +515,109 @@ def test_a_wrong_label_is_told_the_names():
     for names, known in ((["ring", "star"], "names are ring, star"), ([], "names are not known")):
         with pytest.raises(data.UsageError, match=f"ids: id:0 to id:1, {known}$"):
             sample.parse_labels("moon", 1, names, 2)
+
+def test_where_and_how_guidance_acts():
+    """The interval is open at both ends, whatever rounding makes of a grid point; below zero it steers away from the class."""
+    asked = []
+    net = lambda z, t, y: asked.append(y.tolist()) or y.float().reshape(-1, 1, 1, 1) * torch.ones_like(z)      # x is the label
+    z, y = torch.zeros(1, 1, 2, 2), torch.tensor([3])
+    for t, interval, both in ((0.0, (0.0, 0.7), True), (0.5, (0.0, 0.7), True), (0.7, (0.0, 0.7), False), (0.8, (0.0, 0.7), False),
+                              (np.nextafter(0.65, 0), (0.0, 0.65), False), (np.nextafter(0.3, 1), (0.3, 0.7), False), (0.0, (0.1, 1.0), False)):
+        asked.clear()
+        x = sample.guided(net, z, float(t), y, 2.0, interval, "x")
+        assert asked == [[3, 1000] if both else [3]] and (x == (2 * 3 - 1000 if both else 3)).all()
+    assert (sample.guided(net, z, 0.5, y, -1.0, (0.0, 1.0), "x") == 1000 - (3 - 1000)).all()
+    assert (sample.guided(net, z, 0.5, y, 0.25, (0.0, 1.0), "x") == 1000 + 0.25 * (3 - 1000)).all()
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_the_sampler_of_a_command_is_made_of(run, monkeypatch, rank):
+    class Made(Exception):
+        pass
+
+    def made(*args):
+        raise Made(*args)
+    monkeypatch.setattr(sample, "Sampler", made)
+    monkeypatch.setattr(model, "device_and_processes", lambda name: sample.nullcontext((torch.device("cpu"), rank, 2)))
+    monkeypatch.setattr(model, "choose_precision", lambda amp, device: "fp16")
+    with pytest.raises(Made) as found:
+        sample.main("--run r --num 4 --seed 7 --compile --labels dot,ring --steps 3".split())
+    net, *rest = found.value.args
+    assert rest == [[2, 0, 2, 0], 7, {"solver": "heun", "steps": 3, "cfg": 2.0, "interval": (0.0, 1.0), "t_eps": 0.05, "shift": 1.0}, "fp16", torch.device("cpu"), True, None]
+
+def test_grids_of_names_with_a_dot(run):
+    draw("w-1.25", num=3), draw("w-1.5", num=3)
+    assert Path("w-1.25-grid.png").exists() and Path("w-1.5-grid.png").exists()
+
+def test_a_batch_is_packed_image_by_image(run, monkeypatch):
+    """From a memory map; and what breaks off leaves the batch of before."""
+    given, real = [], np.savez
+    monkeypatch.setattr(np, "savez", lambda file, **arrays: given.append(type(arrays["arr_0"])) or real(file, **arrays))
+    monkeypatch.setattr(data, "save_rows", lambda path, rows, shape, real=data.save_rows: given.append(hasattr(rows, "__len__")) or real(path, rows, shape))
+    draw("a", "--npz", num=4)
+    assert given == [False, np.memmap]
+    before = Path("a/samples.npz").read_bytes()
+
+    def breaks(file, **arrays):
+        file.write(b"half")
+        raise OSError("No space left on device")
+    monkeypatch.setattr(np, "savez", breaks)
+    assert call(sample, "--run", "r", "--num", 4, "--amp", "off", "--out", "a", "--npz") == 1 and Path("a/samples.npz").read_bytes() == before
+
+def test_half_a_picture_has_no_name(run, monkeypatch):
+    def half(image, path, *more, **how):
+        assert how == {"compress_level": 1}               # more takes several times as long
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+    monkeypatch.setattr(Image.Image, "save", half)
+    assert call(sample, "--run", "r", "--num", 3, "--amp", "off", "--out", "a") == 1 and not list(Path("a").glob("*.png"))
+
+def test_a_foreign_file_among_our_samples_is_not_touched(run, capsys):
+    draw("a", num=3)
+    Path("a/notes.md").write_text("mine")
+    for flags in ([], ["--overwrite", "--seed", 1]):
+        assert call(sample, "--run", "r", "--num", 3, "--amp", "off", "--out", "a", *flags) == 1 and "holds notes.md" in capsys.readouterr().err
+    assert Path("a/notes.md").exists() and len(pictures("a")) == 3
+
+def test_a_new_solver_is_known_everywhere(run, capsys, monkeypatch):
+    """experiment: a row of SOLVERS."""
+    monkeypatch.setitem(sample.SOLVERS, "mine", ("v", sample.euler_step))
+    assert np.array_equal(draw("a", "--solver", "mine", num=3), draw("b", "--solver", "euler", num=3))
+
+def test_an_experiments_solver_is_that_of_the_script(run):
+    """One copy of 04: a file of yours adds its row to the SOLVERS that the running script looks into."""
+    Path("mine.py").write_text("from importlib import import_module\ns = import_module('04_sample')\ns.SOLVERS['mine'] = ('v', s.euler_step)\nSETTINGS = {}\n")
+    state = torch.load("runs/r/checkpoint.pt", weights_only=True)
+    state["info"]["sampling"]["solver"] = "mine"
+    torch.save(state, "runs/r/checkpoint.pt")
+    done = shell("04_sample.py", "--run", "r", "--experiment", "./mine.py", "--num", 3, "--amp", "off", cwd=Path("."))
+    assert done.returncode == 0 and ", mine 4 steps" in done.stdout, done.stderr
+
+def test_the_trajectory_shows_the_clean_image_as_it_is(there, monkeypatch):
+    """At k = 2 the noised row alone is brought into range; the network runs in the precision of the walk."""
+    drawn, seen, real = [], [], data.picture
+    monkeypatch.setattr(data, "picture", lambda rows, *more: drawn.append(rows) or real(rows, *more))
+    net = randomised(model.JiTConfig(**{**TINY, "noise_scale": 2.0}))
+    net.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    sampler = sample.Sampler(net, [0], 0, asdict(sample.Settings(steps=1)), "bf16", torch.device("cpu"))
+    sample.draw_trajectory(sampler, there / "t.png")
+    assert seen == [True, True]
+    z, y = sample.noise_for(range(4), (3, 16, 16), 0, 2.0), torch.zeros(4, dtype=torch.int64)
+    with torch.no_grad():
+        x = model.to_pictures(net(z, torch.zeros(4), y))
+    assert all(np.abs(drawn[0][2 * i + 1][0].astype(int) - x[i]).max() <= 3 for i in range(4))
+
+def test_the_state_is_fp32_whatever_the_noise_is(run):
+    z = sample.generate(run, torch.randn(2, 3, 16, 16).bfloat16(), torch.tensor([0, 1]), steps=2)
+    assert z.dtype == torch.float32
+
+def test_a_compiled_network_lies_on_the_device(monkeypatch):
+    moved, net = [], torch.nn.Identity()
+    net.config = model.JiTConfig(**TINY)
+    net.to = lambda device: moved.append(device) or net
+    monkeypatch.setattr(torch, "compile", lambda net: (net, len(moved)))
+    assert sample.Sampler(net, [0], 0, {}, "off", torch.device("cpu"), True).net == (net, 1) and moved == [torch.device("cpu")]
+
+def test_a_long_list_of_names_is_cut():
+    with pytest.raises(data.UsageError) as error:
+        sample.parse_labels("moon", 1, [f"class number {i}" for i in range(1000)], 1000)
+    assert "class number 11" in str(error.value) and "class number 12" not in str(error.value)

@@ -70,9 +70,10 @@ def test_numbers_of_the_paper_that_stand_alone():
     assert model.T_EPS == 0.05 and train.BINS == 5 and train.MAX_BAD == 10
     assert (evaluate.KEPT, evaluate.NEIGHBOURS) == (50_000, 10_000) and evaluate.WEIGHTS_HASH == "6726825d"
     assert model.AuxHead.weight == 0.1 and model.AuxHead.after == -1
-    assert {name: (row[0], row[2]) for name, row in data.ARCHIVES.items()} == {
-        "cifar10": (32, "c32a1d4ab5d03f1284b67883e8d87530"), "imagenette-160": (160, "e793b78cc4c9e9a4ccc0c1155377a412"),
-        "imagenette-320": (320, "3df6f0d01a2c9592104656642f5e78a3")}
+    assert data.ARCHIVES == {
+        "cifar10": (32, "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
+        "imagenette-160": (160, "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-160.tgz", "e793b78cc4c9e9a4ccc0c1155377a412"),
+        "imagenette-320": (320, "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz", "3df6f0d01a2c9592104656642f5e78a3")}
     assert data.CIFAR_CLASSES == ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     assert [line.split()[1] for line in data.IMAGENETTE_CLASSES.split("\n") if line] == ["tench", "springer", "cassette", "chainsaw", "church", "horn", "truck",
                                                                                         "pump", "golf", "parachute"]
@@ -152,6 +153,16 @@ def test_constants():
     assert (model.T_EPS, train.BINS, train.MAX_BAD, evaluate.KEPT, evaluate.NEIGHBOURS) == (0.05, 5, 10, 50_000, 10_000)
     assert data.HIDDEN == (".", "@", "#", "$", "__", "lost+found", "System Volume Information") and data.FORMATS == ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
     assert [(head.after, head.weight) for head in (model.AuxHead, model.TimeHead, model.RotationHead)] == [(-1, 0.1)] * 3 and (model.TimeHead.outputs, model.RotationHead.outputs) == (1, 4)
-    assert evaluate.WEIGHTS_URL.endswith("fid_weights/pt_inception-2015-12-05-6726825d.pth")
-    assert {name: (size, url.rsplit("/", 1)[1]) for name, (size, url, _) in data.ARCHIVES.items()} == {
-        "cifar10": (32, "cifar-10-binary.tar.gz"), "imagenette-160": (160, "imagenette2-160.tgz"), "imagenette-320": (320, "imagenette2-320.tgz")}
+    assert evaluate.WEIGHTS_URL == "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+
+def test_what_flags_may_be():
+    """All choices that are written out; those of registries grow with them."""
+    amp = ("bf16", "fp16", "off")
+    choices = {e.name: tuple(e.metadata["choices"]()) for cls in (train.Options, sample.Options, sample.Settings, evaluate.Options, model.JiTConfig) for e in fields(cls) if e.metadata["choices"]}
+    assert {name: choices[name] for name in ("loss", "times", "schedule", "amp", "split", "features", "pred", "patch_embed", "solver")} == {
+        "loss": ("x", "e", "v"), "times": ("logit-normal", "uniform"), "schedule": ("constant", "cosine"), "amp": amp, "split": ("train", "val"),
+        "features": ("classifier", "inception"), "pred": ("x", "e", "v"), "patch_embed": ("linear", "nonlinear"), "solver": ("heun", "euler", "ddim", "ddpm")}
+    assert [tuple(e.metadata["choices"]()) for cls in (train.Options, sample.Options) for e in fields(cls) if e.name == "amp"] == [amp, amp]
+    registries = {"preset": train.PRESETS, "model": model.MODELS, "objective": train.OBJECTIVES, "path": model.PATHS, "ffn": model.FFNS, "norm": model.NORMS,
+                  "mixer": model.MIXERS, "network": model.NETWORKS, "aux": model.AUX_HEADS, "solver": sample.SOLVERS}
+    assert all(choices[name] == tuple(registry) for name, registry in registries.items()) and tuple(data.Options().__dataclass_fields__["source"].metadata["choices"]()) == tuple(data.SOURCES)

@@ -146,9 +146,10 @@ def test_a_rank_that_fails_ends_the_run(work):
 def test_a_process_that_fails_alone_speaks(work, monkeypatch, capsys):
     def main():
         raise ValueError("out of luck")
+    slept = []
     for rank, local in ((8, 0), (3, 3)):
-        monkeypatch.setenv("RANK", str(rank)), monkeypatch.setenv("LOCAL_RANK", str(local)), monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
-        assert data.run(main) == 1 and f"[rank {rank}] out of luck" in capsys.readouterr().err
+        monkeypatch.setenv("RANK", str(rank)), monkeypatch.setenv("LOCAL_RANK", str(local)), monkeypatch.setattr(data.time, "sleep", slept.append)
+        assert data.run(main) == 1 and slept == [3] and not slept.clear() and f"[rank {rank}] out of luck" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "")                        # exported, but empty: there is one process
     assert data.run(main) == 1 and "error: out of luck" in capsys.readouterr().err
 
@@ -424,7 +425,7 @@ def test_defaults_are_the_papers(work):
     group, = train.Trainer(tiny[0], tiny[1], torch.device("cpu")).optimizer.param_groups
     assert group["betas"] == (0.9, 0.95) and group["weight_decay"] == 0
 
-@pytest.mark.parametrize("size,flags,patch", [(64, [], 16), (32, [], 8), (100, [], 25), (32, ["--patch-size", 16], 16), (256, ["--preset", "photos"], 16), (512, ["--preset", "photos"], 32), (160, ["--preset", "imagenette"], 16)])
+@pytest.mark.parametrize("size,flags,patch", [(64, [], 16), (32, [], 8), (100, [], 25), (32, ["--patch-size", 16], 16), (256, ["--preset", "photos"], 16), (512, ["--preset", "photos"], 32), (160, ["--preset", "imagenette"], 16), (192, ["--preset", "photos"], 12), (8, ["--preset", "cifar10"], 1)])
 def test_the_patch_follows_the_image_size(size, flags, patch):
     """As many tokens as the model's row has, unless the patch is given."""
     meta = {"size": size, "classes": ["a", "b"], "counts": {"train": 1000}, "id": "1"}
@@ -442,7 +443,7 @@ def test_micro_batches(batch, world, micro):
         with pytest.raises(data.UsageError, match="micro-batches of 16 for 1 process"):
             settled(meta | {"size": 256}, "--preset", "photos", "--batch-size", 257)
 
-@pytest.mark.parametrize("size,next_size", [(178, 192), (94, 96), (127, 128), (218, 224)])
+@pytest.mark.parametrize("size,next_size", [(178, 192), (94, 96), (127, 128), (218, 224), (58, 64)])
 def test_sizes_that_make_no_good_patches_are_refused(size, next_size):
     meta = {"size": size, "classes": ["a", "b"], "counts": {"train": 1000}, "id": "1"}
     with pytest.raises(data.UsageError, match=f"pack them at --size {next_size}"):
@@ -460,7 +461,7 @@ def test_a_dry_run_says_all_and_writes_nothing(work, capsys):
 def test_a_folder_that_is_no_runs_is_not_touched(work, capsys):
     Path("runs/shapes").mkdir(parents=True)
     Path("runs/shapes/config.json").write_text("mine")
-    assert call(train, *TINY_FLAGS, "--steps", 2) == 1 and "holds files but no checkpoint.pt" in capsys.readouterr().err
+    assert call(train, *TINY_FLAGS, "--steps", 2) == 1 and "holds files but no checkpoint.pt: pass --run NAME, or --overwrite to move it aside" in capsys.readouterr().err
     assert [path.name for path in Path("runs/shapes").iterdir()] == ["config.json"]
     assert call(train, *TINY_FLAGS, "--steps", 2, "--overwrite") == 0 and Path("runs/shapes.old/config.json").read_text() == "mine"
     Path("runs/killed").mkdir()
@@ -675,7 +676,7 @@ def test_resume_on_a_data_set_packed_anew(there, capsys):
     pack = ["--count", 100, "--workers", 1, "--name", "d", "--size", 16]
     assert call(data, *pack) == 0 and call(train, *TINY_FLAGS, "--data", "d", "--run", "r", "--steps", 2) == 0
     assert call(data, *pack, "--overwrite") == 0 and call(train, "--run", "r", "--resume", "--steps", 4) == 1
-    assert "was packed anew" in capsys.readouterr().err
+    assert "data set d is another, or was packed anew, since runs/r was begun: pass --run NAME, or --overwrite" in capsys.readouterr().err
 
 def test_another_experiment_is_another_run(work, capsys):
     assert call(train, *TINY_FLAGS, "--steps", 2) == 0
@@ -773,7 +774,7 @@ def test_what_a_finished_run_answers(work, capsys, monkeypatch):
         error = capsys.readouterr().err
         assert words in error and len(error.strip().splitlines()) == 1, error
     before = Path("runs/shapes/config.json").read_bytes()
-    assert call(train, "--resume") == 0 and "nothing to do" in capsys.readouterr().out and Path("runs/shapes/config.json").read_bytes() == before
+    assert call(train, "--resume") == 0 and "nothing to do. Train longer with --resume --steps N, anew with --overwrite" in capsys.readouterr().out and Path("runs/shapes/config.json").read_bytes() == before
 
 @pytest.mark.parametrize("flags,words,code", [
     (["--times", "unifrom"], "one of logit-normal, uniform", 2),
@@ -918,7 +919,7 @@ def test_context_tokens_that_a_shallow_network_has_no_place_for_are_seen(work, c
 
 def test_to_go_on_and_to_begin_anew_is_a_contradiction(work, capsys):
     assert call(train, *TINY_FLAGS, "--steps", 2) == 0 and call(train, "--resume", "--overwrite", "--steps", 4) == 1
-    assert "--overwrite is given too" in capsys.readouterr().err and model.read_checkpoint("runs/shapes/checkpoint.pt")["info"]["step"] == 2
+    assert "--overwrite is given too; leave --resume out to begin" in capsys.readouterr().err and model.read_checkpoint("runs/shapes/checkpoint.pt")["info"]["step"] == 2
 
 def test_more_epochs_with_resume(work):
     """200 images in batches of 8: 25 steps an epoch."""
@@ -1004,7 +1005,7 @@ def test_what_is_recorded_and_compiled_by_default_on_a_gpu(monkeypatch):
     """A small network is recorded and not compiled; heads, checkpointing and files of one's own are not recorded."""
     monkeypatch.setattr(model, "choose_precision", lambda amp, device: "off")
     meta = {"size": 64, "classes": ["a", "b"], "counts": {"train": 1000}, "id": "1"}
-    for flags, recorded in (([], True), (["--aux", "time"], False), (["--checkpointing"], False), (["--experiment", "td_norm"], False), (["--preset", "cifar10", "--batch-size", 32], True)):
+    for flags, recorded in (([], True), (["--aux", "time"], False), (["--checkpointing"], False), (["--experiment", "td_norm"], False), (["--experiment", "exp3"], True), (["--preset", "cifar10", "--batch-size", 32], True)):
         options, _ = train.settle(gathered(*flags), meta, torch.device("cuda"), 1)
         assert options.record == recorded and not options.compile, flags
     assert train.settle(gathered("--preset", "cifar10", "--no-compile"), meta, torch.device("cuda"), 1)[0].compile is False
@@ -1025,17 +1026,17 @@ def test_a_gpu_is_not_waited_for_in_every_step(work):
             raise AssertionError("it is waited for")
     options, config, arrays = settings("--steps", 99)
     recorder = recorder_of(train.Trainer(options, config, torch.device("cpu")), arrays)
-    recorder.trainer.bad, recorder.trainer.step = OnAGpu(), 3
+    recorder.trainer.bad, recorder.trainer.step, recorder.trainer.device = OnAGpu(), 3, torch.device("meta")
     recorder.after_step()
 
 def test_what_is_compiled_is_recorded_and_gets_the_head(work, monkeypatch):
     options, config, _ = settings("--compile", "--aux", "time")
     options.record, compiled = True, argparse.Namespace(config=config)
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)            # given back
     monkeypatch.setattr(torch, "compile", lambda net: compiled)
     monkeypatch.setattr(train, "recorded", lambda net, *more: net)
     net, head = model.build(config), model.AUX_HEADS["time"](config)
-    assert train.wrap(net, head, options, config, torch.device("cpu"), 1).net is compiled and torch._dynamo.config.optimize_ddp is True
+    with torch._dynamo.config.patch(optimize_ddp=False):  # given back
+        assert train.wrap(net, head, options, config, torch.device("cpu"), 1).net is compiled and torch._dynamo.config.optimize_ddp is True
 
 def test_processes_average_their_gradients_once_a_step(work):
     options, config, _ = settings("--micro-batch", 4)
@@ -1093,3 +1094,260 @@ def test_the_first_checkpoint_is_read_at_once(work, monkeypatch):
     options, config, arrays = settings("--steps", 9)
     recorder_of(train.Trainer(options, config, torch.device("cpu")), arrays)
     assert read == [Path("runs/x/checkpoint.pt")]
+
+# ---- What train_run hands on, and what settings become --------------------------------------------------------------
+META = {"size": 64, "classes": ["a", "b"], "counts": {"train": 1000}, "id": "1"}
+
+def test_every_process_goes_on_alike(work, monkeypatch, capsys):
+    """Rank 1 of two restores the state, knows how many there are, and has its coder on the device."""
+    assert call(train, *TINY_FLAGS, "--steps", 2) == 0
+    done, coder = [], argparse.Namespace(to=lambda device: f"coder on {device}")
+    monkeypatch.setattr(model, "load_coder", lambda *_: coder)
+    monkeypatch.setattr(train, "Trainer", lambda options, config, *args: done.append(args) or "trainer")
+    monkeypatch.setattr(train, "restore", lambda trainer, state, folder: done.append(state["info"]["step"]))
+    monkeypatch.setattr(train, "Recorder", lambda trainer, folder, arrays, coder, asked: done.append(coder))
+    monkeypatch.setattr(train, "train", lambda *_: None)
+    monkeypatch.setattr(train, "read_ahead", lambda *_: None)
+    train.train_run(train.read_flags("--resume --steps 4 --micro-batch 4".split()), torch.device("cpu"), 1, 2)
+    assert done == [(torch.device("cpu"), 1, 2, None), 2, "coder on cpu"]
+
+def test_two_processes_share_the_batch_by_default(work, capsys):
+    train.train_run(train.read_flags(list(map(str, [*TINY_FLAGS, "--steps", 2, "--dry-run"]))), torch.device("cpu"), 0, 2)
+    assert "micro-batches of 4" in capsys.readouterr().out
+
+def test_weights_that_do_not_name_their_classes_are_a_beginning(work, monkeypatch):
+    """As the official ones; and a network of an experiment may have no such table."""
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "jit") == 0
+    state = torch.load("runs/jit/checkpoint.pt", weights_only=True)
+    del state["info"]["classes"]
+    torch.save(state, "runs/jit/checkpoint.pt")
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--init", "jit", "--run", "a") == 0
+    monkeypatch.setattr(train, "open_init", lambda name, state: ({}, None, ["other"]))
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--init", "jit", "--run", "b") == 0
+
+def test_micro_batches_at_the_limits():
+    huge = model.JiTConfig(image_size=256, patch_size=8, hidden_size=1280, depth=32, num_heads=16)
+    assert train.micro_batch_of(argparse.Namespace(micro_batch=None, batch_size=3), huge, torch.device("cpu"), 1) == 1
+    assert settled(META | {"size": 256}, "--preset", "photos", "--batch-size", 35)[0].micro_batch == 7         # of 16 that memory holds
+
+def test_latents_are_cut_into_single_places():
+    options, config = settled(META | {"size": 16, "channels": 4, "coder": {"id": "x"}})
+    assert (config.patch_size, config.bottleneck_dim, config.in_channels, options.flip) == (1, 0, 4, False)
+
+@pytest.mark.parametrize("size,name,scale", [(512, "JiT-B/32", 2.0), (64, "JiT-S/4", 1.0), (384, "JiT-S/16", 1.5), (320, "JiT-S/16", 1.25)])
+def test_the_noise_grows_with_the_image_alone(size, name, scale):
+    assert settled(META | {"size": size}, "--preset", "cifar10", "--model", name)[1].noise_scale == scale
+
+def test_rows_of_experiments_are_merged_in_order(monkeypatch, capsys):
+    for name, row in {"one": {"network": "jit"}, "two": {"steps": 2400, "lr": 0.125}, "three": {"network": "jit"}}.items():
+        monkeypatch.setitem(train.EXPERIMENTS, name, row)
+    with pytest.raises(data.UsageError, match="three brings a network, and so does one before it"):
+        list(train.experiment_settings("one,two,three"))
+    assert settled(META, "--experiment", "two")[0].steps == 2400 and settled(META, "--experiment", "two", "--epochs", 3)[0].steps == round(3000 / 32)
+    with pytest.raises(SystemExit):
+        train.read_flags(["--experiment", "two", "--help"])
+    assert "(default: 0.125)" in capsys.readouterr().out
+
+def test_what_is_no_setting_of_a_file_and_what_init_does_not_bring():
+    assert train.NOT_FOR_SETTINGS == {"preset", "experiment", "run", "init", "device", "resume", "overwrite", "record", "image_size", "in_channels", "classes", "data_id", "coder"}
+    assert train.OF_THE_DATA == {"image_size", "in_channels", "num_classes", "aux", "network"}
+    assert train.OF_SAMPLING == {"solver", "steps", "cfg", "interval", "t_eps", "shift"}
+
+def test_an_older_checkpoint_of_another_network_lacks_a_setting():
+    model.load_experiment("ddt")
+    config = model.NETWORKS["ddt"][0](num_classes=2, network="ddt")
+    options = train.Options(steps=3, data_id="1")
+    state = {"info": {"step": 1, "data_id": "1"}, "options": dict(vars(options)), "config": dict(vars(config))}
+    del state["config"]["reuse"]
+    train.refuse_other_settings(state, options, config, "runs/r")
+    with pytest.raises(ValueError, match="reuse 1, now 2"):
+        train.refuse_other_settings(state, options, model.NETWORKS["ddt"][0](num_classes=2, network="ddt", reuse=2), "runs/r")
+
+def test_the_first_line_comes_at_once_and_counts_the_parameters(work, monkeypatch, capsys):
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--dry-run") == 0
+    options, config, _ = settings("--steps", 2)
+    count = sum(p.numel() for name, p in model.build(config).named_parameters() if name != "pos_embed")
+    assert capsys.readouterr().out.startswith(f"runs/shapes: JiT-T/8 with {count:,} parameters, patch 8, {config.in_context_len} context tokens, on 200 images; ")
+    flushed = []
+    monkeypatch.setattr(sys.stdout, "flush", lambda: flushed.append(1))
+    train.announce(options, config, Path("runs/x"), 0, 200, torch.device("cpu"))
+    assert flushed
+
+def test_an_objective_of_an_experiment_stays(monkeypatch):
+    monkeypatch.setitem(train.OBJECTIVES, "mine", train.jit_objective)
+    asked = gathered("--pred", "v") | {"objective": "mine"}
+    assert train.settle(asked, META, torch.device("cpu"), 1)[0].objective == "mine"
+
+def test_short_passes_are_not_compiled(monkeypatch):
+    """It is the length of a pass that counts, not that of a step."""
+    monkeypatch.setattr(model, "choose_precision", lambda amp, device: "off")
+    for micro, compiled in ((256, True), (16, False)):
+        options, _ = train.settle(gathered("--preset", "cifar10", "--micro-batch", micro), META | {"size": 32}, torch.device("cuda"), 1)
+        assert options.compile == compiled
+
+def test_what_resume_cannot_change(work, capsys):
+    assert call(train, *TINY_FLAGS, "--steps", 2) == 0
+    capsys.readouterr()
+    assert call(train, "--resume", "--steps", 4, "--weight-decay", 0.1) == 1 and "weight_decay 0.0, now 0.1" in capsys.readouterr().err
+    assert train.gather({"resume": True}, {"options": {"run": "old"}, "config": {}})["run"] == "shapes"        # the folder was renamed
+    state = model.read_checkpoint("runs/shapes/checkpoint.pt")
+    for key in ("config", "info", "options", "sums", "rows", "skipped", "bad", "model", "head", "optimizer", "scaler"):
+        model.save({name: value for name, value in state.items() if name != key}, Path("runs/shapes/checkpoint.pt"))
+        with pytest.raises(ValueError, match="is not the state of a training run, or of an older version: pass --run NAME, or --overwrite to move it aside"):
+            train.checkpoint_of(Path("runs/shapes"), False, False)
+
+def test_options_are_checked_wherever_they_come_from():
+    with pytest.raises(data.UsageError, match="steps '3': it must be of the type int"):
+        train.Options(steps="3")
+    with pytest.raises(data.UsageError, match="label_drop 2"):
+        train.Options(label_drop=2)
+
+# ---- What only another machine would show ---------------------------------------------------------------------------
+@pytest.mark.parametrize("flags", [["--times", "uniform"], ["--aux", "time"], ["--aux", "rotation", "--num-classes", 0], ["--pred", "v", "--loss", "x"]], ids=lambda flags: flags[1])
+def test_a_step_and_what_is_watched_stay_on_the_device(monkeypatch, flags):
+    """On meta, whose tensors meet no others, and hold no number that one could wait for."""
+    meta = torch.device("meta")
+    monkeypatch.setattr(model, "autocast", lambda *_, **__: nullcontext())
+    options, config = settled(META | {"size": 16}, *TINY_FLAGS, "--steps", 9, *flags)
+    trainer = train.Trainer(options, config, meta)
+    trainer.optimizer.step = lambda: None                 # fused AdamW knows no meta
+    images, labels = torch.zeros(8, 16, 16, 3, dtype=torch.uint8, device=meta), torch.zeros(8, dtype=torch.int64, device=meta)
+    trainer.train_step(iter([(images, labels)]))
+    assert trainer.step == 1 and {value.device.type for value in (trainer.bad, trainer.skipped, trainer.log.sums, trainer.gradient_norm())} == {"meta"}
+    drawn = train.make_batch(images, labels, options, config)
+    assert {value.device.type for value in drawn.values()} == {"meta"}
+    made = train.noise_and_predict(trainer, np.zeros((4, 16, 16, 3), np.uint8), np.zeros(4, np.int64), torch.rand(4), torch.Generator().manual_seed(0))
+    assert {value.device.type for value in made} == {"meta"}
+
+def test_the_held_out_loss_is_a_number_wherever_the_network_is(work, monkeypatch):
+    """What comes from the device is brought to the CPU before it meets the weights of t."""
+    options, config, arrays = settings("--steps", 9)
+    trainer = train.Trainer(options, config, torch.device("cpu"))
+    brought, real = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda value: brought.append(tuple(value.shape)) or real(value))
+    train.held_out_loss(trainer, *(np.array(part[:5]) for part in arrays["val"]))
+    assert (5,) in brought
+
+def test_what_is_recorded_of_latents(work, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda net, args: args[0].shape)
+    monkeypatch.setattr(model, "autocast", lambda amp, device, cache: nullcontext())
+    options, config = settled(META | {"size": 16, "channels": 4, "coder": {"id": "x"}}, *TINY_FLAGS)
+    assert train.recorded("net", options, config, torch.device("meta")) == (8, 4, 16, 16)
+    assert any(about and about.match("The AccumulateGrad node's stream does not match") for _, about, *_ in train.warnings.filters)
+
+def test_what_wraps_the_network(work, monkeypatch):
+    """Compiled, then recorded, then averaged over processes; each GPU's own number is torch's to know."""
+    options, config, _ = settings("--compile", "--checkpointing")
+    options.record = True
+    monkeypatch.setattr(torch, "compile", lambda net: "compiled")
+    monkeypatch.setattr(train, "recorded", lambda net, *_: f"{net}, recorded")
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda *args, **more: (args, more))
+    with torch._dynamo.config.patch(optimize_ddp=True):   # given back
+        wrapped = train.wrap(model.build(config), None, options, config, torch.device("cuda", 1), 2)
+        assert wrapped == (("compiled, recorded",), {}) and torch._dynamo.config.optimize_ddp is False
+
+def test_a_mac_draws_anew_in_every_step(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "manual_seed", seen.append)
+    train.seed_everything(0, 1, 0), train.seed_everything(0, 2, 0)
+    assert seen == [int(np.random.SeedSequence(key).generate_state(1)[0]) for key in ((0, 1, 0), (0, 2, 0))]
+
+def test_four_micro_batches_are_read_ahead_and_pinned_for_a_gpu(work, monkeypatch):
+    options, config, arrays = settings("--steps", 9)
+    asked = []
+    monkeypatch.setattr(model, "ahead", lambda load, work, count: asked.append((load, count)) or [])
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda value: "pinned")
+    for kind, pinned in (("cuda", True), ("cpu", False)):
+        trainer = argparse.Namespace(options=options, device=argparse.Namespace(type=kind), step=0, indices=lambda: [0])
+        assert list(train.read_ahead(*arrays["train"], trainer)) == []
+        load, count = asked.pop()
+        assert count == 4 and (load((0, 0)) == ["pinned"] * 2) == pinned
+
+def test_each_epoch_has_its_order_and_few_are_kept():
+    for seed, epoch in ((0, 0), (0, 1), (2, 5)):
+        assert (train.epoch_order(10, seed, epoch) == np.random.default_rng((seed, 3, epoch)).permutation(10)).all()
+    assert train.epoch_order.cache_parameters()["maxsize"] == 4
+
+def test_the_state_asks_all_processes_for_their_sums(work, monkeypatch):
+    options, config, _ = settings("--steps", 9)
+    trainer, asked = train.Trainer(options, config, torch.device("cpu"), rank=1, world=1), []
+    trainer.world = 3
+    monkeypatch.setattr(train, "over_processes", lambda numbers, world: asked.append(world) or numbers)
+    train.training_state(trainer)
+    assert asked == [3]
+
+def test_the_head_is_part_of_what_is_trained(work):
+    """Its gradient is measured, its loss is logged as it is, and a resumed run has it on every process."""
+    options, config, arrays = settings("--aux", "time", "--aux-weight", 0.5, "--steps", 9)
+    trainer = train.Trainer(options, config, torch.device("cpu"))
+    assert {id(p) for p in trainer.head.parameters()} <= {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    trainer.head.loss = lambda answer, batch: answer.sum() * 0 + 2.0
+    images, labels = micro_batch(options, *arrays["train"], 0, 0)
+    base = trainer.objective(trainer, (train.seed_everything(0, 0, 0), train.make_batch(images, labels, options, config))[1])[0]
+    loss = trainer.loss(0, images, labels)
+    assert loss.item() == pytest.approx(base.item() + 1.0, rel=1e-5) and trainer.log.sums[train.SUMMED.index("aux")].tolist() == [2, 1]
+    loss.backward()
+    trainer.head.mlp[2].bias.grad.fill_(math.nan)
+    assert math.isnan(trainer.gradient_norm())
+    run_steps(first := train.Trainer(options, config, torch.device("cpu")), arrays, 2)
+    other = train.Trainer(options, config, torch.device("cpu"), rank=1)
+    train.restore(other, train.training_state(first), "a run")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters, other.parameters, strict=True)) and other.optimizer.state_dict()["state"][0]["step"] == 2
+
+def test_runs_of_other_seeds_are_watched_alike(work):
+    """The same held-out images, each with its own label, and the same noise, in every step."""
+    shown, losses, rows = [], [], []
+    for seed in (0, 5):
+        options, config, arrays = settings("--steps", 9, "--seed", seed)
+        arrays["val"] = arrays["train"]                   # more to choose from
+        trainer = train.Trainer(options, config, torch.device("cpu"))
+        recorder = recorder_of(trainer, arrays)
+        shown.append(recorder.shown)
+        for image, label in zip(*recorder.shown):
+            assert arrays["val"][1][np.flatnonzero((arrays["val"][0] == image).all((1, 2, 3)))[0]] == label
+        chance = torch.Generator().manual_seed(0)         # a network that looks at the noise
+        trainer.ema = [{name: torch.randn(value.shape, generator=chance) * 0.1 for name, value in trainer.ema[0].items()}]
+        losses.append(train.held_out_loss(trainer, *recorder.shown))
+    assert all(np.array_equal(a, b) for a, b in zip(*shown)) and losses[0] == losses[1]
+    for trainer.step in (0, 7):
+        generator_noise = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(data, "picture", lambda picture_rows, *_: generator_noise.append(picture_rows))
+            train.preview(trainer, *recorder.four, None)
+        rows.append(np.stack([np.stack(row) for row in generator_noise[0]]))
+    assert np.array_equal(*rows)
+
+def test_one_clock_is_read(work, monkeypatch):
+    """That of time.perf_counter, which no clock's change and no other place's start can mislead."""
+    monkeypatch.setattr(train, "time", argparse.Namespace(perf_counter=time.perf_counter))
+    assert call(train, *TINY_FLAGS, "--steps", 10, "--save-minutes", 0) == 0
+    rows = model.read_checkpoint("runs/shapes/checkpoint.pt")["rows"]
+    assert all(row["images_per_s"] > 0 for row in rows)
+
+def test_a_resumed_run_says_its_new_settings(work):
+    assert call(train, *TINY_FLAGS, "--steps", 2) == 0
+    shutil.rmtree("runs/shapes/preview"), shutil.rmtree("runs/shapes/snapshots")
+    assert call(train, "--resume", "--steps", 4, "--snapshots", 1) == 0
+    assert json.loads(Path("runs/shapes/config.json").read_text())["options"]["steps"] == 4 and Path("runs/shapes/snapshots/0000004.pt").exists()
+
+def test_four_images_say_whether_a_save_is_good(work, monkeypatch):
+    options, config, arrays = settings("--steps", 9)
+    recorder, asked = recorder_of(train.Trainer(options, config, torch.device("cpu")), arrays), []
+    monkeypatch.setattr(train, "held_out_loss", lambda trainer, images, labels: asked.append(len(images)) or 1.0)
+    assert recorder.is_good() and asked == [4]
+
+def test_the_bar_of_a_stopped_run_is_closed(work):
+    options, config, arrays = settings("--steps", 99)
+    recorder = recorder_of(train.Trainer(options, config, torch.device("cpu")), arrays, [1])
+    recorder.trainer.step = 1
+    assert not recorder.bar.disable
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 1"):
+        recorder.after_step()
+    assert recorder.bar.disable                           # tqdm's word for closed
+
+def test_the_log_has_no_empty_lines_on_any_system(work, monkeypatch):
+    """csv writes its own line ends."""
+    opened = []
+    monkeypatch.setattr(train, "open", lambda path, mode, **how: opened.append(how) or open(path, mode, **how), raising=False)
+    assert call(train, *TINY_FLAGS, "--steps", 2) == 0 and opened == [{"newline": ""}]

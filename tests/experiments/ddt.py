@@ -50,10 +50,12 @@ class WideHeadJiT(model.JiT):
         self.head = model.JiT(config.head(), first_layer=config.depth)
         self.head_condition = model.Linear(config.hidden_size, self.head.config.hidden_size)
         del self.final_layer, self.head.t_embedder, self.head.y_embedder       # the other part has them
-        self.skip, self.kept = False, (None, None)        # in sampling: (labels, s) of the last step that had them
+        self.skip = self.last = False
+        self.kept = (None, None)                          # in sampling: (labels, s) of the last step that had them
 
     def begin_step(self, i, t, t_next):
         self.skip = i % self.config.reuse > 0
+        self.last = t_next == 1
 
     def forward(self, z, t, y, tap=None):
         (labels, s), tapped = self.kept, None                                                      # B, B N head_width
@@ -63,6 +65,7 @@ class WideHeadJiT(model.JiT):
             tokens, tapped = self.transform(tokens, (t_emb + y_emb)[:, None], y_emb, tap)
             s = self.head_condition(F.silu(t_emb[:, None] + tokens))
             self.kept = (None, None) if torch.is_grad_enabled() else (y, s)
+        self.skip = self.skip and not self.last           # who asks after the last step, for a picture, asks anew
         tokens, _ = self.head.transform(self.head.x_embedder(z) + self.head.pos_embed, s, None)
         out = model.unpatchify(self.head.final_layer(tokens, s), self.config.patch_size)
         return out if tap is None else (out, tapped)
