@@ -556,6 +556,7 @@ def build(config):
 
 # ---- Experiments: files that add rows to the registries --------------------------------------------------------------
 EXPERIMENTS_FOLDER = Path(__file__).resolve().parent / "tests/experiments"
+LOADED = {}                                               # {path: module}; a script that begins in a notebook clears it
 
 def experiment_name(name):
     """The name of a file of tests/experiments/; of another file its absolute path."""
@@ -570,17 +571,16 @@ def load_experiment(name):
     known = ", ".join(sorted(file.stem for file in EXPERIMENTS_FOLDER.glob("[a-z]*.py")))
     refuse(not path.is_file(), f"--experiment {name}: there is no {path}; known are {known}, "
            "and to 03_train.py the rows that its --help names")
-    key = f"experiment {path}"
-    if key not in sys.modules:
-        spec = importlib.util.spec_from_file_location(key, path)
-        sys.modules[key] = importlib.util.module_from_spec(spec)
+    if path not in LOADED:
+        spec = importlib.util.spec_from_file_location(f"experiment {path}", path)
+        sys.modules[spec.name] = LOADED[path] = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(sys.modules[key])
+            spec.loader.exec_module(LOADED[path])
         except (Exception, SystemExit) as error:
-            del sys.modules[key]
+            del LOADED[path]
             line = getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
             raise ValueError(f"--experiment {name}: {type(error).__name__}: {error} ({path}, line {line})")
-    return sys.modules[key]
+    return LOADED[path]
 
 def load_recorded(names, place, given=""):
     """Import the experiments that a file names.  Those from elsewhere must be given again: data never chooses code."""
@@ -807,12 +807,14 @@ def chart(title, label, lines, log=False, width=480, height=320):
     points = np.concatenate(list(curves.values()))
     low = points.min(axis=0)
     span = np.ptp(points, axis=0) + 1e-9
-    corner, size = np.array([50, height - 35]), np.array([width - 75, 70 - height])        # in pixels, y going up
+    corner = np.array([50, height - 35])                  # in pixels
+    size = np.array([width - 75, 70 - height])            # y goes up
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     draw.rectangle([50, 35, width - 25, height - 35], outline="gray")
     for part in np.linspace(0, 1, 5):                     # numbers along both axes
-        marks, (x, y) = low + part * span, corner + part * size
+        x, y = corner + part * size
+        marks = low + part * span
         marks = 10**marks if log else marks
         data.write(draw, (x, height - 31), f"{marks[0]:.4g}", 60, "ma")
         data.write(draw, (46, y), f"{marks[1]:.3g}", 45, "rm")

@@ -340,7 +340,8 @@ def read_ahead(images, labels, trainer):
         yield [part.to(trainer.device, non_blocking=True) for part in pair]
 
 # ---- Watching: log, held-out loss, preview, checkpoint ---------------------------------------------------------------
-BINS, MAX_BAD = 5, 10              # ranges of t that the log keeps apart; non-finite steps in a row that end a run
+BINS = 5                           # ranges of t that the log keeps apart
+MAX_BAD = 10                       # non-finite steps in a row that end a run
 SUMMED = [*(f"loss_t{k / BINS:.1f}" for k in range(BINS)), "aux", "grad_norm"]
 COLUMNS = ["step", "images", "loss", *SUMMED, "lr", "held_out", "skipped", "images_per_s", "gpu_MiB"]
 
@@ -358,7 +359,8 @@ class Log:
     def add(self, rows, values):
         """rows: the name of one of SUMMED, or a number for each of the values (B,)."""
         if isinstance(rows, str):
-            rows, values = torch.full((1,), SUMMED.index(rows), device=values.device), values.reshape(1)
+            values = values.reshape(1)
+            rows = torch.full((1,), SUMMED.index(rows), device=values.device)
         good = torch.isfinite(values)
         self.sums.index_add_(0, rows, torch.stack([torch.where(good, values, 0), good], dim=1))
 
@@ -804,8 +806,8 @@ def open_init(name, state):
     """What --init names, or None: (averaged weights, configuration, classes).  A run that exists has its own."""
     if not name or state:
         return None, name and state["config"], None
-    path = Path(name) if Path(name).is_file() else model.folder_of(name, "runs") / "checkpoint.pt"
-    net, info = model.load_network(path)
+    path = model.folder_of(name, "runs") / "checkpoint.pt"
+    net, info = model.load_network(path if path.exists() else name)
     return net.state_dict(), asdict(net.config), info.get("classes")
 
 def announce(options, config, folder, step, count, device):
@@ -876,4 +878,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.modules["03_train"] = sys.modules[__name__]       # subtle: experiments import this module, not a second one
+    model.LOADED.clear()
     sys.exit(data.run(main))

@@ -208,7 +208,8 @@ def parse_labels(text, num, classes, num_classes):
         return [i % max(1, num_classes) for i in range(num)]
     refuse(not num_classes, f"--labels {text}: this network was trained without classes")
     ids = []
-    for name in [text] if text in classes else sum(csv.reader(text.splitlines(), skipinitialspace=True), []) or [text]:
+    rows = csv.reader(text.splitlines(True), skipinitialspace=True)
+    for name in [text] if text in classes else sum(rows, []) or [text]:
         number = name.removeprefix("id:")
         as_id = number.isdecimal() and (number != name or not any(map(str.isdecimal, classes)))
         label = classes.index(name) if name in classes else int(number) if as_id else -1
@@ -377,4 +378,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.modules["04_sample"] = sys.modules[__name__]      # subtle: experiments import this module, not a second one
+    model.LOADED.clear()
     sys.exit(data.run(main))

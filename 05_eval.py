@@ -120,7 +120,8 @@ def share_inside(x, y, k=3, block=1000):
 # ======================================================================================================================
 
 # ---- One pass over an image set: features, and the sums that the moments need ----------------------------------------
-KEPT, NEIGHBOURS = 50_000, 10_000      # images whose features are kept; real ones that precision and recall look at
+KEPT = 50_000                          # images whose features are kept
+NEIGHBOURS = 10_000                    # real ones that precision and recall look at
 
 def random_subset(n, count):
     """At most n of the places 0 ... count-1 by chance, always the same ones, in order.
@@ -509,7 +510,7 @@ def report(result):
     judge = result.get("class_accuracy_real")
     if n < 2048:
         model.warn(f"{n} images are few: {result['score']} is biased upwards and only comparable at the same N")
-    if result["features"] == "classifier" and (judge or 0) < 0.5:
+    if result["features"] == "classifier" and (judge or 0) <= 0.5:
         model.warn(f"the classifier is right on {judge or 'no share'} of held-out real images: neither its features "
                    "nor its class accuracy are to be trusted")
 

@@ -195,7 +195,7 @@ def test_a_class(tmp_path, monkeypatch, capsys):
             d04_sample=with_body(empty["d04_sample"], "heun_step", "    return z + (t_next - t) * velocity(z, t)\n"))
     (students / ".DS_Store").write_text("")
     monkeypatch.chdir(tmp_path)
-    assert grade.main(["submissions", "--exercises", "mix,step,heun", "--limit", "10", "--out", "marks"]) == 0
+    assert grade.main(["submissions", "--exercises", "mix,step,heun", "--limit", "6", "--out", "marks"]) == 0
     with open("marks/points.csv", newline="") as file:
         points = {row.pop("name"): {name: float(value) for name, value in row.items()} for row in csv.DictReader(file)}
     full = {"total": 21, "mix": 4, "step": 12, "heun": 5}

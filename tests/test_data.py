@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT, call, data, images_of, shell, train
+from conftest import ROOT, call, data, images_of, sample, shell, train
 
 def photo(seed=0, size=(40, 30), mode="RGB"):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode)
@@ -405,7 +405,7 @@ def test_classes_have_the_names_of_classes_txt(there, capsys):
     Path("in/classes.txt").write_text("\ufeffn02\tgoldfish, Carassius auratus\nn01 tench \n\nn99 unused\n", encoding="utf-8")
     assert pack() == 0 and data.open_data("data/set")[0]["classes"] == ["tench", "goldfish, Carassius auratus", "n03"]
     out = capsys.readouterr().out
-    assert "names of classes are read from in/classes.txt" in out and "left out" not in out
+    assert "names of classes are read from in/classes.txt\n2 of 3 classes have a name there (lines: FOLDER NAME)\n" in out and "left out" not in out
     Path("in/classes.txt").write_text("n01 tench\nn02 koi\n")
     assert pack() == 1 and "made with other settings (classes ['tench', 'goldfish" in capsys.readouterr().err
     Path("in/classes.txt").write_text("n01 crane\nn02 crane\n")
@@ -491,7 +491,7 @@ def test_unreadable_images_are_skipped_counted_and_listed(there, capsys, name):
     (there / "in" / "train" / "cat" / name).write_bytes(UNREADABLE[name])
     assert pack() == 0
     out = capsys.readouterr()
-    assert "1 unreadable images left out" in out.out and "Traceback" not in out.err
+    assert "1 unreadable images left out" in out.out and "data/set: 12 training and 12 held-out images, 16 x 16, 2 classes (cat, dog)" in out.out and "Traceback" not in out.err
     assert name in Path("data/set/skipped.txt").read_text()
     meta, arrays = data.open_data("data/set")
     assert meta["counts"]["train"] == 12 and sorted(arrays["train"][1]) == [0] * 6 + [1] * 6
@@ -814,7 +814,7 @@ def test_the_line_of_a_bar_off_a_terminal(capsys):
 
 def test_a_fraction_that_leaves_a_class_empty_is_said(there, capsys):
     folder(there / "in")
-    assert pack("--fraction", 0.05) == 1 and "has no readable image: --fraction 0.05 keeps none" in capsys.readouterr().err
+    assert pack("--fraction", 0.05) == 1 and "has no readable image: 0 left by hold-out, --fraction []" in capsys.readouterr().err
 
 def test_memory_that_is_used_up_is_one_line(capsys):
     def main():
@@ -1108,7 +1108,7 @@ def test_any_name_can_be_recorded(there):
 def test_what_help_says(capsys):
     """What the script does, titles, defaults of zero and of tuples, and nothing of what is no flag."""
     said = {}
-    for module in (data, train):
+    for module in (data, train, sample):
         with pytest.raises(SystemExit):
             call(module, "--help")
         said[module] = " ".join(capsys.readouterr().out.split())
@@ -1116,6 +1116,7 @@ def test_what_help_says(capsys):
     assert "Defaults shown are the paper's, or those of --preset and --experiment." in said[train] and "(default: 0.998)" in said[train] and "of AdamW (default: 0.0)" in said[train]
     assert all(f"{title}: --" in said[train] for title in ("what to train on", "objective", "optimizer", "hardware", "keeping", "network"))
     assert not any(f"{word} " in said[train] for word in ("--sampling", "--image-size", "--in-channels", "--record", "--objective", "--classes", "--data-id", "--coder"))
+    assert "--trajectory only draw z_t over time and what the network predicts" in said[sample]
     given = train.read_flags(["--no-flip", "--no-rope", "--no-qk-norm", "--no-compile"])
     assert given == {"flip": False, "rope": False, "qk_norm": False, "compile": False}
 
@@ -1140,3 +1141,64 @@ def test_signals_are_only_noted(number):
         assert signal.getsignal(number) == signal.default_int_handler
     finally:
         signal.signal(number, before)
+
+def test_rows_are_stored_in_the_type_of_the_file(tmp_path):
+    """A source of your own may return other numbers."""
+    data.save_rows(tmp_path / "a.npy", iter([np.full((2, 2, 3), 7), np.full((2, 2, 3), 9.0)]), (2, 2, 3))
+    rows = np.load(tmp_path / "a.npy")
+    assert rows.dtype == np.uint8 and rows.tolist() == [np.full((2, 2, 3), 7).tolist(), np.full((2, 2, 3), 9).tolist()] and (tmp_path / "a.npy").stat().st_size == 128 + 24
+
+def test_a_download_says_how_much_there_is(tmp_path, monkeypatch):
+    totals, real = [], data.Progress
+    monkeypatch.setattr(data, "Progress", lambda total, *more, **how: totals.append(total) or real(total, *more, **how))
+    answer = Answer(b"abc")
+    answer.headers = {"Content-Length": "3"}
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: answer)
+    data.download("https://host/a", tmp_path / "a")
+    assert totals == [3]
+
+def test_a_system_without_hangups_and_locks(tmp_path, monkeypatch):
+    """As Windows is."""
+    monkeypatch.delattr(signal, "SIGHUP"), monkeypatch.setattr(data, "flock", None)
+    with data.asked_to_stop() as asked, data.locked(tmp_path / "a"):
+        assert asked == []
+
+def test_what_a_recipe_holds():
+    options = data.Options(size=16)
+    assert data.recipe_of(options, ["a"], {"train": [(3, 0)], "val": []}) == {"source": "shapes", "size": 16, "fraction": 1.0, "val_fraction": 0.1, "seed": 0, "classes": ["a"], "files": "%08x" % zlib.crc32(b"['3']")}
+
+def test_a_process_that_waits_for_the_first_to_speak_ends_at_once(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setenv("RANK", "3"), monkeypatch.setattr(data.time, "sleep", lambda seconds: handlers.append(signal.getsignal(signal.SIGTERM)))
+    handlers = []
+
+    def main():
+        raise ValueError("out of luck")
+    try:
+        assert data.run(main) == 1 and handlers == [signal.SIG_DFL]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+def test_a_name_that_just_fits_is_whole(monkeypatch):
+    drawn, draw = [], data.ImageDraw.Draw(Image.new("RGB", (200, 20)))
+    monkeypatch.setattr(draw, "text", lambda place, text, **more: drawn.append(text))
+    width = draw.textlength("parachute", data.ImageFont.load_default(12))
+    data.write(draw, (0, 0), "parachute", width), data.write(draw, (0, 0), "parachute", width - 1)
+    assert drawn == ["parachute", "parach.."]
+
+def test_two_names_that_no_folder_has_may_be_alike():
+    assert data.called(["n01"], "n01 tench\nn98 crane\nn99 crane\n") == ["tench"]
+
+def test_the_class_that_is_empty_names_a_file_of_its_own(there, capsys):
+    folder(Path("in"), ("a", "b", "c"), splits=None)
+    Path("in/a/bad.png").write_bytes(b"x")
+    for file in Path("in/c").iterdir():
+        file.write_bytes(b"x")
+    assert pack() == 1
+    error = capsys.readouterr().err
+    assert "class c has no readable image: " in error and " left by hold-out, --fraction ['in/c/" in error and "in/a/bad.png" not in error and error.count("\n") == 1
+
+def test_a_list_of_names_in_another_form_is_seen_to_say_nothing(there, capsys):
+    folder(Path("in"), ("0", "1"), splits=None)
+    Path("in/classes.txt").write_text("cat\ndog\n")
+    assert pack() == 0 and "0 of 2 classes have a name there (lines: FOLDER NAME)" in capsys.readouterr().out

@@ -172,7 +172,7 @@ def test_inception_agrees_with_rewrite(inception):
 def test_inception_weights_file(there, inception, capsys):
     torch.save(inception, "mine.pth")
     net, name, digest = evaluate.load_inception(Path("mine.pth"))
-    assert name.startswith("FD (mine.pth") and "not the published weights file" in capsys.readouterr().err
+    assert name.startswith("FD (mine.pth") and "mine.pth is not the published weights file; the scores are named after it" in capsys.readouterr().err
     assert digest == hashlib.sha256(Path("mine.pth").read_bytes()).hexdigest()[:8] and name == f"FD (mine.pth {digest})"
     state = dict(inception)
     del state["Mixed_6c.branch_pool.bn.running_var"]
@@ -464,7 +464,7 @@ def bad_sets():
     Path("cut.npz").write_bytes(Path("few.npz").read_bytes()[:-500])
 
 @pytest.mark.parametrize("flags,words,code", [
-    (["--samples", "mixed"], "must have one size", 1), (["--samples", "void"], "no images at void", 1), (["--samples", "float.npz"], "must be uint8", 1), (["--samples", "nothing.npz"], "neither images", 1),
+    (["--samples", "mixed"], "must have one size", 1), (["--samples", "void"], "no images at void", 1), (["--samples", "float.npz"], "float.npz: arr_0 is float32 (3, 8, 8, 3); it must be uint8 (N,H,W,3)", 1), (["--samples", "nothing.npz"], "neither images", 1),
     (["--samples", "none.npz"], "must be uint8", 1), (["--samples", "onehot.npz"], "one class id per image", 1), (["--samples", "short.npz"], "one class id per image", 1), (["--samples", "cut.npz"], "not a readable npz", 1),
     (["--samples", "list"], "samples.json is damaged", 1), (["--samples", "nolabels"], "labels is not a list", 1), (["--samples", "cutjson"], "samples.json is damaged", 1), (["--samples", "far.npz"], "labels outside 0..9", 1), (["--samples", "far8.npz"], "labels outside 0..9", 1), (["--samples", "one_far.npz"], "labels outside 0..9", 1), (["--samples", "big.npz"], "the right --reference", 1),
     (["--samples", "few.npz", "--reference", "nan.npz", "--features", "inception", "--inception-weights", "gone.pth"], "all of them finite", 1), (["--samples", "few.npz", "--reference", "odd.npz", "--features", "inception", "--inception-weights", "gone.pth"], "all of them finite", 1),
@@ -685,8 +685,9 @@ class accuracy, real                 0.4000   (share of 99 held-out real images 
 x                                  left out   (why)
 """
     assert "2047 images are few: FD is biased" in out.err and "right on 0.4 of held-out" in out.err
-    evaluate.report({"left_out": {}, "n_generated": 2048, "n_floor": 9, "features": "classifier", "class_accuracy_real": 0.5})
-    assert capsys.readouterr().err == ""
+    for accuracy, trusted in ((0.5, False), (0.51, True)):                     # of two classes chance is right on one half
+        evaluate.report({"left_out": {}, "n_generated": 2048, "n_floor": 9, "features": "classifier", "class_accuracy_real": accuracy})
+        assert (capsys.readouterr().err == "") == trusted
 
 def test_kid_names_the_number_of_features_it_compares(capsys):
     evaluate.report({"kid": 0.5, "kid_std": 0.1, "left_out": {}, "n_generated": 3000, "n_real": 50_000, "n_features": 10_000, "features": "inception", "score": "FID"})
@@ -952,3 +953,41 @@ def test_a_classifier_trained_on_a_gpu_is_kept_as_numbers(work, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cpu", lambda value: asked.append(1) or real(value))
     net, *_ = evaluate.load_classifier("data/shapes", torch.device("cpu"))
     assert len(asked) == 2 * len(net.state_dict())        # kept, and taken for the fingerprint
+
+def test_the_classifier_is_trained_on_the_device():
+    """On meta, whose tensors meet no others."""
+    net = evaluate.train_classifier(images_of(40, 8), np.arange(40) % 3, 3, torch.device("meta"))
+    assert {p.device.type for p in net.parameters()} == {"meta"}
+
+def test_features_are_made_on_the_device_and_brought_back(monkeypatch):
+    seen, brought, real = [], [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda value: brought.append(tuple(value.shape)) or real(value))
+    net = lambda batch: seen.append(batch.device.type) or {name: torch.rand(len(batch), 3) for name in ("features", "logits")}
+    evaluate.describe(images_of(10), net, "meta", 5, "")
+    assert seen == ["meta"] * 2 and sorted(brought) == [(4, 4), (10,), (10, 3), (10, 3)]
+
+def test_the_network_that_judges_moves_and_the_result_is_where_the_last_line_says(work, monkeypatch, capsys):
+    class Net:
+        def to(self, device):
+            return f"on {device.type}"
+    np.savez("few.npz", arr_0=images_of(9)), Path("link.npz").symlink_to("few.npz")
+    monkeypatch.setattr(evaluate, "load_classifier", lambda folder, device: (Net(), "FD", "0a"))
+    monkeypatch.setattr(evaluate, "score", lambda samples, real, net, *_: {"net": net, "left_out": {}, "n_generated": 9})
+    for flags, result in ((["few.npz"], "few.npz-metrics.json"), (["link.npz"], "link.npz-metrics.json"), (["few.npz", "--out", "mine.json"], "mine.json")):
+        assert call(evaluate, "--reference", "shapes", "--samples", *flags) == 0
+        assert json.loads(Path(result).read_text())["net"] == "on cpu"
+        assert capsys.readouterr().out.splitlines()[-1].endswith(f"{result}: all of this, and how the samples were made")
+
+def test_refusals_name_the_set_that_is_meant(work, capsys):
+    np.savez("wide.npz", arr_0=np.zeros((9, 16, 40, 3), np.uint8)), np.savez("far.npz", arr_0=images_of(9, 16), arr_1=np.full(9, 77))
+    for name, words in (("wide.npz", "wide.npz has images of 16 x 40 pixels, data/shapes of others: is it the right --reference?"),
+                        ("far.npz", "far.npz has labels outside 0..9, the classes of data/shapes")):
+        assert call(evaluate, "--samples", name, "--reference", "shapes") == 1 and f"error: {words}\n" in capsys.readouterr().err
+
+@pytest.mark.parametrize("name", ["mu", "sigma", "n"])
+def test_infinity_is_no_statistic(there, name):
+    content = {"mu": np.zeros(3), "sigma": np.eye(3), "n": np.float64(9)}
+    content[name] = content[name] + np.inf
+    np.savez("s.npz", **content)
+    with pytest.raises(ValueError, match=f"s.npz: {name} is float64 .* all of them finite"):
+        evaluate.read_npz(Path("s.npz"))

@@ -1,10 +1,13 @@
 """The experiment files: one-step generation, REPA, mixers, cascades, the wide head, and the door they come in by; each against a closed form
 or a rewrite.  Latent spaces are in test_latents.py, paths in test_paths.py."""
 import csv
+import dataclasses
+import inspect
 import json
 import math
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -287,8 +290,6 @@ def test_repa_learns_from_a_frozen_encoder_and_leaves_no_trace(work, capsys):
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items()) and not any("frozen" in name for name in trainer.head.state_dict())
     x = model.to_float(np.array(arrays["val"][0][:4]))
     assert torch.allclose(trainer.head.prepare({"x": x})["features"], teacher.features(x), atol=1e-4)
-    done = torchrun("03_train.py", *flags, "--steps", 4, "--run", "two", cwd=work)
-    assert done.returncode == 0, done.stderr
     capsys.readouterr()
     assert make("rae", "--overwrite") == 0
     capsys.readouterr()
@@ -680,13 +681,6 @@ def test_unknown_names_are_one_line(work, capsys):
         error = capsys.readouterr().err
         assert "there is no" in error and "mean_colour" in error and error.count("\n") == 1
 
-def test_one_copy_of_a_stage_when_a_script_loads_an_experiment(work):
-    """An experiment that imports 03_train must fill the registries of the script that runs."""
-    done = shell("03_train.py", *TINY_FLAGS, "--steps", 2, "--run", "jit", cwd=work)
-    done = shell("03_train.py", "--experiment", "one_step", "--init", "jit", "--batch-size", 8, "--steps", 2, "--amp", "off", "--run", "one", cwd=work)
-    assert done.returncode == 0, done.stderr
-    assert shell("04_sample.py", "--run", "one", "--num", 4, cwd=work).returncode == 0
-
 @pytest.mark.parametrize("more, words", [
     (dict(num_heads=1, hidden_size=16, mixer="differential"), "needs pairs"), (dict(mixer="convnext"), "--in-context-len 0"), (dict(mixer="dice"), "--in-context-len 0"),
     (dict(network="dimr", aux="time"), "no auxiliary head"), (dict(network="dimr", depth=3), "needs 4 blocks"), (dict(network="dice", depth=3), "needs 4 blocks"),
@@ -735,7 +729,7 @@ def test_no_prediction_beats_the_bound_of_its_width():
 
 def test_the_order_of_collapse():
     """The plain latent diffusion loss collapses the latent; a slow target holds it up, and asking for the clean latent more so."""
-    pictures = collapse.images(1500)
+    pictures = collapse.images(1000)
     rank = {variant: collapse.experiment(variant, pictures, 40, every=40)[-1][1] for variant in ("naive-v", "ema-x")}
     assert 1.5 * rank["naive-v"] < rank["ema-x"], rank
 
@@ -760,12 +754,12 @@ def test_the_main_of_a_comparison(work, capsys, name):
     assert len(lines) > 2 and all(line.count("|") == 6 for line in lines)
 
 def test_the_mains_that_draw(there, capsys):
-    manifold.main("m.png", dimensions=(2, 8), steps=3)
+    manifold.main("m.png", dimensions=(2,), steps=3)
     manifold.compare_embeddings(widths=(2,), seeds=1, dimension=64, steps=2)
     collapse.main("c.png", count=600, steps=2)
-    assert data.Image.open("m.png").size == (650, 316) and data.Image.open("c.png").width > 100
+    assert data.Image.open("m.png").size == (650, 166) and data.Image.open("c.png").width > 100
     said = capsys.readouterr().out
-    assert said.count("prediction: mean distance") == 6 and said.count("embedding: distance to the curve") == 2
+    assert said.count("prediction: mean distance") == 3 and said.count("embedding: distance to the curve") == 2
 
 def test_the_main_of_width_and_of_one_step(work, capsys):
     from test_latents import make
@@ -832,3 +826,389 @@ def test_a_path_needs_no_suffix(there):
     Path("lab").mkdir(), Path("lab/plain.py").write_text("SETTINGS = {'depth': 3}\n")
     assert model.experiment_name("lab/plain") == str(there.resolve() / "lab" / "plain") and model.load_experiment("lab/plain").SETTINGS == {"depth": 3}
     assert model.experiment_name(str(FOLDER / "ddt.py")) == "ddt" and model.load_experiment("lab/plain") is model.load_experiment("lab/plain.py")           # run once
+
+# ---- Each main() compares what it says, and each file brings what the README says --------------------------------------
+ROWS = {
+    "paths": {"linear": [], "cosine": ["--experiment", "paths", "--path", "cosine"], "ddpm-linear": ["--experiment", "paths", "--path", "ddpm-linear"],
+              "ddpm-cosine": ["--experiment", "paths", "--path", "ddpm-cosine"]},
+    "dimr": {"JiT, 16 tokens": [], "DICE, 64 tokens": ["--experiment", "dice"], "DiMR, 64 tokens": ["--experiment", "dimr"]},
+    "ddt": {"JiT": [], "DDT": ["--experiment", "ddt", "--depth", 4, "--head-depth", 2], "DDT, reuse 2": ["--experiment", "ddt", "--depth", 4, "--head-depth", 2, "--reuse", 2],
+            "DDT, reuse 4": ["--experiment", "ddt", "--depth", 4, "--head-depth", 2, "--reuse", 4]},
+    "differential": {"three heads": [], "six heads": ["--num-heads", 6], "differential": ["--experiment", "differential"]},
+    "convnext": {"attention": [], "no context tokens": ["--in-context-len", 0], "ConvNeXt": ["--experiment", "convnext"]},
+    "both_ffn": {"SwiGLU": [], "bottleneck": ["--ffn", "bottleneck"], "both": ["--experiment", "both_ffn"]},
+    "mean_colour": {"JiT": [], "mean colour": ["--experiment", str(FOLDER / "mean_colour.py")]},
+    "td_norm": {"RMSNorm": [], "TD-norm": ["--experiment", "td_norm"]},
+    "repa": {"JiT": [], "REPA": ["--experiment", "repa"]},
+    "dit": {"JiT": [], "SD3's objective": ["--experiment", "sd3"], "DiT": ["--experiment", "dit"]},
+}
+ROWS |= {"dice": ROWS["dimr"], "sd3": ROWS["dit"]}
+REGISTRIES = [(model, "FFNS"), (model, "NORMS"), (model, "MIXERS"), (model, "NETWORKS"), (model, "PATHS"), (model, "AUX_HEADS"), (model, "MODELS"), (train, "OBJECTIVES")]
+
+@pytest.mark.parametrize("name", ROWS)
+def test_what_a_main_compares(there, monkeypatch, name):
+    """Also as a script, with the flags of the command line, from a place where the project is not on Python's path."""
+    asked = []
+    for place, registry in REGISTRIES:
+        monkeypatch.setattr(place, registry, dict(getattr(place, registry)))   # a file that runs again fills copies
+    for own in ("cosine", "ddpm-linear", "ddpm-cosine"):
+        model.PATHS.pop(own, None)
+    monkeypatch.setattr(model.load_experiment("_compare"), "compare", lambda rows, more, **how: asked.append((rows, more, how)))
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--steps", "9"]), monkeypatch.setattr(sys, "path", [place for place in sys.path if Path(place).resolve() != ROOT])
+    runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    assert asked == [(ROWS[name], ("--steps", "9"), {"sampling": ["--steps", 25]} if name in ("dit", "sd3") else {})] and list(asked[0][0]) == list(ROWS[name])
+    assert str(ROOT) in sys.path
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ROWS and name != "reg"])
+def test_files_find_the_project(monkeypatch, name):
+    for place, registry in REGISTRIES:
+        monkeypatch.setattr(place, registry, dict(getattr(place, registry)))
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if Path(place).resolve() != ROOT])
+    runpy.run_path(str(FOLDER / f"{name}.py"), run_name="experiment")
+    assert str(ROOT) in sys.path
+
+def test_settings_and_models_of_experiments():
+    wanted = {"one_step": {"network": "one_step", "objective": "one_step", "steps": 1000, "lr": 1.2e-3, "schedule": "cosine", "ema": (0.995,),
+                           "sampling": {"solver": "euler", "cfg": 1.0, "steps": 1, "shift": 1.0}},
+              "dimr": {"model": "DiMR-T/8", "network": "dimr", "mixer": "convnext", "norm": "td", "aux": "multiscale", "steps": 1600},
+              "dice": {"model": "DICE-T/8", "network": "dice", "mixer": "dice", "steps": 1600}, "differential": {"mixer": "differential", "num_heads": 6},
+              "convnext": {"mixer": "convnext", "in_context_len": 0}, "td_norm": {"norm": "td", "network": "td_norm"}, "ddt": {"network": "ddt"}, "both_ffn": {"ffn": "both"},
+              "paths": {"path": "cosine"}, "mean_colour": {"aux": "mean_colour"}, "repa": {"network": "repa", "aux": "repa"},
+              "vae": {"data": "shapes-vae", "depth": 4, "in_context_start": 1, "patch_size": 2, "hidden_size": 96, "steps": 2400, "lr": 4e-3, "noise_scale": 1.0},
+              "rae": {"data": "shapes-rae", "depth": 4, "in_context_start": 1, "steps": 1600, "noise_scale": 1.0, "sampling": {"shift": None}}}
+    wanted["reg"] = wanted["vae"] | {"data": "shapes-reg"}
+    assert {name: model.load_experiment(name).SETTINGS for name in wanted} == wanted
+    row = {"image_size": 64, "patch_size": 8, "hidden_size": 192, "depth": 6, "num_heads": 3, "bottleneck_dim": 64, "in_context_start": 2, "in_context_len": 0, "dropout": 0, "noise_scale": 1, "num_classes": 10}
+    assert model.MODELS["DiMR-T/8"] == model.MODELS["DICE-T/8"] == row
+    within = {(cls.__name__, e.name): (e.default, e.metadata["within"]) for cls, _ in model.NETWORKS.values() for e in dataclasses.fields(cls) if e.name not in model.names_of(model.JiTConfig)}
+    assert {key: within[key] for key in (("OneStepConfig", "guidance"), ("WideHeadConfig", "head_depth"), ("WideHeadConfig", "head_width"), ("WideHeadConfig", "reuse"))} == {
+        ("OneStepConfig", "guidance"): (1.5, "[1, inf)"), ("WideHeadConfig", "head_depth"): (2, "[1, inf)"), ("WideHeadConfig", "head_width"): (0, "[0, inf)"), ("WideHeadConfig", "reuse"): (1, "[1, inf)")}
+
+def test_dimr_brings_the_convolution_that_it_names(monkeypatch):
+    monkeypatch.setattr(model, "MIXERS", {"attention": model.Attention}), monkeypatch.setattr(model, "MODELS", dict(model.MODELS))
+    monkeypatch.delitem(model.LOADED, FOLDER / "convnext.py")
+    runpy.run_path(str(FOLDER / "dimr.py"), run_name="experiment")
+    assert "convnext" in model.MIXERS
+
+def test_the_steps_of_a_comparison(there, monkeypatch, capsys):
+    """Later flags come before earlier ones; a file of one's own is named again where the checkpoint is read; an error ends all."""
+    compare, asked = model.load_experiment("_compare"), []
+    assert compare.SHORT == ("--steps", 600, "--ema", 0.99, "--preview-every", 0, "--snapshots", 0)
+    parameters = inspect.signature(compare.compare).parameters
+    assert {name: p.default for name, p in parameters.items() if name != "rows"} == {"more": (), "num": 500, "sampling": (), "common": compare.SHORT}
+    with pytest.raises(SystemExit) as ended:
+        compare.call(train, "--steps", "x")
+    assert ended.value.code == 2
+    monkeypatch.setattr(compare, "call", lambda script, *flags: asked.append((script.__name__, *flags)))
+    Path("runs/compare-x").mkdir(parents=True)
+    Path("runs/compare-x/log.csv").write_text("step,images,loss,held_out,images_per_s\n600,19200,1,2,340\n")
+    Path("runs/compare-x/metrics.json").write_text(json.dumps({"fd": 3.0}))
+    capsys.readouterr()
+    result = compare.compare({"x": ["--depth", 3, "--experiment", "mine.py"]}, ("--steps", 2000), sampling=["--steps", 5])
+    assert asked == [("03_train", *compare.SHORT, "--run", "compare-x", "--depth", 3, "--experiment", "mine.py", "--steps", 2000),
+                     ("04_sample", "--run", "compare-x", "--num", 500, "--experiment", "mine.py", "--steps", 5), ("05_eval", "--run", "compare-x", "--metrics", "fd")]
+    assert result["x"][:2] == (2.0, 3.0) and math.isnan(result["x"][2])        # a network without classes has no class accuracy
+    assert capsys.readouterr().out.startswith("| what | ms a step | held-out loss | FD | class accuracy |\n")
+
+# ---- One step, written a second time --------------------------------------------------------------------------------
+@pytest.mark.parametrize("pred", ["x", "v"])
+def test_the_objective_of_one_step_written_a_second_time(monkeypatch, pred):
+    """Spans with r > t, an odd batch, guidance; loss, log and gradient."""
+    net = shaken(config_with(**PAIR, guidance=1.7, pred=pred))
+    x, _, _ = inputs(3)
+    batch = {"x": x.clamp(-1, 1), "e": torch.randn_like(x), "t": torch.rand(3), "y": torch.tensor([0, 2, 1])}
+    t, r = torch.tensor([0.1, 0.3, 0.6]), torch.tensor([0.9, 0.7, 0.6])
+    monkeypatch.setattr(one_step, "draw_spans", lambda times: (t, r))
+    loss, error = one_step.one_step_objective(trainer_of(net), dict(batch))
+    loss.backward()
+    gradient = net.blocks[1].attn.qkv.weight.grad.clone()
+    net.zero_grad()
+    expand = lambda c: c.view(-1, 1, 1, 1)
+
+    def u(z, t, r, y):
+        out = net(z, torch.stack([t, r], dim=1), y)
+        return out if pred == "v" else (out - z) / expand((1 - t).clamp_min(0.05))
+    z = expand(t) * batch["x"] + expand(1 - t) * batch["e"]
+    with torch.no_grad():
+        null = u(z, t, t, torch.full((3,), 3))
+        v = null + 1.7 * ((batch["x"] - z) / expand(1 - t) - null)
+        first, y = slice(0, 2), batch["y"][:2]            # of three, two may span
+        with one_step.sdpa_kernel(one_step.SDPBackend.MATH):
+            _, du = torch.func.jvp(lambda z, t: u(z, t, r[first], y), (z[first], t[first]), (u(z[first], t[first], t[first], y), torch.ones(2)))
+        second = expand(r - t)[first] * du
+        v[first] += second * expand((1.5 / second.square().mean((1, 2, 3)).sqrt()).clamp_max(1))
+    wanted = (u(z, t, r, batch["y"]) - v).square().mean((1, 2, 3))
+    (wanted / (wanted.detach() + 0.01)).mean().backward()
+    assert torch.allclose(error, wanted.detach(), rtol=1e-4) and not error.requires_grad
+    assert torch.allclose(gradient, net.blocks[1].attn.qkv.weight.grad, rtol=1e-3, atol=1e-6) and gradient.abs().max() > 0
+
+def test_spans_written_a_second_time():
+    for count in (1, 5, 8):
+        times, n = torch.rand(count), (count + 1) // 2
+        torch.manual_seed(7)
+        t, r = one_step.draw_spans(times)
+        torch.manual_seed(7)
+        chance = torch.rand(3, n)
+        for i in range(n):
+            begin = 0.0 if chance[0, i] < 0.15 else times[i] / (times[i] + 2 * (1 - times[i]))
+            end = 1.0 if chance[1, i] < 0.5 else begin + (1 - begin) * chance[2, i]
+            assert torch.isclose(t[i], torch.tensor(float(begin))) and torch.isclose(r[i], torch.tensor(float(end)))
+        assert torch.equal(t[n:], times[n:]) and torch.equal(r[n:], times[n:])
+    assert one_step.draw_spans(torch.rand(5, device="meta"))[1].device.type == "meta"
+
+def test_when_one_step_needs_a_null_class():
+    for more in (dict(num_classes=0, guidance=1.5), dict(guidance=1.0)):
+        net, batch = shaken(config_with(**PAIR | more)), small_batch(None)
+        batch["y"] = batch["y"] * bool(net.config.num_classes)
+        one_step.one_step_objective(trainer_of(net, label_drop=0.0), batch)
+
+def test_recomputing_is_off_inside_and_on_again_after():
+    net = shaken(config_with(**PAIR))
+    net.blocks[0].forward = marker = lambda *_: None
+    with one_step.nothing_recomputed(net):
+        assert not any("forward" in vars(block) for block in net.blocks)
+    assert net.blocks[0].forward is marker and "forward" not in vars(net.blocks[1])
+
+def test_it_is_the_length_of_a_step_that_is_embedded():
+    embed = one_step.SpanEmbed(32)
+    with torch.no_grad():
+        embed.span_out.copy_(torch.eye(32))
+    t, r = torch.tensor([0.2, 0.5]), torch.tensor([0.6, 0.9])
+    plain = model.TimeEmbed(32)
+    plain.load_state_dict({name: value for name, value in embed.state_dict().items() if name.startswith("mlp")})
+    assert torch.allclose(embed(torch.stack([t, r], dim=1)), plain(t) + embed.span(torch.tensor([0.4, 0.4])), atol=1e-6)
+
+def test_what_the_main_of_one_step_runs(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(model.load_experiment("_compare"), "call", lambda script, *flags: asked.append((script.__name__, *flags)))
+    one_step.main("--data", "mine")
+    assert asked[:2] == [("03_train", "--experiment", "one_step", "--init", "shapes", "--run", "shapes-onestep", "--data", "mine"),
+                         ("03_train", "--init", "shapes", "--steps", 1000, "--lr", 1.2e-3, "--run", "shapes-control", "--data", "mine")]
+    wanted = []
+    for run in ("shapes-control", "shapes-onestep"):
+        for steps in (1, 2, 4):
+            wanted += [("04_sample", "--run", run, "--solver", "euler", "--steps", steps, "--out", f"trials/{run}-{steps}"), ("05_eval", "--samples", f"trials/{run}-{steps}", "--metrics", "fd")]
+    assert asked[2:] == wanted
+
+# ---- Networks, in particular ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("more", [dict(network="one_step"), dict(network="ddt"), dict(network="dimr", in_context_len=0), dict(network="dice", in_context_len=0)], ids=lambda more: more["network"])
+def test_every_configuration_is_checked_as_jits_is(more):
+    with pytest.raises(data.UsageError, match="is not a multiple of patch size"):
+        config_with(**more | {"image_size": 17})
+    with pytest.raises(data.UsageError, match="is not a multiple of 4 x"):
+        config_with(**more | {"hidden_size": 36})
+    assert config_with(**more | {"in_context_len": 2, "in_context_start": 4}).in_context_len == 0              # there is no fifth block
+
+def test_new_layers_begin_as_jits():
+    torch.manual_seed(0)
+    cascade, wide = model.build(config_with(network="dimr", **COARSE)), model.build(config_with(**WIDE))
+    mixer, both = convnext.ConvMixer(config_with(in_context_len=0), 0), both_ffn.BothFFN(32, 128, 0.2)
+    for layer in (*cascade.up, wide.head_condition, mixer.proj):
+        bound = (6 / sum(layer.weight.shape))**0.5
+        assert 0.9 * bound < layer.weight.abs().max() <= bound and layer.bias.abs().max() == 0
+    assert mixer.conv.bias.abs().max() == 0 and both.wide.dropout.p == 0.2
+    lambdas = differential.DifferentialAttention(config_with(num_heads=2, hidden_size=512), 0).lambdas
+    assert abs(lambdas.std() - 0.1) < 0.01
+    wide(torch.randn(1, 3, 16, 16), torch.rand(1), torch.tensor([0]))
+    assert wide.kept == (None, None)                      # with gradients nothing is kept from step to step
+
+def test_a_cascade_of_attention_has_context_tokens():
+    net = shaken(config_with(network="dimr", mixer="attention", depth=6, in_context_len=2))
+    z, t, y = inputs()
+    before = net(z, t, y)
+    with torch.no_grad():
+        net.stages[0].in_context_posemb.add_(1)
+    assert not torch.equal(net(z, t, y), before)
+
+def test_multiscale_weighs_each_image_by_its_own_time():
+    batch = small_batch(None)
+    x, u = batch["x"], 1 / (1 - batch["t"]).clamp_min(0.05)
+    off = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    answer = [F.avg_pool2d(x, 4) + off.view(4, 1, 1, 1), F.avg_pool2d(x, 2)]
+    assert torch.allclose(dimr.MultiScale.loss(None, answer, batch), (u**2 * off**2).mean() / 16, rtol=1e-4)
+
+def test_the_mean_colour_by_definition():
+    """Token i, in rows, against the mean of its patch, each channel apart; in fp32, with as many channels as the data."""
+    colour = model.load_experiment("mean_colour")
+    config = config_with(in_channels=5)
+    head = colour.MeanColour(config)
+    assert colour.MeanColour.after == 2 and head(torch.randn(2, 16, 32)).shape == (2, 16, 5)
+    with model.autocast("bf16", torch.device("cpu")):
+        assert head(torch.randn(2, 16, 32)).dtype == torch.float32
+    x, answer = torch.randn(2, 5, 16, 16), torch.randn(2, 16, 5)
+    total = 0.0
+    for image, said in zip(x, answer):
+        for token in range(16):
+            row, column = divmod(token, 4)
+            total += (said[token] - image[:, 4 * row:4 * row + 4, 4 * column:4 * column + 4].mean((1, 2))).square().sum()
+    assert torch.allclose(head.loss(answer, {"x": x, "e": torch.randn_like(x)}), total / (2 * 16 * 5), rtol=1e-4)
+
+def test_the_clamp_of_other_paths_is_the_linear_ones():
+    assert inspect.signature(model.load_experiment("paths").GeneralPath.conversion).parameters["t_eps"].default == model.T_EPS == 0.05
+
+# ---- Collapse and manifold, in particular ---------------------------------------------------------------------------
+def test_how_a_latent_space_is_trained(monkeypatch):
+    """Target, mixture, space and pictures of each variant; the pictures looked at are never trained on."""
+    pictures = torch.arange(564).view(564, 1, 1, 1).expand(564, 64, 64, 3).contiguous()       # a picture says which it is
+    seen = {name: [] for name in ("pictures", "mixed", "graded", "tokens", "slow")}
+    real = {"to_float": model.to_float, "mix": model.mix, "grid_loss": train.grid_loss, "lerp": torch._foreach_lerp_, "rank": collapse.effective_rank}
+    monkeypatch.setattr(model, "to_float", lambda part: seen["pictures"].append(part[:, 0, 0, 0]) or real["to_float"]((part % 256).to(torch.uint8)))
+    monkeypatch.setattr(model, "mix", lambda x, e, t: seen["mixed"].append(x) or real["mix"](x, e, t))
+    monkeypatch.setattr(train, "grid_loss", lambda out, batch, config, space: seen["graded"].append((batch["x"], config.pred, space)) or real["grid_loss"](out, batch, config, space))
+    monkeypatch.setattr(torch, "_foreach_lerp_", lambda a, b, weight: seen["slow"].append(weight) or real["lerp"](a, b, weight))
+    monkeypatch.setattr(collapse, "effective_rank", lambda tokens: seen["tokens"].append(tokens) or real["rank"](tokens))
+    for variant in collapse.VARIANTS:
+        for part in seen.values():
+            part.clear()
+        (step, rank, std), = collapse.experiment(variant, pictures, 0)
+        held_out, trained = seen["pictures"]
+        (target, pred, space), mixed, kind = seen["graded"][0], seen["mixed"][0], variant.split("-")[0]
+        assert held_out.tolist() == list(range(64, 564)) and trained.max() < 64 and len(trained) == 64
+        assert (pred, space) == (variant[-1],) * 2 and mixed.requires_grad and target.requires_grad == (kind == "naive") and (target is mixed) == (kind == "naive")
+        assert torch.equal(target, mixed) and seen["slow"] == [0.1]            # at the first step the average is the encoder itself
+        assert std == pytest.approx(seen["tokens"][0].std(dim=0).mean().item()) and step == 0 and rank == real["rank"](seen["tokens"][0])
+    assert collapse.experiment("ema-x", pictures, 1, every=1) == collapse.experiment("ema-x", pictures, 1, every=1)          # seeded
+
+def test_the_figure_of_collapse_shows_ranks(there, monkeypatch, capsys):
+    charts = []
+    monkeypatch.setattr(collapse, "images", lambda count: count)
+    monkeypatch.setattr(collapse, "experiment", lambda variant, pictures, steps: [(0, 9.0, 0.5), (25, 8.0, 0.4)])
+    monkeypatch.setattr(model, "chart", lambda title, label, lines: charts.append((title, label, lines)) or data.Image.new("RGB", (9, 9)))
+    collapse.main("c.png")
+    assert charts == [("effective rank of the latents", "step", {variant: [(0, 9.0), (25, 8.0)] for variant in collapse.VARIANTS})]
+    assert capsys.readouterr().out.startswith("naive-v step 0: rank 9.0, std 0.50\n")
+
+def test_the_spiral_and_the_networks_of_the_manifold(monkeypatch):
+    torch.manual_seed(0)
+    radius = manifold.spiral(20_000).norm(dim=1)
+    assert 1.5 * math.pi / 8 <= radius.min() < 0.6 and 1.75 < radius.max() <= 4.5 * math.pi / 8
+    assert [tuple(layer.weight.shape) for layer in manifold.MLP(7, "x").layers if isinstance(layer, torch.nn.Linear)] == [(256, 8)] + [(256, 256)] * 4 + [(7, 256)]
+    asked = []
+    monkeypatch.setattr(manifold, "fit", lambda net, dimension, place, steps, batch: asked.append((net.config.pred, dimension, steps, batch)) or (place(torch.tensor([[1.0, 2.0]])), 0.5))
+    points, distance = manifold.experiment(6, "e", steps=3, batch=5)
+    assert torch.allclose(points, torch.tensor([[1.0, 2.0]]), atol=1e-5) and distance == 0.5                   # in the plane of the spiral
+    assert manifold.bent_experiment(torch.nn.SiLU(), 4, dimension=64, steps=3, batch=5) == 0.5 and asked == [("e", 6, 3, 5), ("x", 64, 3, 5)]
+
+def test_how_the_manifold_is_fitted(monkeypatch):
+    rates, spaces, real = [], [], train.grid_loss
+
+    class Spy(torch.optim.Adam):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+    monkeypatch.setattr(torch.optim, "Adam", Spy)
+    monkeypatch.setattr(train, "grid_loss", lambda out, batch, config, space: spaces.append((config.pred, space)) or real(out, batch, config, space))
+    manifold.fit(manifold.MLP(2, "e"), 2, lambda points: points, 4, 8)
+    assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4]) and spaces == [("e", "v")] * 4
+
+def test_the_figure_and_the_table_of_the_manifold(there, monkeypatch, capsys):
+    asked, dots = [], []
+    monkeypatch.setattr(manifold, "experiment", lambda dimension, pred, steps: asked.append((dimension, pred, steps)) or (torch.tensor([[1.0, -2.0]]), 0.25))
+    monkeypatch.setattr(manifold.ImageDraw.ImageDraw, "ellipse", lambda self, box, fill: dots.append((box, fill)))
+    manifold.main("m.png", dimensions=(2, 8), steps=7)
+    assert asked == [(dimension, pred, 7) for dimension in (2, 8) for pred in "xev"]
+    assert [box for box, fill in dots if fill == "navy"] == [(50 + 150 * c + 75 + 30 - 1, 16 + 150 * r + 75 - 60 - 1, 50 + 150 * c + 75 + 30 + 1, 16 + 150 * r + 75 - 60 + 1) for r in (0, 1) for c in (1, 2, 3)]
+    capsys.readouterr(), asked.clear()
+    monkeypatch.setattr(manifold, "bent_experiment", lambda act, width, seed, **more: asked.append((type(act).__name__, width, seed, more)) or seed / 4)
+    manifold.compare_embeddings(widths=(8,), seeds=2, steps=5)
+    assert asked == [(act, 8, seed, {"steps": 5}) for act in ("Identity", "SiLU") for seed in (0, 1)]
+    assert capsys.readouterr().out == "".join(f"bent plane, bottleneck 8, {name} embedding: distance to the curve 0.000, 0.250\n" for name in ("linear", "SiLU"))
+
+# ---- REPA, DiT's blocks, the norm of time, the width ----------------------------------------------------------------
+class NoTeacher(types.SimpleNamespace):
+    def to(self, device):
+        self.asked.append(device.type)
+        return self
+
+def made_by(monkeypatch, **coder):
+    monkeypatch.setattr(data, "open_data", lambda folder: ({"id": "0a", "channels": 24, **({"coder": coder} if coder else {})}, {}))
+
+def test_who_can_be_a_teacher(monkeypatch):
+    """An RAE for images of the same size, a DINOv2 for any; and only where there is something to learn."""
+    wanted = config_with(network="repa", aux="none", teacher="x")              # no such data set: sampling does not need it
+    assert wanted.folder() == Path("data/x") and wanted.teacher_id is None
+    for coder, words in (({}, "has no encoder to learn from"), (dict(kind="vae", size=16), "has no encoder to learn from"), (dict(kind="rae", size=8), "images of 8 pixels"), (dict(kind="rae", size=32), "images of 32 pixels"),
+                         (dict(kind="rae", size=16), None), (dict(kind="dinov2", size=64), None)):
+        made_by(monkeypatch, **coder)
+        if words:
+            with pytest.raises(data.UsageError, match=words):
+                config_with(network="repa", aux="repa", teacher="x")
+        else:
+            config = config_with(network="repa", aux="repa", teacher="x")
+            assert (config.teacher_id, config.features) == ("0a", 24)
+    with pytest.raises(data.UsageError, match="is not a multiple of 4 x"):
+        config_with(network="repa", aux="repa", teacher="x", hidden_size=36)
+
+@pytest.mark.parametrize("width,inner", [(32, 128), (640, 2048)])
+def test_the_head_of_repa(monkeypatch, width, inner):
+    made_by(monkeypatch, kind="dinov2", size=64)
+    teacher = NoTeacher(asked=[], features=lambda x: x * 2)
+    monkeypatch.setattr(model, "load_coder", lambda folder, coder: teacher)
+    head = repa.RepaHead(config_with(network="repa", aux="repa", teacher="x", hidden_size=width))
+    assert [type(part).__name__ for part in head.mlp] == ["Linear", "SiLU", "Linear", "SiLU", "Linear"]
+    assert [tuple(part.weight.shape) for part in head.mlp if isinstance(part, torch.nn.Linear)] == [(inner, width), (inner, inner), (24, inner)]
+    batch = head.prepare({"x": torch.ones(1, 3, 4, 4, device="meta")})
+    assert teacher.asked == ["meta"] and batch["features"].device.type == "meta"
+
+def test_blocks_of_dit_and_sd3():
+    dit, sd3 = model.load_experiment("dit"), model.load_experiment("sd3")
+    blocks = {"norm": "layernorm", "ffn": "gelu", "rope": False, "qk_norm": False, "in_context_len": 0, "bottleneck_dim": 0}
+    assert dit.SETTINGS == blocks | {"pred": "e", "loss": "e", "path": "ddpm-linear", "times": "uniform", "sampling": {"solver": "ddpm", "steps": 250, "shift": None}}
+    assert sd3.SETTINGS == blocks | {"pred": "v", "loss": "v", "path": "linear", "p_mean": 0.0, "p_std": 1.0}
+    for name, approximate in (("gelu", "tanh"), ("exact-gelu", "none")):
+        ffn = model.FFNS[name](8, 16, 0.3)
+        assert [type(part).__name__ for part in ffn] == ["Linear", "GELU", "Dropout", "Linear"] and ffn[1].approximate == approximate and ffn[2].p == 0.3
+
+def test_the_norm_of_time_begins_to_follow_it_and_lets_heads_in():
+    assert td_norm.TimeNorm(4).time_map.tolist() == [1.0, 0.0]                 # with 0 both weights would stay alike
+    z, t, y = inputs()
+    out, tokens = shaken(config_with(norm="td", network="td_norm"))(z, t, y, tap=1)
+    assert out.shape == z.shape and tokens.shape == (3, 16, 32)
+
+def test_the_width_experiment_compares_what_it_says(there, monkeypatch, capsys):
+    assert width.CELLS == {"48 wide, v-prediction": ["--pred", "v"], "48 wide, x-prediction": ["--pred", "x"],
+                           "48 wide, head of 2 blocks 224 wide, v-prediction": ["--pred", "v", "--experiment", "rae,ddt", "--head-width", 224],
+                           "224 wide, v-prediction": ["--pred", "v", "--hidden-size", 224, "--num-heads", 14, "--depth", 3]}
+    assert width.NARROW == ["--experiment", "rae", "--hidden-size", 48, "--num-heads", 3, "--lr", 3e-3, "--steps", 600, "--ema", 0.99, "--preview-every", 0, "--snapshots", 0]
+    asked = []
+    monkeypatch.setattr(model.load_experiment("_compare"), "call", lambda script, *flags: asked.append(flags))
+    Path("runs/width-48-wide-x-prediction").mkdir(parents=True)
+    Path("runs/width-48-wide-x-prediction/log.csv").write_text("step,loss,held_out\n50,9,\n600,1,2\n")
+    assert width.held_out("48 wide, x-prediction", "data/z", "--seed", 3) == 2
+    assert asked == [(*width.NARROW, "--data", "data/z", "--run", "width-48-wide-x-prediction", "--pred", "x", "--seed", 3)]
+    places = []
+    monkeypatch.setattr(data, "open_data", lambda place: places.append(place) or (None, {"train": (np.zeros((6000, 1, 1, 2)), None)}))
+    monkeypatch.setattr(width, "bound", lambda images, wide, noise: len(images) / 1000 + wide + 100 * noise)
+    monkeypatch.setattr(width, "weight_of_x", lambda: 2.0)
+    monkeypatch.setattr(width, "held_out", lambda name, place, *more: 7.0)
+    width.main()
+    assert places == ["data/shapes-rae"] and capsys.readouterr().out == (
+        "bound on the held-out v-loss, v predicted from 48 dimensions: 153.000\nbound on the held-out v-loss, x predicted from 48 dimensions: 106.000\n"
+        + "".join(f"{name}: held-out v-loss 7.000\n" for name in width.CELLS))
+
+def test_narrow_latents_are_probed_as_they_are():
+    z = np.random.default_rng(0).standard_normal((3, 4, 4, 5)).astype(np.float16)
+    assert model.load_experiment("latents").flattened(z, np.arange(3), 9)[0].shape == (3, 80)
+
+NOTEBOOK = """
+import runpy, sys
+def run(script, *flags):
+    sys.argv = [script, *flags]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, end.code
+"""
+
+def test_a_notebook_runs_a_script_again_with_its_experiments(work):
+    """As %run does: the script is a new module each time, 02 stays; files are read anew, and fill the new script's registries."""
+    tiny = [*TINY_FLAGS, "--steps", 2]
+    lines = [NOTEBOOK, f"train, tiny = {str(ROOT / '03_train.py')!r}, {list(map(str, tiny))!r}", "run(train, *tiny, '--run', 'base')"]
+    lines += [f"run(train, '--experiment', 'one_step', '--init', 'base', '--batch-size', '8', '--amp', 'off', '--steps', '2', '--run', {name!r})" for name in ("one", "two")]
+    lines.append(f"run({str(ROOT / '04_sample.py')!r}, '--run', 'two', '--num', '4')")
+    for rate in ("0.001", "0.005"):
+        lines += [f"open('mine.py', 'w').write('SETTINGS = {{\"p_std\": {rate}}}')", f"run(train, *tiny, '--experiment', './mine.py', '--run', 'mine{rate}')"]
+    Path("cells.py").write_text("\n".join(lines))
+    done = subprocess.run([sys.executable, "cells.py"], cwd=work, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(Path(f"runs/mine{rate}/config.json").read_text())["options"]["p_std"] for rate in ("0.001", "0.005")] == [0.001, 0.005]

@@ -1,5 +1,8 @@
 """Latent spaces: coders against closed forms and the original, latent sets through all five scripts, the wide head."""
+import dataclasses
+import inspect
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -366,3 +369,247 @@ def test_a_latent_set_never_chooses_our_code(there):
 
 def test_another_seed_is_another_coder(work, capsys):
     assert make("vae") == 0 and make("vae", "--seed", 3) == 1 and "seed 0, now 3" in capsys.readouterr().err
+
+# ---- Coders, layer by layer and step by step ------------------------------------------------------------------------
+def test_layers_of_the_convolutional_coders():
+    kinds = lambda net: [type(part).__name__ for part in net]
+    shapes = lambda net: [tuple(part.weight.shape) for part in net if isinstance(part, torch.nn.Conv2d)]
+    down, up = latents.shrink(8, 8), latents.grow(8, 4)
+    assert kinds(down) == ["Conv2d"] + ["GroupNorm", "SiLU", "Conv2d"] * 3 and shapes(down) == [(32, 3, 4, 4), (64, 32, 4, 4), (128, 64, 4, 4), (8, 128, 3, 3)]
+    assert kinds(up) == ["Conv2d"] + ["GroupNorm", "SiLU", "Conv2d", "PixelShuffle"] * 2 + ["GroupNorm", "SiLU", "Conv2d", "SiLU", "Conv2d", "PixelShuffle"]
+    assert shapes(up) == [(96, 4, 1, 1), (256, 96, 3, 3), (160, 64, 3, 3), (40, 40, 3, 3), (12, 40, 3, 3)]
+
+class Images:
+    """Says which rows are asked for; an image is its own number."""
+    def __init__(self, count):
+        self.rows, self.count = [], count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, rows):
+        self.rows.append(rows)
+        return np.broadcast_to(rows.astype(np.uint8)[:, None, None, None], (len(rows), 4, 4, 3)).copy()
+
+def test_the_training_of_a_coder_written_a_second_time(monkeypatch):
+    """Batches, each image with its label; a rate that warms up and falls to zero; the encoder, then, measured, the decoder."""
+    done, rates, bars, images, labels = [], [], [], Images(200), np.arange(200) * 3
+
+    class Spy(torch.optim.AdamW):
+        def zero_grad(self, *args, **more):
+            done.append(("zero", args, more))
+            super().zero_grad(*args, **more)
+
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            done.append("step")
+            return super().step(closure)
+
+    class Bar(data.Progress):
+        def close(self):
+            bars.append((self.n, self.total))
+            super().close()
+
+    class Stub(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = torch.nn.Parameter(torch.zeros(1))
+
+        def encoder_loss(self, x, y):
+            assert torch.equal(y, torch.round((x[:, 0, 0, 0] + 1) * 127.5).long() * 3)
+            done.append(("encoder", len(x)))
+            return self.p.sum()
+
+        def decoder_loss(self, x, y):
+            done.append(("decoder", len(x)))
+            return self.p.sum()
+    monkeypatch.setattr(torch.optim, "AdamW", Spy), monkeypatch.setattr(data, "Progress", Bar)
+    monkeypatch.setattr(latents, "measure", lambda coder, images, rows, device: done.append(("measure", sorted(rows) == list(range(200)))))
+    latents.train_coder(Stub(), images, labels, 7, 60, torch.device("cpu"))
+    steps = lambda part, batch: [(part, batch), ("zero", (), {}), "step"] * 60
+    assert done == steps("encoder", 64) + [("measure", True)] + steps("decoder", 32) and set(bars) == {(60, 60)}
+    assert rates == pytest.approx([2e-3 * min(1, (i + 1) / 50) * (1 - i / 60) for i in range(60)] * 2)
+    random = np.random.default_rng(7)
+    wanted = [np.sort(random.integers(0, 200, 64)) for _ in range(60)]
+    random.permutation(200)
+    wanted += [np.sort(random.integers(0, 200, 32)) for _ in range(60)]
+    assert all(np.array_equal(a, b) for a, b in zip(images.rows, wanted, strict=True))
+
+class OnMeta:
+    """A coder that says where it is asked, and answers on the CPU."""
+    side, channels = 2, 3
+
+    def __init__(self):
+        self.asked, self.noise = [], None
+
+    def encode(self, x):
+        self.asked.append(x.device.type)
+        return torch.zeros(len(x), 3, 2, 2)
+
+    def decode(self, z):
+        self.asked.append(z.device.type)
+        return torch.zeros(len(z), 3, 4, 4)
+
+def test_coders_work_on_the_device(there, monkeypatch):
+    """On meta, whose tensors meet no others."""
+    meta, asked = torch.device("meta"), []
+
+    class Stub(torch.nn.Module):
+        decoder_loss = None
+
+        def __init__(self):
+            super().__init__()
+            self.p = torch.nn.Parameter(torch.zeros(1, device=meta))
+            self.mean = self.std = torch.zeros(1, 3, 1, 1, device=meta)
+
+        def features(self, x):
+            asked.append(x.device.type)
+            return x
+
+        def encoder_loss(self, x, y):
+            asked.extend([x.device.type, y.device.type])
+            return self.p.sum()
+    monkeypatch.setattr(model, "autocast", lambda *_: nullcontext()), monkeypatch.setattr(model, "choose_precision", lambda *_: "off")
+    latents.train_coder(Stub(), Images(64), np.arange(64), 0, 1, meta)
+    assert asked == ["meta"] * 3
+    coder = OnMeta()
+    assert len(list(latents.encoded(coder, Images(5), "x", meta))) == 5 and coder.asked == ["meta"]
+    coder.asked.clear()
+    latents.show(coder, {"val": (np.zeros((5, 4, 4, 3), np.uint8), np.arange(5))}, Path("."), meta)
+    assert coder.asked == ["meta", "cpu", "meta"]         # images to encode, latents as encode() gave them, noise to decode
+    drawn, real = [], torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *shape, **how: drawn.append(how["device"].type) or real(*shape, **how))
+    net, x = rae.RAE(16, 3), torch.rand(2, 3, 16, 16, device=torch.device("cpu"))
+    net.encoder_loss(x, torch.tensor([0, 2])), net.to("meta").decoder_loss(x.to("meta"), None)
+    assert drawn == ["cpu", "cpu", "meta"]
+
+def test_a_set_is_made_from_seed_and_steps_on_the_device(work, monkeypatch):
+    asked = []
+
+    def enough(coder, images, labels, seed, steps, device):
+        asked.append((seed, steps, device.type))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(latents, "train_coder", enough)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda net, device: asked.append(("to", device.type)) or net)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: asked.append(("seeded", seed)))
+    assert make("vae", "--seed", 5) == 130 and asked == [("seeded", 6), ("to", "cpu"), (6, 3, "cpu")]
+
+def test_files_of_coders_are_read_on_any_machine(work, monkeypatch):
+    assert make("vae") == 0
+    asked, real = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **how: asked.append(how) or real(path, **how))
+    model.load_coder("latents/vae", data.open_data("latents/vae")[0]["coder"])
+    assert asked == [{"map_location": "cpu", "weights_only": True}]
+
+def test_what_a_latent_set_records(work, monkeypatch, capsys):
+    """Its steps, a probe of the latents themselves; where the pixels are is known however they are called."""
+    probed = []
+    monkeypatch.setattr(latents, "linear_probe", lambda arrays, classes: probed.append(({k: (np.array(z), y) for k, (z, y) in arrays.items()}, classes)) or 0.5)
+    assert make("vae") == 0 and "names the class of 50.0% of the held-out images\n" in capsys.readouterr().out
+    (arrays, classes), (meta, stored) = probed[0], data.open_data("latents/vae")
+    assert classes == 10 and all(np.array_equal(arrays[split][0], stored[split][0]) and np.array_equal(arrays[split][1], stored[split][1]) for split in ("train", "val"))
+    assert len(arrays["val"][0]) == 100 and meta["linear_probe"] == 0.5 and (meta["coder"]["kind"], meta["coder"]["experiment"]) == ("vae", "vae")
+    assert call(vae, "--data", "shapes", "--steps", 4, "--name", "vae", "--out", "latents") == 1 and "(steps 3, now 4)" in capsys.readouterr().err
+    assert call(vae, "--data", Path("data/shapes").resolve(), "--name", "shapes", "--steps", 1, "--overwrite") == 2 and "is the data set of the pixels" in capsys.readouterr().err
+    places = []
+
+    def enough(folder):
+        places.append(folder)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data, "locked", enough)
+    monkeypatch.chdir("data/shapes")
+    assert call(vae, "--data", ".", "--out", "..") == 130 and places == [Path("../shapes-vae")]
+
+@pytest.mark.parametrize("coder", ["vae", "rae"])
+@pytest.mark.parametrize("classes", [(), ("only",)], ids=["unlabelled", "one class"])
+def test_a_single_image_without_much_of_a_label(there, coder, classes):
+    """Nothing held out, channels that do not vary, no classes to tell apart."""
+    Path("in", *classes).mkdir(parents=True)
+    Image.new("RGB", (16, 16), "teal").save(Path("in", *classes, "a.png"))
+    assert call(data, "--source", "folder", "--root", "in", "--size", 16, "--name", "one", "--workers", 1) == 0
+    assert make(coder, root="data/one") == 0
+    meta, arrays = data.open_data(f"latents/{coder}")
+    assert meta["linear_probe"] is None and np.isfinite(arrays["train"][0]).all() and meta["counts"] == {"train": 1, "val": 0}
+
+def test_the_preview_of_a_coder(there, monkeypatch):
+    """A row of images above what came back of them, four times, and what is decoded from N(0, 1)."""
+    class Stub:
+        side, channels = 4, 3
+        encode = lambda self, x: F.avg_pool2d(x, 2)
+
+        def decode(self, z):
+            seen.append(z)
+            return -F.interpolate(z, scale_factor=2)
+    drawn, seen = [], []
+    monkeypatch.setattr(data, "picture", lambda rows, names: drawn.append((rows, names)) or Image.new("RGB", (9, 9)))
+    images = np.broadcast_to(np.arange(50, dtype=np.uint8)[:, None, None, None] * 5, (50, 8, 8, 3))
+    latents.show(Stub(), {"val": (images, np.arange(50))}, Path("."), torch.device("cpu"))
+    rows, names = drawn[0]
+    assert names == ["image", "decoded"] * 4 + ["noise"] and len(rows) == 9
+    for real, made in zip(rows[:8:2], rows[1:8:2]):
+        assert np.array_equal(255 - np.array(real), np.array(made)) and len(real) == 10
+    noise = np.random.default_rng(0).standard_normal((10, 4, 4, 3)).astype(np.float16)
+    assert np.array_equal(seen[-1].permute(0, 2, 3, 1).numpy(), noise.astype(np.float32))
+
+def test_the_bar_of_the_encoding_counts_images(monkeypatch):
+    bars = []
+
+    class Bar(data.Progress):
+        def close(self):
+            bars.append((self.n, self.total))
+            super().close()
+    monkeypatch.setattr(data, "Progress", Bar)
+    list(latents.encoded(OnMeta(), Images(130), "x", torch.device("cpu")))
+    assert set(bars) == {(130, 130)}
+
+def test_what_the_probe_looks_at(monkeypatch):
+    asked, real = [], latents.ridge
+    monkeypatch.setattr(latents, "ridge", lambda z, y, penalty: asked.append(penalty) or real(z, y, penalty))
+    z, labels = np.random.default_rng(0).standard_normal((40, 2, 2, 3)).astype(np.float16), np.arange(40) // 10
+    latents.linear_probe({"train": (z, labels), "val": (z, labels)}, 4)
+    assert asked == [1e-3] and inspect.signature(latents.linear_probe).parameters["most"].default == 10_000
+    flat, of_which = latents.flattened(z, labels, 12)
+    chosen = np.sort(np.random.default_rng(0).permutation(40)[:12])            # they lie sorted by class
+    assert np.array_equal(of_which, labels[chosen]) and np.array_equal(flat, z[chosen].transpose(0, 3, 1, 2).reshape(12, 12).astype(np.float32))
+
+def test_options_of_the_coders():
+    assert {e.name: (e.default, e.metadata["within"]) for e in dataclasses.fields(rae.Options)} == {
+        "data": ("shapes", "(-inf, inf)"), "name": (None, "(-inf, inf)"), "steps": (800, "[1, inf)"), "seed": (0, "[0, inf)"), "out": (Path("data"), "(-inf, inf)"),
+        "overwrite": (False, "(-inf, inf)"), "weights": (None, "(-inf, inf)")}
+    assert {e.name: e.default for e in dataclasses.fields(reg.Options)}["encoder"] == "shapes-rae"
+    with pytest.raises(ValueError, match="pack them at another --size, such as 64$"):
+        rae.DINOv2(96, 3)
+
+def test_vits_are_built_as_said():
+    half = torch.full((32,), 0.5)
+    assert torch.equal(rae.Constant(32).bias, torch.cat([0 * half, 0 * half, half, 0 * half, 0 * half, half]))
+    assert [(rae.RAE(size, 3, hidden=12).patch, rae.RAE(size, 3, hidden=12).side) for size in (16, 64, 128)] == [(4, 4), (16, 4), (16, 8)]
+    assert rae.DINOv2.decoder_loss is rae.RAE.decoder_loss
+
+def test_a_dinov2_set_says_what_it_is(there, weights, capsys):
+    assert call(data, "--size", 32, "--count", 100, "--workers", 1) == 0
+    flags = ["--data", "shapes", "--steps", 1, "--out", "latents", "--weights", weights]
+    assert call(rae, *flags) == 0
+    meta, _ = data.open_data("latents/shapes-dinov2")
+    assert meta["recipe"]["weights"] == str(weights.resolve()) and meta["recipe"]["source"] == meta["coder"]["kind"] == "dinov2" and meta["coder"]["experiment"] == "rae"
+    assert type(model.load_coder("latents/shapes-dinov2", meta["coder"])).__name__ == "DINOv2"
+    Path("other.pth").write_bytes(weights.read_bytes())
+    assert call(rae, *flags[:-1], "other.pth") == 1 and "(weights " in capsys.readouterr().err
+
+def test_where_reg_finds_its_encoder(work, monkeypatch, capsys):
+    assert call(reg, "--steps", 1) == 1 and "no data set at data/shapes-rae" in capsys.readouterr().err
+    assert call(reg, "--encoder", "shapes", "--steps", 1) == 2 and "it has no encoder made by" in capsys.readouterr().err
+    out = ["--steps", 1, "--out", "latents"]
+    assert call(rae, *out) == 0 and call(reg, "--encoder", "latents/shapes-rae", *out) == 0
+    meta = Path("latents/shapes-rae/meta.json")
+    assert data.open_data("latents/shapes-reg")[0]["recipe"]["encoder"] == data.open_data("latents/shapes-rae")[0]["id"]
+    for size in (8, 32):
+        meta.write_text(json.dumps(json.loads(meta.read_text()) | {"coder": json.loads(meta.read_text())["coder"] | {"size": size}}))
+        capsys.readouterr()
+        assert call(reg, "--encoder", "latents/shapes-rae", *out, "--name", "odd") == 2 and f"it is for images of {size} pixels" in capsys.readouterr().err
+
+def test_channels_that_do_not_vary_are_measured():
+    coder = torch.nn.Module()
+    coder.mean, coder.std, coder.features = torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1), lambda x: torch.full_like(x, 0.1)
+    latents.measure(coder, Images(9), np.arange(9), torch.device("cpu"))
+    assert torch.allclose(coder.mean, torch.full((1, 3, 1, 1), 0.1)) and torch.allclose(coder.std, torch.full((1, 3, 1, 1), 1e-5**0.5), rtol=1e-3)

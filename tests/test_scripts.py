@@ -190,3 +190,13 @@ def test_the_readme_has_commands_and_repeats_no_error_of_the_reading():
             assert "://" in path or (ROOT / name).parent.joinpath(path).is_file(), path
             linked.add(Path(path).name)
     assert {path.name for path in (ROOT / ".github" / "figures").iterdir()} <= linked
+
+def test_messages_name_only_flags_and_scripts_that_exist():
+    """Also in docstrings: what is advised can be typed."""
+    flags = {data.flag(e.name) for cls in (data.Options, train.Options, model.JiTConfig, sample.Options, sample.Settings, evaluate.Options) for e in fields(cls) if e.metadata["flag"]}
+    flags |= {"--no-" + flag[2:] for flag in flags} | {"--help", "--nproc_per_node", "--max-restarts"}
+    for path in sorted(ROOT.glob("0*.py")):
+        texts = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        named = {flag for text in texts for flag in re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]", text)}
+        assert named <= flags, (path.name, named - flags)
+        assert all((ROOT / script).exists() for text in texts for script in re.findall(r"\b0\d_[a-z]+\.py|tests/[a-z_/]+\.py", text))
