@@ -1115,6 +1115,8 @@ def test_what_help_says(capsys):
     assert "Pack images into memory-mapped arrays." in said[data] and "of drawing, --fraction and hold-out (default: 0)" in said[data] and "03_train.py then needs --data OUT/NAME" in said[data]
     assert "Defaults shown are the paper's, or those of --preset and --experiment." in said[train] and "(default: 0.998)" in said[train] and "of AdamW (default: 0.0)" in said[train]
     assert all(f"{title}: --" in said[train] for title in ("what to train on", "objective", "optimizer", "hardware", "keeping", "network"))
+    places = [said[train].index(words) for words in ("what to train on: --preset", "--steps STEPS", "objective: --loss", "optimizer: --batch-size", "hardware: --amp", "keeping: --resume", "network: --patch-size", "--aux AUX")]
+    assert places == sorted(places)                       # in the order of the fields
     assert not any(f"{word} " in said[train] for word in ("--sampling", "--image-size", "--in-channels", "--record", "--objective", "--classes", "--data-id", "--coder"))
     assert "--trajectory only draw z_t over time and what the network predicts" in said[sample]
     given = train.read_flags(["--no-flip", "--no-rope", "--no-qk-norm", "--no-compile"])
@@ -1202,3 +1204,95 @@ def test_a_list_of_names_in_another_form_is_seen_to_say_nothing(there, capsys):
     folder(Path("in"), ("0", "1"), splits=None)
     Path("in/classes.txt").write_text("cat\ndog\n")
     assert pack() == 0 and "0 of 2 classes have a name there (lines: FOLDER NAME)" in capsys.readouterr().out
+
+# ---- What refusals say, whole ----------------------------------------------------------------------------------------
+def said(call_it, *args):
+    with pytest.raises((ValueError, OSError)) as error:
+        call_it(*args)
+    return str(error.value)
+
+def test_whole_lines_about_data_sets(there, capsys):
+    assert said(data.open_data, "data/cats") == ("no data set at data/cats: make it first (python 01_data.py --name cats ...; python 01_data.py alone draws data/shapes; latents come from tests/experiments/)")
+    assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--name", "set") == 0
+    assert capsys.readouterr().out == "data/set: 100 training and 100 held-out images, 16 x 16, 10 classes (circle, square, triangle, star, heart, cross, moon, arrow, ring, drop); look at data/set/preview.png\n"
+    assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--name", "set") == 0
+    assert capsys.readouterr().out == "data/set is there, made with these settings of files with these names; nothing to do (--overwrite packs it again)\n"
+    why = "the data set at data/set cannot be read ({}): if it is damaged or outdated, delete the folder, and pack it again"
+    labels = np.load("data/set/val_labels.npy")
+    np.save("data/set/val_labels.npy", np.full(100, 10))
+    assert said(data.open_data, "data/set") == why.format("a label in val_labels.npy is outside 0..9")
+    np.save("data/set/val_labels.npy", labels), np.save("data/set/val_images.npy", images_of(100, 8))
+    assert said(data.open_data, "data/set") == why.format("the val arrays do not fit meta.json")
+    Path("data/set/notes.txt").touch()
+    assert call(data, "--size", 16, "--count", 100, "--name", "set", "--overwrite") == 1
+    assert capsys.readouterr().err.endswith("error: data/set holds notes.txt, which this script did not write: nothing is touched; move it away, or choose --name or --out\n")
+    Path("data/set/meta.json").unlink()
+    assert call(data, "--size", 16, "--count", 100, "--name", "set") == 1
+    assert capsys.readouterr().err.endswith("error: data/set exists and is not a packed data set: nothing is touched; choose --name or --out\n")
+    assert said(data.refuse_other, {}, {"seed": 0}, "data/x", "choose --name") == "data/x was made with other settings (seed None, now 0): choose --name"
+    Path("deep").mkdir(), Path("deep/a.json").write_text("[]")
+    assert said(data.load_json, Path("deep/a.json")) == "deep/a.json is damaged, or not ours (it is not a dict)"
+    with pytest.raises(data.UsageError, match=r"^\.: give this folder by its name, as \.\./NAME$"):
+        with data.locked(Path(".")):
+            pass
+
+def test_whole_lines_about_folders(there, capsys):
+    folder(Path("in"), ("cat", "dog"), count=2)
+    Path("in/train/eel").mkdir()
+    assert said(data.list_classes, Path("in/train")) == "in/train/eel holds no images (JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM): fill it or remove it"
+    photo().save("in/train/a.png")
+    assert said(data.list_classes, Path("in/train")) == "in/train holds class folders and 1 loose images (in/train/a.png, ...): put them into a class, or elsewhere"
+    assert said(data.list_folder, Path("gone/x"), 0.1, 0) == "--root gone/x is not a folder"
+    folder(Path("odd"), ("cat",), splits=("Train", "Test")), folder(Path("odd/Train"), ("fox",), splits=None)
+    assert said(data.list_folder, Path("odd"), 0.1, 0) == "odd/Train and odd/Test must hold the same class folders; fox is in one only (ImageNet's val/ comes without: sort it)"
+    folder(Path("bus"), ("bus", "car", "train"), splits=None)
+    assert said(data.list_folder, Path("bus"), 0.1, 0) == ("bus holds bus, car, train: are they classes, or splits? Rename a class that is called like a split; "
+                                                         "of splits, leave train/ and one of val/ and test/ there, nothing else")
+    capsys.readouterr()
+    data.folder_source(data.Options(source="folder", root=Path("in/val"), size=16))
+    assert capsys.readouterr().out == "folders in in/val, or in its train/, are classes, with all that lies in them; every image is cropped and scaled to 16 x 16, small ones enlarged\n"
+    for name, root, words in (("folder", None, "--source folder needs --root, its folder"), ("shapes", Path("in"), "--root: shapes are drawn, they have no folder")):
+        assert said(data.SOURCES[name], data.Options(source=name, root=root)) == words
+    assert said(data.cifar10_source, data.Options(source="cifar10", size=16)) == "--size: cifar10 is 32 pixels" and said(lambda: data.Options(name="a/b")) == "--name a/b: give a name, not a path"
+
+def test_whole_lines_about_images(there, monkeypatch, capsys):
+    assert said(data.to_rgb, Image.new("F", (2, 2))) == "its pixels have neither 8 nor 16 bits (F)"
+    folder(Path("in"), ("cat",), splits=None)
+    for name in ("1.png", "3.png"):
+        Path("in/cat", name).write_bytes(b"x")
+    assert said(data.read_image, "in/cat/1.png").startswith("in/cat/1.png is not a readable image (UnidentifiedImageError: ")
+    assert pack("--val-fraction", 0.01) == 0
+    out = capsys.readouterr().out
+    assert "2 unreadable images left out, listed in skipped.txt; first: in/cat/" in out
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: Answer(b"abd"))
+    monkeypatch.setitem(data.ARCHIVES, "cifar10", (32, "https://host/a.tgz", "9" * 32))
+    assert said(data.fetch, "cifar10", Path("downloads")) == f"cannot download https://host/a.tgz (OSError: its md5 is not {'9' * 32}): fetch it yourself and put it into downloads"
+    Path("downloads/a.tgz").write_bytes(b"x")
+    assert said(data.fetch, "cifar10", Path("downloads")) == f"downloads/a.tgz is damaged: its md5 is not {'9' * 32}; remove it and run again"
+    assert data.help_text({"text": "x", "default": None, "choices": None}, None) == data.help_text({"text": "x", "default": False, "choices": None}, False) == "x"
+
+def test_the_first_of_the_files_left_out_is_named(there, capsys):
+    folder(Path("in"), ("cat", "dog"))
+    for file in ("train/cat/1.png", "train/dog/2.png", "val/dog/2.png"):
+        Path("in", file).write_bytes(b"x")
+    assert pack() == 0 and "3 unreadable images left out, listed in skipped.txt; first: in/train/cat/1.png: " in capsys.readouterr().out
+    for file in Path("in/train/dog").iterdir():
+        file.write_bytes(b"x")
+    assert pack("--name", "b") == 1 and "class dog has no readable image: 6 left by hold-out, --fraction ['in/train/dog/0.png']" in capsys.readouterr().err
+
+def test_what_texts_of_options_state():
+    """Facts that the code decides."""
+    texts = {cls: {e.name: e.metadata["text"] for e in data.fields(cls)} for cls in (data.Options, train.Options, train.model.JiTConfig, sample.Options, sample.Settings)}
+    assert texts[data.Options]["root"].endswith("(default: OUT/downloads)") and texts[data.Options]["size"] == "height and width in pixels (default: 64; cifar10 32; imagenette 160, 320)"
+    wanted = {"steps": "optimizer steps; they take precedence over --epochs", "batch_size": "GLOBAL: images per optimizer step", "warmup": "steps (default: 5 epochs, at most 1/20 of the run)",
+              "resume": "go on with a run that exists; steps, epochs, lr and amp may change", "lr": "learning rate (default: 5e-5 x batch size / 256)",
+              "shift": "t -> t/(t + A(1-t)): above 1, more time near the noise (default: 1, or what the data set recommends)", "overwrite": "start the run anew; the old one is moved aside, to NAME.old",
+              "preview_every": "steps between two previews; 0: only at the end", "save_minutes": "between checkpoints; the first after one minute at most", "label_drop": "share of labels replaced by the null class, for guidance"}
+    assert {name: texts[train.Options][name] for name in wanted} == wanted and all(f"{name}, " in texts[train.Options]["experiment"] for name in train.EXPERIMENTS)
+    assert texts[train.model.JiTConfig]["in_context_start"] == "the block before which they are put there" and texts[sample.Options]["ema"] == "which averaged weights, 0 = the first; -1 = the raw ones"
+    assert texts[sample.Settings]["cfg"] == "guidance, 1 = off" and texts[sample.Settings]["shift"] == "t -> t/(t + A(1-t)): above 1, more steps near the noise"
+
+def test_what_stopped_a_script_is_said(capsys):
+    def main():
+        raise KeyboardInterrupt("stopped at step 7; the same command goes on there")
+    assert data.run(main) == 130 and capsys.readouterr().err.endswith(": error: stopped at step 7; the same command goes on there\n")

@@ -991,3 +991,28 @@ def test_infinity_is_no_statistic(there, name):
     np.savez("s.npz", **content)
     with pytest.raises(ValueError, match=f"s.npz: {name} is float64 .* all of them finite"):
         evaluate.read_npz(Path("s.npz"))
+
+def test_whole_lines_about_image_sets(work, capsys):
+    Path("deep/mixed").mkdir(parents=True), Path("deep/void").mkdir()
+    Image.new("RGB", (16, 16)).save("deep/mixed/a.png"), Image.new("RGB", (17, 16)).save("deep/mixed/b.png")
+    np.savez("deep/few.npz", arr_0=images_of(9, 16), arr_1=np.zeros((9, 2))), np.savez("deep/stats.npz", mu=np.zeros(3), sigma=np.eye(3)), np.savez("deep/other.npz", x=np.zeros(3))
+    np.savez("deep/good.npz", arr_0=images_of(9, 16)), Path("deep/cut.npz").write_bytes(b"PK")
+    shutil.copytree("deep/mixed", "deep/made"), Path("deep/made/samples.json").write_text('{"labels": [1, 2, 0], "classes": []}')
+    for name, words in (("mixed", "deep/mixed/b.png has the shape (16, 17, 3), others have (16, 16, 3): all images of a set must have one size"),
+                        ("void", "no images at deep/void: make samples first (python 04_sample.py), or the data set"),
+                        ("few.npz", "deep/few.npz: arr_1 is float64 (9, 2); it must hold one class id per image"), ("stats.npz", "deep/stats.npz holds statistics only: they serve as --reference"),
+                        ("other.npz", "deep/other.npz holds neither images (arr_0) nor statistics (mu, sigma)"), ("cut.npz", "deep/cut.npz is not a readable npz file ("),
+                        ("made", "deep/made holds 2 images and labels for 3: finish it by the same 04_sample.py command, and leave no other images there")):
+        assert call(evaluate, "--samples", f"deep/{name}", "--reference", "shapes") == 1
+        assert f"error: {words}" in capsys.readouterr().err
+    assert call(evaluate, "--samples", "deep/good.npz") == 1 and "error: deep/good.npz does not say which data set it imitates: pass --reference\n" in capsys.readouterr().err
+
+def test_whole_lines_about_results(scored, capsys):
+    record = json.loads(Path("runs/shapes/samples/samples.json").read_text())
+    Path("runs/shapes/samples/samples.json").write_text(json.dumps(record | {"data_id": "another", "data": "./data/shapes"}))
+    capsys.readouterr()
+    assert call(evaluate) == 1 and capsys.readouterr().err.endswith("error: data/shapes was packed anew since the network of runs/shapes/samples was trained: pass --reference ./data/shapes to compare them all the same\n")
+    for w in (1, 2):
+        Path(f"{w}.json").write_text(json.dumps({"score": "FD", "n_real": 9, "n_generated": 9, "fd": float(w), "sampling": {"cfg": w}}))
+    Path("deep").mkdir()
+    assert call(evaluate, "--table", "1.json", "2.json", "--out", "deep/c.png") == 0 and capsys.readouterr().out.endswith("\nlook at deep/c.png\n")

@@ -1207,8 +1207,11 @@ def test_a_notebook_runs_a_script_again_with_its_experiments(work):
     lines += [f"run(train, '--experiment', 'one_step', '--init', 'base', '--batch-size', '8', '--amp', 'off', '--steps', '2', '--run', {name!r})" for name in ("one", "two")]
     lines.append(f"run({str(ROOT / '04_sample.py')!r}, '--run', 'two', '--num', '4')")
     for rate in ("0.001", "0.005"):
-        lines += [f"open('mine.py', 'w').write('SETTINGS = {{\"p_std\": {rate}}}')", f"run(train, *tiny, '--experiment', './mine.py', '--run', 'mine{rate}')"]
+        own = f"open('seen', 'a').write('{rate} ')\nSETTINGS = {{'p_std': {rate}}}"
+        lines += [f"open('mine.py', 'w').write({own!r})", f"run(train, *tiny, '--experiment', './mine.py', '--run', 'mine{rate}')"]
+        lines += [f"run({str(ROOT / '04_sample.py')!r}, '--run', 'mine{rate}', '--experiment', './mine.py', '--num', '2', '--steps', '1')"]
     Path("cells.py").write_text("\n".join(lines))
     done = subprocess.run([sys.executable, "cells.py"], cwd=work, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert [json.loads(Path(f"runs/mine{rate}/config.json").read_text())["options"]["p_std"] for rate in ("0.001", "0.005")] == [0.001, 0.005]
+    assert Path("seen").read_text().split() == ["0.001", "0.001", "0.005", "0.005"]

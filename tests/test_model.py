@@ -768,3 +768,57 @@ def test_names_of_files_and_folders(tmp_path, monkeypatch):
     with pytest.raises(data.UsageError) as error:
         model.load_experiment("nope")
     assert "mean_colour" in str(error.value) and "_compare" not in str(error.value) and "and to 03_train.py the rows that its --help names" in str(error.value)
+
+# ---- What refusals say, whole ----------------------------------------------------------------------------------------
+def said(call_it, *args, **more):
+    with pytest.raises(ValueError) as error:
+        call_it(*args, **more)
+    return str(error.value)
+
+def test_whole_lines_about_configurations():
+    assert said(model.JiTConfig, image_size=17, patch_size=4) == "image size 17 is not a multiple of patch size 4"
+    assert said(model.JiTConfig, hidden_size=36, num_heads=2) == ("hidden size 36 is not a multiple of 4 x 2 heads: channels turn in pairs, half of a head's with the row and half with the column")
+    assert said(model.JiTConfig, patch_embed="nonlinear", bottleneck_dim=0) == "a nonlinear patch embedding needs a bottleneck (--bottleneck-dim) to put the SiLU in"
+
+def test_whole_lines_about_experiments(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert said(model.load_experiment, "nope").startswith(f"--experiment nope: there is no {model.EXPERIMENTS_FOLDER / 'nope.py'}; known are both_ffn, collapse, ")
+    Path("own.py").write_text("1 / 0\n")
+    assert said(model.load_experiment, "own.py") == f"--experiment own.py: ZeroDivisionError: division by zero ({tmp_path.resolve() / 'own.py'}, line 1)"
+    assert said(model.load_recorded, ["/lab/x"], "runs/r") == ("runs/r was made with an experiment of your own: pass --experiment /lab/x again (04_sample.py also takes it from a new place; "
+                                                              "a file never makes us run code from outside the project)")
+
+def test_whole_lines_about_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("deep").mkdir(), Path("deep/notes.pt").write_text("x")
+    assert said(model.read_checkpoint, "deep/notes.pt") == "deep/notes.pt is not a checkpoint: no access, damaged, not written by torch.save (1.6 or newer), or holding more than tensors and plain values"
+    torch.save({"a": 1}, "deep/other.pt")
+    assert said(model.read_checkpoint, "deep/other.pt") == "deep/other.pt is not a JiT checkpoint: it holds neither ema nor model_ema1"
+    assert said(model.read_checkpoint, "deep/gone.pt") == "no checkpoint at deep/gone.pt: train one first (python 03_train.py), or is the name another?"
+    weights = randomised(model.JiTConfig(**TINY)).state_dict()
+    torch.save({"config": TINY, "ema": [weights] * 2}, "deep/a.pt")
+    assert said(model.load_network, "deep/a.pt", 3) == "deep/a.pt cannot be used: --ema 3: its averaged weights are numbered 0 to 1, and -1 stands for the raw weights, which it does not hold"
+    weights["y_embedder.embedding_table.weight"][0, 0] = math.inf
+    torch.save({"config": TINY, "ema": [weights]}, "deep/a.pt")
+    assert said(model.load_network, "deep/a.pt") == "deep/a.pt cannot be used: weight y_embedder.embedding_table.weight holds NaN or infinity"
+
+    def full(*_):
+        raise OSError("No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    assert said(model.save, {}, Path("deep/b.pt")) == "cannot write deep/b.pt (No space left on device); what was there is intact: make room, and give the same command again"
+    Path("deep/mine.png").write_bytes(b"x")
+    assert said(model.save_picture, Path("deep/mine.png"), None) == "deep/mine.png is there, and was not drawn by these scripts: move it away"
+
+def test_whole_lines_about_devices(monkeypatch):
+    def out_of_memory():
+        with model.torchs_errors():
+            raise MemoryError
+    assert said(out_of_memory) == "out of memory: pass a smaller --micro-batch or --batch-size"
+    for name, value in (("RANK", "5"), ("LOCAL_RANK", "3"), ("WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True), monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    def second_machine():
+        with model.device_and_processes("cuda"):
+            pass
+    assert said(second_machine) == "--device cuda: GPU 3 is asked for, this machine has 2: start fewer processes, or leave it out"

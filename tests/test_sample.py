@@ -623,3 +623,16 @@ def test_a_long_list_of_names_is_cut():
 
 def test_a_name_with_a_line_break_is_that_name():
     assert sample.parse_labels('"a\nb",x', 3, ["a\nb", "ab", "x"], 3) == [0, 2, 0] and sample.parse_labels("ab\nx\n", 2, ["a\nb", "ab", "x"], 3) == [1, 2]
+
+def test_whole_lines_about_sampling(run, capsys):
+    net = randomised(model.JiTConfig(**TINY))
+    for solver, steps in (("heun", 0), ("rk4", 3)):
+        with pytest.raises(data.UsageError) as error:
+            sample.generate(net, torch.zeros(1, 3, 16, 16), torch.tensor([0]), solver=solver, steps=steps)
+        assert str(error.value) == f"solver {solver!r}, {steps} steps: give one of heun, euler, ddim, ddpm, and at least 1 step"
+    with pytest.raises(data.UsageError) as error:
+        sample.parse_labels("ring,moon", 2, ["ring", "star"], 2)
+    assert str(error.value) == "--labels: 'moon' is not a class; ids: id:0 to id:1, names are ring, star"
+    draw("deep/a", "--seed", 5, num=3)
+    assert capsys.readouterr().out == "deep/a: 3 images, heun 4 steps, shift 1, w 2.0, seed 5: deep/a-grid.png\n"
+    assert call(sample, "--run", "r", "--trajectory", "--steps", 1, "--amp", "off") == 0 and capsys.readouterr().out == "look at runs/r/trajectory.png\n"

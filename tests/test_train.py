@@ -1425,3 +1425,49 @@ def test_a_bare_name_to_begin_with_is_a_run_before_it_is_a_file(work, capsys):
     Path("base").write_text("notes")
     assert call(train, *TINY_FLAGS, "--steps", 2, "--init", "base", "--run", "a") == 0
     assert call(train, *TINY_FLAGS, "--steps", 2, "--init", "./base", "--run", "b") == 1 and "base is not a checkpoint" in capsys.readouterr().err
+
+# ---- What refusals say, whole ----------------------------------------------------------------------------------------
+def said(call_it, *args, **more):
+    with pytest.raises(ValueError) as error:
+        call_it(*args, **more)
+    return str(error.value)
+
+def test_whole_lines_about_settings(there):
+    Path("none.py").write_text("x = 1"), Path("bad.py").write_text("SETTINGS = {'run': 'x'}"), Path("odd.py").write_text("SETTINGS = {'lr': -1}")
+    for last, words in (("none.py", "--experiment none.py: the file has no dict SETTINGS"), ("bad.py", "--experiment bad.py: SETTINGS cannot say run: it is a flag, or known from the data"),
+                        ("odd.py", "--experiment odd.py: lr -1: give a number in (0, inf)")):
+        assert said(lambda: list(train.experiment_settings(f"exp3,{last}"))) == words
+    assert said(settled, META, "--num-classes", 5) == "--num-classes 5: the data set has 2; 0: without classes"
+    assert said(settled, META | {"size": 16, "channels": 4, "coder": {}}, "--aux", "rotation") == "--aux rotation is for images, not for latents"
+    assert said(settled, META | {"size": 58}, "--preset", "photos") == "images of 58 pixels cannot be cut into about 16 x 16 patches: pack them at --size 64, or give a --patch-size"
+    assert said(settled, META | {"size": 256}, "--preset", "photos", "--batch-size", 257) == "--batch-size 257 cannot be cut into micro-batches of 16 for 1 process(es): give a multiple of 16, or another --micro-batch"
+    assert said(settled, META, "--batch-size", 7, world=2) == "--batch-size 7 cannot be cut into micro-batches of 3 for 2 process(es): give a multiple of 6, or another --micro-batch"
+
+def test_whole_lines_about_runs(work, capsys):
+    assert said(train.checkpoint_of, Path("runs/r"), True, False) == "--resume: there is no runs/r/checkpoint.pt, or --overwrite is given too; leave --resume out to begin"
+    Path("runs/r").mkdir(parents=True), Path("runs/r/notes").touch()
+    assert said(train.checkpoint_of, Path("runs/r"), False, False) == "runs/r holds files but no checkpoint.pt: pass --run NAME, or --overwrite to move it aside"
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "./lab/a") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "lab/a/checkpoint.pt after step 2; look at lab/a/preview and loss.png, then run 04_sample.py --run ./lab/a"
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "./lab/a") == 0
+    assert capsys.readouterr().out == "lab/a is finished (step 2); nothing to do. Train longer with --resume --steps N, anew with --overwrite\n"
+    for flags, words in ((["--resume", "--steps", 1], "1 steps: the run in lab/a is at step 2 already"),
+                         ([*TINY_FLAGS, "--steps", 2, "--seed", 7], "lab/a was made with other settings (seed 0, now 7): pass --run NAME for a new run, --overwrite, or, to go on with other steps, epochs, lr or amp, --resume")):
+        assert call(train, *flags, "--run", "./lab/a") in (1, 2) and capsys.readouterr().err.endswith(f"error: {words}\n")
+    options, config, arrays = settings("--steps", 99)
+    trainer = train.Trainer(options, config, torch.device("cpu"))
+    assert said(train.restore, trainer, train.training_state(trainer) | {"rows": None, "skipped": "x"}, "runs/r").startswith("the checkpoint of runs/r is damaged (")
+    recorder = recorder_of(trainer, arrays)
+    trainer.bad.fill_(10)
+    trainer.step = 10
+    assert said(recorder.after_step) == ("numbers are no longer finite at step 10 (10 gradients in a row): runs/x/checkpoint.pt is from before; go on with --resume and a lower --lr than 0.001, "
+                                         "or with another --amp; if that ends so, too, it was too late: --overwrite")
+
+def test_every_average_is_saved_and_restored(work):
+    options, config, arrays = settings("--steps", 99, "--ema", "0.5,0.9,0.99")
+    first, second = (train.Trainer(options, config, torch.device("cpu")) for _ in range(2))
+    run_steps(first, arrays, 12)
+    train.restore(second, train.training_state(first), "a run")
+    assert len(second.ema) == 3 and all(torch.equal(a, b) for one, two in zip(first.ema, second.ema) for a, b in zip(one.values(), two.values()))
+    name = "blocks.0.attn.qkv.weight"
+    assert not torch.equal(second.ema[0][name], second.ema[1][name]) and len(train.sampling_state(first)["ema"]) == 3
