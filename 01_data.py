@@ -97,7 +97,7 @@ def open_data(folder):
     folder = Path(folder)
     if not (folder / "meta.json").is_file():
         raise ValueError(f"no data set at {folder}: make it first (python 01_data.py --name {folder.name} ...; "
-                         "python 01_data.py alone draws data/shapes; latents come from tests/experiments/)")
+                         "python 01_data.py alone draws data/shapes; latents: tests/experiments/), or give its place")
     try:
         meta = load_json(folder / "meta.json", id=str, size=int, classes=list, counts=dict, recipe=dict)
         side = meta["size"]
@@ -495,7 +495,8 @@ def parse(argv, description, *classes, shown={}):
         if entry.type is bool:
             how = {"action": "store_true" if entry.default is False else argparse.BooleanOptionalAction}
         elif entry.type is tuple:
-            how, default = {"type": numbers}, str(default).strip("()[],").replace(" ", "")
+            how = {"type": numbers}
+            default = str(default).strip("()[],").replace(" ", "")
         elif entry.type is list:
             how = {"nargs": "+"}
         group.add_argument(flag(name), help=help_text(about, default), **how)
@@ -670,7 +671,8 @@ def class_picture(labels, names, image_of):
     image_of(i) -> (H,W,3) uint8.
     """
     if len(set(labels)) == 1:
-        labels, names = np.arange(len(labels)) % 10, [""] * 10
+        labels = np.arange(len(labels)) % 10
+        names = [""] * 10
     shown = np.unique(labels)[:10]
     columns = [np.flatnonzero(np.equal(labels, label))[:8] for label in shown]
     titles = [names[label] if label < len(names) else label for label in shown]
@@ -679,7 +681,7 @@ def class_picture(labels, names, image_of):
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
 SET_FILES = ("train_images.npy", "train_labels.npy", "val_images.npy", "val_labels.npy", "preview.png", "skipped.txt",
-             "coder.pt", "reconstructions.npz", "meta.json", "*.jit-part",
+             "coder.pt", "reconstructions.npz", "meta.json", "*.jit-part", ".DS_Store",         # the last: a Mac's
              "classifier-????????.*.npz", "statistics-*????????-????????.npz")           # the last two: 05's
 
 @dataclass

@@ -348,7 +348,8 @@ class JiT(nn.Module):
 
     def forward(self, z, t, y, tap=None):
         """See the class.  experiment: with tap=k returns (prediction, the image tokens after block k), for a head."""
-        t_emb, y_emb = self.t_embedder(t), self.y_embedder(y)                                      # B D
+        t_emb = self.t_embedder(t)                                                                 # B D
+        y_emb = self.y_embedder(y)                                                                 # B D
         c = (t_emb + y_emb)[:, None]                                                               # B 1 D
         tokens = self.x_embedder(z) + self.pos_embed                                               # B N D
         tokens, tapped = self.transform(tokens, c, y_emb, tap)                                     # B N D
@@ -556,7 +557,7 @@ def build(config):
 
 # ---- Experiments: files that add rows to the registries --------------------------------------------------------------
 EXPERIMENTS_FOLDER = Path(__file__).resolve().parent / "tests/experiments"
-LOADED = {}                                               # {path: module}; a script that begins in a notebook clears it
+LOADED = {}                                               # {path: module}
 
 def experiment_name(name):
     """The name of a file of tests/experiments/; of another file its absolute path."""

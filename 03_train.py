@@ -28,7 +28,10 @@ from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 
-data, model = import_module("01_data"), import_module("02_model")       # first: 02 says how torch's threads wait
+if __name__ == "__main__":
+    sys.modules.pop("02_model", None)                     # in a notebook: with what the last run's experiments added
+data = import_module("01_data")
+model = import_module("02_model")                         # before torch: it says how torch's threads wait
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -585,7 +588,7 @@ class Options:
     steps: int = option(None, "optimizer steps; they take precedence over --epochs", "[1, inf)")
     epochs: float = option(600.0, "passes over the data", "(0, inf)")
     seed: int = option(0, "of weights, data order and noise", "[0, inf)")
-    init: str = option(None, "begin with network and averaged weights of runs/NAME, a folder, or a checkpoint file")
+    init: str = option(None, "begin with weights, and the sizes of the network, of runs/NAME, a folder, or a file")
     model: str = option("JiT-B/16", "row of MODELS in 02_model.py; the flags under `network` override parts of it",
                         choices=lambda: model.MODELS)
     loss: str = option("v", "space of the squared error", choices=lambda: ("x", "e", "v"), group="objective")
@@ -878,5 +881,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.modules["03_train"] = sys.modules[__name__]       # subtle: experiments import this module, not a second one
-    model.LOADED.clear()
     sys.exit(data.run(main))

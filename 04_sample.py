@@ -18,7 +18,10 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 
-data, model = import_module("01_data"), import_module("02_model")       # first: 02 says how torch's threads wait
+if __name__ == "__main__":
+    sys.modules.pop("02_model", None)                     # in a notebook: with what the last run's experiments added
+data = import_module("01_data")
+model = import_module("02_model")                         # before torch: it says how torch's threads wait
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -221,7 +224,7 @@ def parse_labels(text, num, classes, num_classes):
 # ---- Writing: a folder of PNG files that knows its settings ----------------------------------------------------------
 PARTS = ("*.jit-part",)                                   # left by a kill
 SAMPLE_FILES = ("[0-9][0-9][0-9][0-9][0-9][0-9][0-9].png", "samples.json", "samples.npz",
-                "samples.npz-metrics.json", "arr_0.npy", *PARTS)                           # the metrics are 05's
+                "samples.npz-metrics.json", "arr_0.npy", ".DS_Store", *PARTS)              # the metrics are 05's
 
 def file_of(out, i):
     return out / f"{i:07d}.png"
@@ -378,5 +381,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.modules["04_sample"] = sys.modules[__name__]      # subtle: experiments import this module, not a second one
-    model.LOADED.clear()
     sys.exit(data.run(main))

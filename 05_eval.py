@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-data, model = import_module("01_data"), import_module("02_model")       # first: 02 says how torch's threads wait
+data = import_module("01_data")
+model = import_module("02_model")                         # before torch: it says how torch's threads wait
 import numpy as np
 import torch
 import torch.nn as nn
@@ -244,10 +245,12 @@ def load_inception(path):
     """(network, name of its score, hash of the weights).  Another file than the published one names its score."""
     try:
         if path is None:
-            digest, state = WEIGHTS_HASH, torch.hub.load_state_dict_from_url(
-                WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True)
+            digest = WEIGHTS_HASH
+            state = torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", check_hash=True,
+                                                       weights_only=True)
         else:
-            digest, state = data.file_hash(path, "sha256")[:8], torch.load(path, map_location="cpu", weights_only=True)
+            digest = data.file_hash(path, "sha256")[:8]
+            state = torch.load(path, map_location="cpu", weights_only=True)
         net = Inception(state)
         net(torch.zeros(1, 8, 8, 3, dtype=torch.uint8))   # all names, all shapes
     except Exception as error:
@@ -378,7 +381,7 @@ class ImageSet:
         else:
             files = data.list_images(path) if path.is_dir() else []
             if not files:
-                raise ValueError(f"no images at {path}: make samples first (python 04_sample.py), or the data set")
+                raise ValueError(f"no images at {path}: make samples first (python 04_sample.py), or pass --reference")
             self.images = ImageFiles(files)
             if (path / "samples.json").exists():
                 self.record = data.load_json(path / "samples.json", labels=list, classes=list)
@@ -506,20 +509,19 @@ def report(result):
             print(f"{title.format(**result):32s} {result[name]:10.4f}{spread}   ({about.format(**result)})")
     for metric, reason in result["left_out"].items():
         print(f"{metric:32s}   left out   ({reason})")
-    n = result["n_generated"]
-    judge = result.get("class_accuracy_real")
-    if n < 2048:
-        model.warn(f"{n} images are few: {result['score']} is biased upwards and only comparable at the same N")
-    if result["features"] == "classifier" and (judge or 0) <= 0.5:
-        model.warn(f"the classifier is right on {judge or 'no share'} of held-out real images: neither its features "
-                   "nor its class accuracy are to be trusted")
+    if result["n_generated"] < 2048:
+        model.warn(f"{result['n_generated']} images are few: {result['score']} is biased upwards and only comparable "
+                   "at the same N")
+    if result["features"] == "classifier" and result.get("class_accuracy_real", 0) <= 0.5:
+        model.warn(f"the classifier is right on {result.get('class_accuracy_real', 'no share')} of held-out real "
+                   "images: neither its features nor its class accuracy are to be trusted")
 
 def print_table(files, out):
     """--table: a line per result, with the settings in which they differ; with --out a curve over the first of them."""
     results = [data.load_json(Path(file), score=str, n_generated=int, sampling=dict) for file in files]
     refuse(len({(result["score"], result.get("n_real"), result.get("reference_id")) for result in results}) > 1,
            f"{', '.join(files)} cannot be compared: they differ in features or reference")
-    rows = [{"file": Path(file).name} | result["sampling"] | result for file, result in zip(files, results)]
+    rows = [{"file": file} | result["sampling"] | result for file, result in zip(files, results)]
     varied = [k for k in rows[0]["sampling"] if k != "weights" and len({str(row.get(k)) for row in rows}) > 1]
     columns = ["file", *varied, "n_generated", *SCORES, "class_accuracy"]
     print(" | ".join(columns))

@@ -1057,7 +1057,7 @@ def test_images_are_enlarged_by_whole_numbers(size, side):
 def test_scores_beside_a_data_set_are_ours_and_others_are_not(there, capsys):
     flags = ["--size", 8, "--count", 100, "--workers", 1]
     assert call(data, *flags) == 0
-    Path("data/shapes/statistics-val-0123abcd-01234567.npz").touch()
+    Path("data/shapes/statistics-val-0123abcd-01234567.npz").touch(), Path("data/shapes/.DS_Store").touch()          # a Mac's
     assert call(data, *flags, "--overwrite") == 0
     for name in ("classifier-mine.npz", "statistics-imagenet.npz", "x.jit-part", "preview.png"):
         place = Path("data/shapes", name)
@@ -1212,7 +1212,7 @@ def said(call_it, *args):
     return str(error.value)
 
 def test_whole_lines_about_data_sets(there, capsys):
-    assert said(data.open_data, "data/cats") == ("no data set at data/cats: make it first (python 01_data.py --name cats ...; python 01_data.py alone draws data/shapes; latents come from tests/experiments/)")
+    assert said(data.open_data, "data/cats") == ("no data set at data/cats: make it first (python 01_data.py --name cats ...; python 01_data.py alone draws data/shapes; latents: tests/experiments/), or give its place")
     assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--name", "set") == 0
     assert capsys.readouterr().out == "data/set: 100 training and 100 held-out images, 16 x 16, 10 classes (circle, square, triangle, star, heart, cross, moon, arrow, ring, drop); look at data/set/preview.png\n"
     assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--name", "set") == 0

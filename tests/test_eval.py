@@ -999,7 +999,7 @@ def test_whole_lines_about_image_sets(work, capsys):
     np.savez("deep/good.npz", arr_0=images_of(9, 16)), Path("deep/cut.npz").write_bytes(b"PK")
     shutil.copytree("deep/mixed", "deep/made"), Path("deep/made/samples.json").write_text('{"labels": [1, 2, 0], "classes": []}')
     for name, words in (("mixed", "deep/mixed/b.png has the shape (16, 17, 3), others have (16, 16, 3): all images of a set must have one size"),
-                        ("void", "no images at deep/void: make samples first (python 04_sample.py), or the data set"),
+                        ("void", "no images at deep/void: make samples first (python 04_sample.py), or pass --reference"),
                         ("few.npz", "deep/few.npz: arr_1 is float64 (9, 2); it must hold one class id per image"), ("stats.npz", "deep/stats.npz holds statistics only: they serve as --reference"),
                         ("other.npz", "deep/other.npz holds neither images (arr_0) nor statistics (mu, sigma)"), ("cut.npz", "deep/cut.npz is not a readable npz file ("),
                         ("made", "deep/made holds 2 images and labels for 3: finish it by the same 04_sample.py command, and leave no other images there")):
@@ -1014,5 +1014,7 @@ def test_whole_lines_about_results(scored, capsys):
     assert call(evaluate) == 1 and capsys.readouterr().err.endswith("error: data/shapes was packed anew since the network of runs/shapes/samples was trained: pass --reference ./data/shapes to compare them all the same\n")
     for w in (1, 2):
         Path(f"{w}.json").write_text(json.dumps({"score": "FD", "n_real": 9, "n_generated": 9, "fd": float(w), "sampling": {"cfg": w}}))
-    Path("deep").mkdir()
-    assert call(evaluate, "--table", "1.json", "2.json", "--out", "deep/c.png") == 0 and capsys.readouterr().out.endswith("\nlook at deep/c.png\n")
+    Path("deep").mkdir(), Path("1.json").rename("deep/1.json")
+    assert call(evaluate, "--table", "deep/1.json", "2.json", "--out", "deep/c.png") == 0
+    out = capsys.readouterr().out
+    assert out.endswith("\nlook at deep/c.png\n") and "\ndeep/1.json | 1 | " in out and "\n2.json | 2 | " in out         # two metrics.json can be told apart

@@ -1210,8 +1210,14 @@ def test_a_notebook_runs_a_script_again_with_its_experiments(work):
         own = f"open('seen', 'a').write('{rate} ')\nSETTINGS = {{'p_std': {rate}}}"
         lines += [f"open('mine.py', 'w').write({own!r})", f"run(train, *tiny, '--experiment', './mine.py', '--run', 'mine{rate}')"]
         lines += [f"run({str(ROOT / '04_sample.py')!r}, '--run', 'mine{rate}', '--experiment', './mine.py', '--num', '2', '--steps', '1')"]
+    Path("other.py").write_text("import importlib\nm = importlib.import_module('02_model')\nm.FFNS['swiglu'] = m.bottleneck_ffn\nSETTINGS = {'ffn': 'swiglu'}\n")
+    for name, more in (("before", ""), ("other", ", '--experiment', 'other.py'"), ("after", "")):
+        lines.append(f"run(train, *tiny, '--run', {name!r}{more})")
+    lines.append(f"run({str(ROOT / '04_sample.py')!r}, '--run', 'before', '--num', '2', '--steps', '1')")
     Path("cells.py").write_text("\n".join(lines))
     done = subprocess.run([sys.executable, "cells.py"], cwd=work, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert [json.loads(Path(f"runs/mine{rate}/config.json").read_text())["options"]["p_std"] for rate in ("0.001", "0.005")] == [0.001, 0.005]
+    before, other, after = (model.read_checkpoint(f"runs/{name}/checkpoint.pt")["model"].keys() for name in ("before", "other", "after"))
+    assert before == after != other                       # what other.py put in place of JiT's FFN is gone
     assert Path("seen").read_text().split() == ["0.001", "0.001", "0.005", "0.005"]

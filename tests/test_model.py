@@ -580,6 +580,8 @@ def test_the_script_prints_the_table_and_walks_the_smallest_network_of_64_pixels
     said = capsys.readouterr().out
     assert said.startswith("model ") and "One batch through JiT-T/16:" in said and "2 x 3 x 64 x 64" in said and "2 x 3 x 32 x 32" not in said
     assert said.splitlines()[1].split()[1:6] == ["32", "8", "192", "6", "3"]
+    counts = [f"{model.count_parameters(model.JiTConfig(**row)):,d}" for row in model.MODELS.values()]
+    assert [line.split()[6] for line in said.splitlines()[1:3]] == counts and counts[0] != counts[1]
 
 def test_a_device_that_this_machine_lacks_is_not_offered(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)

@@ -572,6 +572,8 @@ def test_half_a_picture_has_no_name(run, monkeypatch):
 
 def test_a_foreign_file_among_our_samples_is_not_touched(run, capsys):
     draw("a", num=3)
+    Path("a/.DS_Store").write_text("a Mac's, that has looked at the pictures")
+    draw("a", num=3)
     Path("a/notes.md").write_text("mine")
     for flags in ([], ["--overwrite", "--seed", 1]):
         assert call(sample, "--run", "r", "--num", 3, "--amp", "off", "--out", "a", *flags) == 1 and "holds notes.md" in capsys.readouterr().err
@@ -614,6 +616,7 @@ def test_a_compiled_network_lies_on_the_device(monkeypatch):
     net.config = model.JiTConfig(**TINY)
     net.to = lambda device: moved.append(device) or net
     monkeypatch.setattr(torch, "compile", lambda net: (net, len(moved)))
+    assert sample.Sampler(net, [0], 0, {}, "fp16", torch.device("cpu")).autocast.fast_dtype == torch.float16 and not moved.clear()
     assert sample.Sampler(net, [0], 0, {}, "off", torch.device("cpu"), True).net == (net, 1) and moved == [torch.device("cpu")]
 
 def test_a_long_list_of_names_is_cut():

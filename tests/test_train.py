@@ -1471,3 +1471,7 @@ def test_every_average_is_saved_and_restored(work):
     assert len(second.ema) == 3 and all(torch.equal(a, b) for one, two in zip(first.ema, second.ema) for a, b in zip(one.values(), two.values()))
     name = "blocks.0.attn.qkv.weight"
     assert not torch.equal(second.ema[0][name], second.ema[1][name]) and len(train.sampling_state(first)["ema"]) == 3
+
+def test_files_in_a_list_of_experiments_become_absolute(there):
+    Path("lab").mkdir(), Path("lab/plain.py").write_text("SETTINGS = {}\n")
+    assert train.read_flags(["--experiment", "lab/plain.py,exp3"])["experiment"] == f"{there.resolve()}/lab/plain.py,exp3"
