@@ -114,7 +114,7 @@ def open_data(folder):
             if len(labels) and not 0 <= labels.min() <= labels.max() < max(1, classes):
                 raise ValueError(f"a label in {split}_labels.npy is outside 0..{classes - 1}")
             arrays[split] = images, labels
-    except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
+    except Exception as error:                            # numpy raises many kinds
         raise ValueError(f"the data set at {folder} cannot be read ({error}): if it is damaged or outdated, delete the "
                          "folder, and pack it again")
     return meta, arrays
@@ -692,7 +692,7 @@ class Options:
     count: int = option(20000, "shapes: number of training images", "[100, 10000000]")
     fraction: float = option(1.0, "keep this part of the training images, drawn with --seed", "(0, 1]")
     val_fraction: float = option(0.1, "folder without val/ or test/: part held out", "(0, 1)")
-    seed: int = option(0, "of drawing, --fraction and hold-out", "[0, inf)")
+    seed: int = option(0, "of drawing, --fraction and hold-out", "[0, 1e18]")
     name: str = option(None, "the data set's name (default: the source)", group="where and how")
     out: Path = option(Path("data"), "folder of data sets; 03_train.py then needs --data OUT/NAME")
     workers: int = option(os.cpu_count(), "threads that draw or decode", "[1, inf)")

@@ -36,7 +36,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,7 +49,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-data = import_module("01_data")                           # a name that begins with a digit cannot follow `import`
+data = importlib.import_module("01_data")                 # a name that begins with a digit cannot follow `import`
 option, refuse = data.option, data.refuse
 
 # ---- The line from noise to data ------------------------------------------------------------- (JiT eq. 1 and 2) ----
@@ -77,8 +76,8 @@ class JiTConfig:
     num_heads: int = option(12, "heads of the attention", "[1, inf)")
     mlp_ratio: float = option(4.0, "inner width of the FFN, in hidden sizes", "(0, 1000]")
     num_classes: int = option(1000, "id num_classes is the null class; 0: no classes (default: the data's)", "[0, inf)")
-    bottleneck_dim: int = option(128, "width between the two maps of the patch embedding; 0: one map", "[0, inf)")
-    in_context_len: int = option(32, "class tokens put in front of the image tokens; 0: none", "[0, inf)")
+    bottleneck_dim: int = option(128, "width between the two maps of the patch embedding; 0: one map", "[0, 100000]")
+    in_context_len: int = option(32, "class tokens put in front of the image tokens; 0: none", "[0, 100000]")
     in_context_start: int = option(4, "the block before which they are put there", "[0, inf)")
     dropout: float = option(0.0, "on attention output and FFN of the middle half of the blocks", "[0, 1)")
     noise_scale: float = option(1.0, "k, the noise's std (default: image size / 256, at least 1)", "(0, 1000]")
@@ -260,9 +259,11 @@ class Attention(nn.Module):
         """q, k and v of every head, q and k normalised and rotated."""
         qkv = self.qkv(x).unflatten(-1, (3, -1, self.head_dim))                                    # B L 3 h d
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                                       # B h L d, each
-        q, k = self.q_norm(q), self.k_norm(k)
+        q = self.q_norm(q)
+        k = self.k_norm(k)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q = rotate(q, *rope)
+            k = rotate(k, *rope)
         return q.to(v.dtype), k.to(v.dtype), v
 
 class SwiGLU(nn.Module):

@@ -587,7 +587,7 @@ class Options:
     run: str = option(None, "runs/NAME, or a folder (default: PRESET, or PRESET-EXPERIMENT)", resumable=True)
     steps: int = option(None, "optimizer steps; they take precedence over --epochs", "[1, inf)")
     epochs: float = option(600.0, "passes over the data", "(0, inf)")
-    seed: int = option(0, "of weights, data order and noise", "[0, inf)")
+    seed: int = option(0, "of weights, data order and noise", "[0, 1e18]")
     init: str = option(None, "begin with weights, and the sizes of the network, of runs/NAME, a folder, or a file")
     model: str = option("JiT-B/16", "row of MODELS in 02_model.py; the flags under `network` override parts of it",
                         choices=lambda: model.MODELS)

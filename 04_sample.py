@@ -195,7 +195,7 @@ class Sampler:
     def pictures(self, x):
         """Images or latents -> uint8 (B,H,W,3).  Raises ValueError if a number in them is none."""
         if not torch.isfinite(x).all():
-            raise ValueError("the network, with these settings, makes numbers that are not finite: nothing is written")
+            raise ValueError("the network, with these settings, makes numbers that are not finite: no picture of them")
         return model.to_pictures(x, self.coder)
 
 def parse_labels(text, num, classes, num_classes):
@@ -222,9 +222,8 @@ def parse_labels(text, num, classes, num_classes):
     return [ids[i % len(ids)] for i in range(num)]
 
 # ---- Writing: a folder of PNG files that knows its settings ----------------------------------------------------------
-PARTS = ("*.jit-part",)                                   # left by a kill
 SAMPLE_FILES = ("[0-9][0-9][0-9][0-9][0-9][0-9][0-9].png", "samples.json", "samples.npz",
-                "samples.npz-metrics.json", "arr_0.npy", ".DS_Store", *PARTS)              # the metrics are 05's
+                "samples.npz-metrics.json", "arr_0.npy", ".DS_Store", "*.jit-part")         # the metrics are 05's
 
 def file_of(out, i):
     return out / f"{i:07d}.png"
@@ -240,7 +239,7 @@ def check_folder(out, record, overwrite):
     """Raise ValueError if the folder holds anything but samples made with these settings."""
     ours = (out / "samples.json").exists()
     if out.exists():
-        data.only_ours(out, SAMPLE_FILES if ours else PARTS, "choose another --out")
+        data.only_ours(out, SAMPLE_FILES if ours else ("*.jit-part",), "choose another --out")
     if ours:
         old = asdict(Settings()) | data.load_json(out / "samples.json", weights=str)       # may lack one
         if not overwrite:
@@ -331,7 +330,7 @@ class Options:
     ema: int = option(0, "which averaged weights, 0 = the first; -1 = the raw ones", "[-1, inf)")
     num: int = option(1000, "number of images", "[1, 10000000]")
     labels: str = option(None, "ids or names, which take turns, as 3,7 or star (default: all)")
-    seed: int = option(0, "image i is a function of (seed, i)", "[0, inf)")
+    seed: int = option(0, "image i is a function of (seed, i)", "[0, 1e18]")
     out: Path = option(None, "folder of images (default: samples, in the run's folder)", group="output")
     npz: bool = option(False, "also pack samples.npz (arr_0 uint8 NHWC, arr_1 labels), as ADM's evaluator reads it")
     trajectory: bool = option(False, "only draw z_t over time and what the network predicts")

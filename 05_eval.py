@@ -386,7 +386,8 @@ class ImageSet:
             if (path / "samples.json").exists():
                 self.record = data.load_json(path / "samples.json", labels=list, classes=list)
                 self.labels = np.array(self.record.pop("labels"))
-                if self.labels.shape != (len(files),) or self.labels.dtype.kind != "i":
+                whole = files[-1].endswith(f"{len(files) - 1:07d}.png")
+                if self.labels.shape != (len(files),) or self.labels.dtype.kind != "i" or not whole:
                     raise ValueError(f"{path} holds {len(files)} images and labels for {self.labels.size}: finish it "
                                      "by the same 04_sample.py command, and leave no other images there")
 

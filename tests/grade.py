@@ -179,6 +179,7 @@ def refuse_foreign(path):
 
 def write(path, text):
     part = path.with_name(path.name + ".jit-part")
+    part.unlink(missing_ok=True)                          # if it is a link, what it leads to is not ours
     part.write_text(text)
     os.replace(part, path)
 
@@ -208,6 +209,7 @@ def grade_class(folder, exercises, limit, out):
         said = set(failed.values())
         reason = said.pop().partition("\n")[0] if len(said) == 1 else ", ".join(failed)
         print(f"{name:<24}{results['score']:>6g} of {sum(exercise.points for exercise in exercises)}   {reason}".rstrip(), flush=True)
+    (out / "points.csv.jit-part").unlink(missing_ok=True)
     with open(out / "points.csv.jit-part", "w", newline="") as file:
         csv.writer(file).writerows([["name", "total", *(exercise.name for exercise in exercises)], *sorted(rows)])
     os.replace(out / "points.csv.jit-part", out / "points.csv")

@@ -287,3 +287,9 @@ def test_a_head_is_judged(tmp_path, monkeypatch, capsys):
     for numbers, code, word in (((0.3, 1.0), 0, "accepted"), ((0.4, 1.0), 1, "not accepted"), ((0.0, 0.0), 1, "not accepted")):
         monkeypatch.setattr(grade, "judge", lambda head: numbers)
         assert grade.main(["--head", "my_head.py"]) == code and f": {word}: " in capsys.readouterr().out
+
+def test_marks_are_not_written_through_a_link(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    (tmp_path / "a.json.jit-part").symlink_to("thesis.txt")
+    grade.write(tmp_path / "a.json", "{}")
+    assert (tmp_path / "thesis.txt").read_text() == "mine" and (tmp_path / "a.json").read_text() == "{}"

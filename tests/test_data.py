@@ -1296,3 +1296,9 @@ def test_what_stopped_a_script_is_said(capsys):
     def main():
         raise KeyboardInterrupt("stopped at step 7; the same command goes on there")
     assert data.run(main) == 130 and capsys.readouterr().err.endswith(": error: stopped at step 7; the same command goes on there\n")
+
+@pytest.mark.parametrize("damage_", [b"PK\x03\x04junk", b"\x93NUMPY\x01\x006\x00{'descr", b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<i8', 'fortran_order': False, 'shape': (9999999999999999,)}".ljust(117) + b"\n"], ids=["zip", "header", "endless"])
+def test_whatever_numpy_raises(there, damage_):
+    assert call(data, "--size", 8, "--count", 100, "--workers", 1) == 0
+    Path("data/shapes/val_labels.npy").write_bytes(damage_)
+    assert said(data.open_data, "data/shapes").startswith("the data set at data/shapes cannot be read (")

@@ -536,9 +536,8 @@ def test_nothing_is_cached_in_a_folder_of_the_users(there):
     Path("mine/deep").mkdir(parents=True)
     for i, image in enumerate(images_of(9)):
         Image.fromarray(image).save("mine/deep/8.jpg" if i == 8 else f"mine/{i}.png")
-    Path("mine/samples.json").write_text(json.dumps({"labels": [0] * 9, "classes": ["a"]}))
     net = lambda x: {"features": x.float().mean(dim=(1, 2)), "logits": x[:, 0, 0].float()}
-    assert evaluate.describe_reference(evaluate.ImageSet("mine"), net, "d", torch.device("cpu"), 7)["n"] == 9 and len(list(Path("mine").iterdir())) == 10
+    assert evaluate.describe_reference(evaluate.ImageSet("mine"), net, "d", torch.device("cpu"), 7)["n"] == 9 and len(list(Path("mine").iterdir())) == 9
     Path("mine/samples.json").write_text(json.dumps({"labels": ["a"] * 9, "classes": ["a"]}))
     with pytest.raises(ValueError, match="labels for 9"):
         evaluate.ImageSet("mine")
@@ -1018,3 +1017,7 @@ def test_whole_lines_about_results(scored, capsys):
     assert call(evaluate, "--table", "deep/1.json", "2.json", "--out", "deep/c.png") == 0
     out = capsys.readouterr().out
     assert out.endswith("\nlook at deep/c.png\n") and "\ndeep/1.json | 1 | " in out and "\n2.json | 2 | " in out         # two metrics.json can be told apart
+
+def test_samples_under_other_names_are_not_judged(scored, capsys):
+    Path("runs/shapes/samples/0000002.png").rename("runs/shapes/samples/zebra.png")
+    assert call(evaluate) == 1 and "leave no other images there" in capsys.readouterr().err

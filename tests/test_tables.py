@@ -107,15 +107,15 @@ def test_imagenettes_class_folders():
         f"n0{number}" for number in (1440764, 2102040, 2979186, 3000684, 3028079, 3394916, 3417042, 3425413, 3445777, 3888257)]
 
 WITHIN = {
-    data.Options: dict(size="[8, 4096]", count="[100, 10000000]", fraction="(0, 1]", val_fraction="(0, 1)", seed="[0, inf)", workers="[1, inf)"),
+    data.Options: dict(size="[8, 4096]", count="[100, 10000000]", fraction="(0, 1]", val_fraction="(0, 1)", seed="[0, 1e18]", workers="[1, inf)"),
     model.JiTConfig: dict(image_size="[1, inf)", patch_size="[1, inf)", in_channels="[1, inf)", hidden_size="[1, 100000]", depth="[1, 10000]", num_heads="[1, inf)",
-                          mlp_ratio="(0, 1000]", num_classes="[0, inf)", bottleneck_dim="[0, inf)", in_context_len="[0, inf)", in_context_start="[0, inf)",
+                          mlp_ratio="(0, 1000]", num_classes="[0, inf)", bottleneck_dim="[0, 100000]", in_context_len="[0, 100000]", in_context_start="[0, inf)",
                           dropout="[0, 1)", noise_scale="(0, 1000]"),
-    train.Options: dict(steps="[1, inf)", epochs="(0, inf)", seed="[0, inf)", p_std="(0, 100]", shift="[0.001, 1000]", label_drop="[0, 1)", aux_weight="[0, 10000]",
+    train.Options: dict(steps="[1, inf)", epochs="(0, inf)", seed="[0, 1e18]", p_std="(0, 100]", shift="[0.001, 1000]", label_drop="[0, 1)", aux_weight="[0, 10000]",
                         batch_size="[1, 1000000]", micro_batch="[1, inf)", lr="(0, inf)", warmup="[0, inf)", weight_decay="[0, 1000]", ema="[0, 1)",
                         log_every="[1, inf)", preview_every="[0, inf)", save_minutes="[0, inf)", snapshots="[0, inf)"),
     sample.Settings: dict(steps="[1, 100000]", interval="[0, 1]", t_eps="(0, 1)", shift="[0.001, 1000]"),
-    sample.Options: dict(ema="[-1, inf)", num="[1, 10000000]", seed="[0, inf)", batch_size="[1, inf)"),
+    sample.Options: dict(ema="[-1, inf)", num="[1, 10000000]", seed="[0, 1e18]", batch_size="[1, inf)"),
     evaluate.Options: dict(batch_size="[1, inf)"),
 }
 
