@@ -405,7 +405,7 @@ def folder_source(options):
 def called(names, text):
     """What a classes.txt calls the class folders, in lines like "n01440764 tench, Tinca tinca"; others keep theirs."""
     known = dict(line.strip().split(maxsplit=1) for line in text.splitlines() if len(line.split()) > 1)
-    print(f"{len(known.keys() & set(names))} of {len(names)} classes have a name there (lines: FOLDER NAME)")
+    print(f"{len(known.keys() & set(names))} of {len(names)} classes are named by a line FOLDER NAME of the list")
     names = [known.get(name, name) for name in names]
     refuse(len(set(names)) < len(names), "classes.txt: two classes have one name")
     return names
@@ -752,7 +752,7 @@ def build(options, folder, names, make, splits, pool):
             if split == "train" and empty:
                 what = f"class {names[min(empty)]}" if names else options.root
                 jobs = [job for job, label in pairs if label == min(empty)]
-                raise ValueError(f"{what} has no readable image: {len(jobs)} left by hold-out, --fraction {jobs[:1]}")
+                raise ValueError(f"{what} has no readable image of {len(jobs)} after hold-out, --fraction: {jobs[:1]}")
         if left_out:
             (part / "skipped.txt").write_text("".join(left_out), errors="replace")
             print(f"{len(left_out)} unreadable images left out, listed in skipped.txt; first: {left_out[0].strip()}")

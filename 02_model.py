@@ -575,7 +575,7 @@ def load_experiment(name):
            "and to 03_train.py the rows that its --help names")
     if path not in LOADED:
         spec = importlib.util.spec_from_file_location(f"experiment {path}", path)
-        sys.modules[spec.name] = LOADED[path] = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = LOADED[path] = importlib.util.module_from_spec(spec)        # dataclasses look there
         try:
             spec.loader.exec_module(LOADED[path])
         except (Exception, SystemExit) as error:

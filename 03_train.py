@@ -588,7 +588,7 @@ class Options:
     steps: int = option(None, "optimizer steps; they take precedence over --epochs", "[1, inf)")
     epochs: float = option(600.0, "passes over the data", "(0, inf)")
     seed: int = option(0, "of weights, data order and noise", "[0, 1e18]")
-    init: str = option(None, "begin with weights, and the sizes of the network, of runs/NAME, a folder, or a file")
+    init: str = option(None, "begin with the averaged weights, and sizes, of runs/NAME, a folder, or a checkpoint file")
     model: str = option("JiT-B/16", "row of MODELS in 02_model.py; the flags under `network` override parts of it",
                         choices=lambda: model.MODELS)
     loss: str = option("v", "space of the squared error", choices=lambda: ("x", "e", "v"), group="objective")

@@ -195,7 +195,7 @@ class Sampler:
     def pictures(self, x):
         """Images or latents -> uint8 (B,H,W,3).  Raises ValueError if a number in them is none."""
         if not torch.isfinite(x).all():
-            raise ValueError("the network, with these settings, makes numbers that are not finite: no picture of them")
+            raise ValueError("the network, with these settings, makes numbers that are not finite: no picture is made")
         return model.to_pictures(x, self.coder)
 
 def parse_labels(text, num, classes, num_classes):

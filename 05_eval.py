@@ -381,7 +381,8 @@ class ImageSet:
         else:
             files = data.list_images(path) if path.is_dir() else []
             if not files:
-                raise ValueError(f"no images at {path}: make samples first (python 04_sample.py), or pass --reference")
+                raise ValueError(f"no images at {path}: make samples (python 04_sample.py) or data first, or pass "
+                                 "--reference")
             self.images = ImageFiles(files)
             if (path / "samples.json").exists():
                 self.record = data.load_json(path / "samples.json", labels=list, classes=list)

@@ -60,6 +60,24 @@ def pytest_pyfunc_call(pyfuncitem):
         empty = str(error)
     pytest.fail(empty, pytrace=False)
 
+def said(function, *args, **more):
+    """What a call that is refused says."""
+    with pytest.raises((ValueError, OSError)) as error:
+        function(*args, **more)
+    return str(error.value)
+
+@pytest.fixture
+def bars(monkeypatch):
+    """(images or steps done, total) of each bar that was closed; tqdm may close one twice."""
+    closed = []
+
+    class Bar(data.Progress):
+        def close(self):
+            closed.append((self.n, self.total))
+            super().close()
+    monkeypatch.setattr(data, "Progress", Bar)
+    return closed
+
 @pytest.fixture
 def there(tmp_path, monkeypatch):
     """Work in an empty folder."""

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT, call, data, images_of, sample, shell, train
+from conftest import ROOT, call, data, images_of, said, sample, shell, train
 
 def photo(seed=0, size=(40, 30), mode="RGB"):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode)
@@ -405,7 +405,7 @@ def test_classes_have_the_names_of_classes_txt(there, capsys):
     Path("in/classes.txt").write_text("\ufeffn02\tgoldfish, Carassius auratus\nn01 tench \n\nn99 unused\n", encoding="utf-8")
     assert pack() == 0 and data.open_data("data/set")[0]["classes"] == ["tench", "goldfish, Carassius auratus", "n03"]
     out = capsys.readouterr().out
-    assert "names of classes are read from in/classes.txt\n2 of 3 classes have a name there (lines: FOLDER NAME)\n" in out and "left out" not in out
+    assert "names of classes are read from in/classes.txt\n2 of 3 classes are named by a line FOLDER NAME of the list\n" in out and "left out" not in out
     Path("in/classes.txt").write_text("n01 tench\nn02 koi\n")
     assert pack() == 1 and "made with other settings (classes ['tench', 'goldfish" in capsys.readouterr().err
     Path("in/classes.txt").write_text("n01 crane\nn02 crane\n")
@@ -814,7 +814,7 @@ def test_the_line_of_a_bar_off_a_terminal(capsys):
 
 def test_a_fraction_that_leaves_a_class_empty_is_said(there, capsys):
     folder(there / "in")
-    assert pack("--fraction", 0.05) == 1 and "has no readable image: 0 left by hold-out, --fraction []" in capsys.readouterr().err
+    assert pack("--fraction", 0.05) == 1 and "class cat has no readable image of 0 after hold-out, --fraction: []" in capsys.readouterr().err
 
 def test_memory_that_is_used_up_is_one_line(capsys):
     def main():
@@ -861,14 +861,7 @@ class Answer(io.BytesIO):
     """Of a server that does not say how much it sends."""
     headers = {}
 
-def test_a_download_into_a_folder_that_is_there(there, monkeypatch, capsys):
-    bars = []
-
-    class Bar(data.Progress):
-        def close(self):
-            bars.append((self.n, self.total))
-            super().close()
-    monkeypatch.setattr(data, "Progress", Bar)
+def test_a_download_into_a_folder_that_is_there(there, monkeypatch, bars):
     monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: Answer(b"abc"))
     monkeypatch.setitem(data.ARCHIVES, "cifar10", (32, "https://host/a.tgz", "900150983cd24fb0d6963f7d28e17f72"))              # the md5 of abc
     for folder_there in (False, True):
@@ -980,7 +973,8 @@ def test_whatever_pillow_raises(there, monkeypatch, kind):
         patch.setattr(Image.Image, "getexif", raises)
         assert data.read_image("line\nbreak.png").size == (40, 30)
     monkeypatch.setattr(data, "to_rgb", raises)
-    assert isinstance(said := data.decode(("line\nbreak.png", 8)), str) and "\n" not in said
+    made = data.decode(("line\nbreak.png", 8))
+    assert isinstance(made, str) and "\n" not in made
 
 # ---- Packing and flags, in particular -------------------------------------------------------------------------------
 def test_blocks_keep_many_threads_busy(tmp_path):
@@ -1107,18 +1101,18 @@ def test_any_name_can_be_recorded(there):
 
 def test_what_help_says(capsys):
     """What the script does, titles, defaults of zero and of tuples, and nothing of what is no flag."""
-    said = {}
+    text_of = {}
     for module in (data, train, sample):
         with pytest.raises(SystemExit):
             call(module, "--help")
-        said[module] = " ".join(capsys.readouterr().out.split())
-    assert "Pack images into memory-mapped arrays." in said[data] and "of drawing, --fraction and hold-out (default: 0)" in said[data] and "03_train.py then needs --data OUT/NAME" in said[data]
-    assert "Defaults shown are the paper's, or those of --preset and --experiment." in said[train] and "(default: 0.998)" in said[train] and "of AdamW (default: 0.0)" in said[train]
-    assert all(f"{title}: --" in said[train] for title in ("what to train on", "objective", "optimizer", "hardware", "keeping", "network"))
-    places = [said[train].index(words) for words in ("what to train on: --preset", "--steps STEPS", "objective: --loss", "optimizer: --batch-size", "hardware: --amp", "keeping: --resume", "network: --patch-size", "--aux AUX")]
+        text_of[module] = " ".join(capsys.readouterr().out.split())
+    assert "Pack images into memory-mapped arrays." in text_of[data] and "of drawing, --fraction and hold-out (default: 0)" in text_of[data] and "03_train.py then needs --data OUT/NAME" in text_of[data]
+    assert "Defaults shown are the paper's, or those of --preset and --experiment." in text_of[train] and "(default: 0.998)" in text_of[train] and "of AdamW (default: 0.0)" in text_of[train]
+    assert all(f"{title}: --" in text_of[train] for title in ("what to train on", "objective", "optimizer", "hardware", "keeping", "network"))
+    places = [text_of[train].index(words) for words in ("what to train on: --preset", "--steps STEPS", "objective: --loss", "optimizer: --batch-size", "hardware: --amp", "keeping: --resume", "network: --patch-size", "--aux AUX")]
     assert places == sorted(places)                       # in the order of the fields
-    assert not any(f"{word} " in said[train] for word in ("--sampling", "--image-size", "--in-channels", "--record", "--objective", "--classes", "--data-id", "--coder"))
-    assert "--trajectory only draw z_t over time and what the network predicts" in said[sample]
+    assert not any(f"{word} " in text_of[train] for word in ("--sampling", "--image-size", "--in-channels", "--record", "--objective", "--classes", "--data-id", "--coder"))
+    assert "--trajectory only draw z_t over time and what the network predicts" in text_of[sample]
     given = train.read_flags(["--no-flip", "--no-rope", "--no-qk-norm", "--no-compile"])
     assert given == {"flip": False, "rope": False, "qk_norm": False, "compile": False}
 
@@ -1198,19 +1192,14 @@ def test_the_class_that_is_empty_names_a_file_of_its_own(there, capsys):
         file.write_bytes(b"x")
     assert pack() == 1
     error = capsys.readouterr().err
-    assert "class c has no readable image: " in error and " left by hold-out, --fraction ['in/c/" in error and "in/a/bad.png" not in error and error.count("\n") == 1
+    assert "class c has no readable image of " in error and " after hold-out, --fraction: ['in/c/" in error and "in/a/bad.png" not in error and error.count("\n") == 1
 
 def test_a_list_of_names_in_another_form_is_seen_to_say_nothing(there, capsys):
     folder(Path("in"), ("0", "1"), splits=None)
     Path("in/classes.txt").write_text("cat\ndog\n")
-    assert pack() == 0 and "0 of 2 classes have a name there (lines: FOLDER NAME)" in capsys.readouterr().out
+    assert pack() == 0 and "0 of 2 classes are named by a line FOLDER NAME of the list" in capsys.readouterr().out
 
 # ---- What refusals say, whole ----------------------------------------------------------------------------------------
-def said(call_it, *args):
-    with pytest.raises((ValueError, OSError)) as error:
-        call_it(*args)
-    return str(error.value)
-
 def test_whole_lines_about_data_sets(there, capsys):
     assert said(data.open_data, "data/cats") == ("no data set at data/cats: make it first (python 01_data.py --name cats ...; python 01_data.py alone draws data/shapes; latents: tests/experiments/), or give its place")
     assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--name", "set") == 0
@@ -1278,7 +1267,7 @@ def test_the_first_of_the_files_left_out_is_named(there, capsys):
     assert pack() == 0 and "3 unreadable images left out, listed in skipped.txt; first: in/train/cat/1.png: " in capsys.readouterr().out
     for file in Path("in/train/dog").iterdir():
         file.write_bytes(b"x")
-    assert pack("--name", "b") == 1 and "class dog has no readable image: 6 left by hold-out, --fraction ['in/train/dog/0.png']" in capsys.readouterr().err
+    assert pack("--name", "b") == 1 and "class dog has no readable image of 6 after hold-out, --fraction: ['in/train/dog/0.png']" in capsys.readouterr().err
 
 def test_what_texts_of_options_state():
     """Facts that the code decides."""

@@ -473,7 +473,7 @@ def bad_sets():
     (["--samples", "pickled.npz"], "not a readable npz", 1), (["--samples", "broken.npz"], "not a readable npz", 1), (["--samples", "few.npz", "--reference", ""], "an argument is empty", 2),
     (["--samples", "wide.npz"], "images of 16 x 40 pixels", 1), (["--samples", "a.npy"], "no images at a.npy", 1),
     (["--samples", "nowhere"], "no images at nowhere", 1), (["--metrics", "psnr"], "unknown", 2), (["--features", "clip"], "is unknown", 2), (["--metrics", "fd,class_accuracy"], "is unknown", 2), (["--samples", "few.npz", "--reference", "mean.npz"], "neither images", 1), (["--split", "test"], "is unknown", 2),
-    (["--samples", "grey.npz"], "must be uint8", 1), (["--samples", "minus.npz"], "labels outside 0..9", 1), (["--run", "nope"], "make samples first", 1), (["--table", "gone.json"], "gone.json", 1),
+    (["--samples", "grey.npz"], "must be uint8", 1), (["--samples", "minus.npz"], "labels outside 0..9", 1), (["--run", "nope"], "no images at runs/nope/samples: make samples (python 04_sample.py) or data first", 1), (["--table", "gone.json"], "gone.json", 1),
     (["--features", "inception", "--inception-weights", "gone.pth", "--samples", "few.npz", "--reference", "few.npz"], "gone.pth", 1)])
 def test_wrong_sets(work, capsys, flags, words, code):
     bad_sets()
@@ -750,13 +750,14 @@ def test_a_table_shows_what_differs_in_four_digits(there, capsys):
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.startswith("file | step | n_generated | fd |") and rows == ["a.json | 4 | 9 | 12.35" + " | " * 6, "b.json | 8 | 9 | 0.0001235" + " | " * 6]
 
-def test_a_gpu_without_fp64_is_not_used(work, monkeypatch):
+@pytest.mark.parametrize("device,used", [("mps", "cpu"), ("meta", "meta")])
+def test_scores_are_made_on_the_device_unless_it_has_no_fp64(work, monkeypatch, device, used):
     def enough(folder, device):
         raise ValueError(f"asked on {device.type}")
     np.savez("few.npz", arr_0=images_of(9))
     monkeypatch.setattr(evaluate, "load_classifier", enough)
-    with pytest.raises(ValueError, match="asked on cpu"):
-        evaluate.evaluate(evaluate.Options(samples="few.npz", reference="data/shapes"), torch.device("mps"))
+    with pytest.raises(ValueError, match=f"asked on {used}"):
+        evaluate.evaluate(evaluate.Options(samples="few.npz", reference="data/shapes"), torch.device(device))
 
 def test_each_sum_has_its_own_moments():
     images = images_of(20)
@@ -858,14 +859,6 @@ def test_scores_are_reckoned_on_the_device(there, monkeypatch):
     monkeypatch.setattr(torch, "from_numpy", elsewhere)
     assert 0 < evaluate.share_inside(x, y) <= 1 and evaluate.inception_score(x)[0] > 1
 
-def test_the_classifier_is_trained_where_scores_are_made(work, monkeypatch):
-    def enough(folder, device):
-        raise ValueError(f"asked on {device.type}")
-    np.savez("few.npz", arr_0=images_of(9))
-    monkeypatch.setattr(evaluate, "load_classifier", enough)
-    with pytest.raises(ValueError, match="asked on meta"):
-        evaluate.evaluate(evaluate.Options(samples="few.npz", reference="data/shapes"), torch.device("meta"))
-
 def test_the_floor_has_no_more_images_than_are_held_out(work):
     np.savez("many.npz", arr_0=images_of(150))
     assert call(evaluate, "--samples", "many.npz", "--reference", "shapes", "--metrics", "fd") == 0
@@ -886,7 +879,7 @@ def test_what_is_no_number_or_no_class(there, content, words):
 def test_what_refusals_advise(work, capsys):
     np.savez("small.npz", arr_0=images_of(9))
     assert call(evaluate, "--samples", "small.npz", "--reference", "./small.npz") == 1 and "error: ./small.npz is not a packed data set, the classifier is trained on one: use --features inception" in capsys.readouterr().err
-    assert call(evaluate, "--samples", "gone.npz", "--reference", "shapes") == 1 and "no images at gone.npz: make samples first" in capsys.readouterr().err
+    assert call(evaluate, "--samples", "gone.npz", "--reference", "shapes") == 1 and "no images at gone.npz: make samples (python 04_sample.py) or data first" in capsys.readouterr().err
     Path("made").mkdir(), Image.fromarray(images_of(1)[0]).save("made/0000000.png")
     Path("made/samples.json").write_text('{"labels": [1]}')
     assert call(evaluate, "--samples", "made", "--reference", "shapes") == 1 and "classes is not a list" in capsys.readouterr().err
@@ -998,7 +991,7 @@ def test_whole_lines_about_image_sets(work, capsys):
     np.savez("deep/good.npz", arr_0=images_of(9, 16)), Path("deep/cut.npz").write_bytes(b"PK")
     shutil.copytree("deep/mixed", "deep/made"), Path("deep/made/samples.json").write_text('{"labels": [1, 2, 0], "classes": []}')
     for name, words in (("mixed", "deep/mixed/b.png has the shape (16, 17, 3), others have (16, 16, 3): all images of a set must have one size"),
-                        ("void", "no images at deep/void: make samples first (python 04_sample.py), or pass --reference"),
+                        ("void", "no images at deep/void: make samples (python 04_sample.py) or data first, or pass --reference"),
                         ("few.npz", "deep/few.npz: arr_1 is float64 (9, 2); it must hold one class id per image"), ("stats.npz", "deep/stats.npz holds statistics only: they serve as --reference"),
                         ("other.npz", "deep/other.npz holds neither images (arr_0) nor statistics (mu, sigma)"), ("cut.npz", "deep/cut.npz is not a readable npz file ("),
                         ("made", "deep/made holds 2 images and labels for 3: finish it by the same 04_sample.py command, and leave no other images there")):

@@ -391,9 +391,9 @@ class Images:
         self.rows.append(rows)
         return np.broadcast_to(rows.astype(np.uint8)[:, None, None, None], (len(rows), 4, 4, 3)).copy()
 
-def test_the_training_of_a_coder_written_a_second_time(monkeypatch):
+def test_the_training_of_a_coder_written_a_second_time(monkeypatch, bars):
     """Batches, each image with its label; a rate that warms up and falls to zero; the encoder, then, measured, the decoder."""
-    done, rates, bars, images, labels = [], [], [], Images(200), np.arange(200) * 3
+    done, rates, images, labels = [], [], Images(200), np.arange(200) * 3
 
     class Spy(torch.optim.AdamW):
         def zero_grad(self, *args, **more):
@@ -404,11 +404,6 @@ def test_the_training_of_a_coder_written_a_second_time(monkeypatch):
             rates.append(self.param_groups[0]["lr"])
             done.append("step")
             return super().step(closure)
-
-    class Bar(data.Progress):
-        def close(self):
-            bars.append((self.n, self.total))
-            super().close()
 
     class Stub(torch.nn.Module):
         def __init__(self):
@@ -423,7 +418,7 @@ def test_the_training_of_a_coder_written_a_second_time(monkeypatch):
         def decoder_loss(self, x, y):
             done.append(("decoder", len(x)))
             return self.p.sum()
-    monkeypatch.setattr(torch.optim, "AdamW", Spy), monkeypatch.setattr(data, "Progress", Bar)
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
     monkeypatch.setattr(latents, "measure", lambda coder, images, rows, device: done.append(("measure", sorted(rows) == list(range(200)))))
     latents.train_coder(Stub(), images, labels, 7, 60, torch.device("cpu"))
     steps = lambda part, batch: [(part, batch), ("zero", (), {}), "step"] * 60
@@ -551,14 +546,7 @@ def test_the_preview_of_a_coder(there, monkeypatch):
     noise = np.random.default_rng(0).standard_normal((10, 4, 4, 3)).astype(np.float16)
     assert np.array_equal(seen[-1].permute(0, 2, 3, 1).numpy(), noise.astype(np.float32))
 
-def test_the_bar_of_the_encoding_counts_images(monkeypatch):
-    bars = []
-
-    class Bar(data.Progress):
-        def close(self):
-            bars.append((self.n, self.total))
-            super().close()
-    monkeypatch.setattr(data, "Progress", Bar)
+def test_the_bar_of_the_encoding_counts_images(bars):
     list(latents.encoded(OnMeta(), Images(130), "x", torch.device("cpu")))
     assert set(bars) == {(130, 130)}
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import ROOT, TINY, data, model, randomised
+from conftest import ROOT, TINY, data, model, randomised, said
 
 HERE = Path(__file__).parent
 
@@ -772,11 +772,6 @@ def test_names_of_files_and_folders(tmp_path, monkeypatch):
     assert "mean_colour" in str(error.value) and "_compare" not in str(error.value) and "and to 03_train.py the rows that its --help names" in str(error.value)
 
 # ---- What refusals say, whole ----------------------------------------------------------------------------------------
-def said(call_it, *args, **more):
-    with pytest.raises(ValueError) as error:
-        call_it(*args, **more)
-    return str(error.value)
-
 def test_whole_lines_about_configurations():
     assert said(model.JiTConfig, image_size=17, patch_size=4) == "image size 17 is not a multiple of patch size 4"
     assert said(model.JiTConfig, hidden_size=36, num_heads=2) == ("hidden size 36 is not a multiple of 4 x 2 heads: channels turn in pairs, half of a head's with the row and half with the column")

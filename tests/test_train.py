@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, TINY_FLAGS, call, data, evaluate, model, shell, train
+from conftest import ROOT, TINY_FLAGS, call, data, evaluate, model, said, shell, train
 
 def settings(*flags):
     """Flags -> complete settings and configuration, as the script would have them for data/shapes."""
@@ -1427,11 +1427,6 @@ def test_a_bare_name_to_begin_with_is_a_run_before_it_is_a_file(work, capsys):
     assert call(train, *TINY_FLAGS, "--steps", 2, "--init", "./base", "--run", "b") == 1 and "base is not a checkpoint" in capsys.readouterr().err
 
 # ---- What refusals say, whole ----------------------------------------------------------------------------------------
-def said(call_it, *args, **more):
-    with pytest.raises(ValueError) as error:
-        call_it(*args, **more)
-    return str(error.value)
-
 def test_whole_lines_about_settings(there):
     Path("none.py").write_text("x = 1"), Path("bad.py").write_text("SETTINGS = {'run': 'x'}"), Path("odd.py").write_text("SETTINGS = {'lr': -1}")
     for last, words in (("none.py", "--experiment none.py: the file has no dict SETTINGS"), ("bad.py", "--experiment bad.py: SETTINGS cannot say run: it is a flag, or known from the data"),
