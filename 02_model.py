@@ -169,7 +169,7 @@ def position_table(hidden, side):
     return torch.cat([across.sin(), across.cos(), down.sin(), down.cos()], dim=1).float()[None]    # 1 N D
 
 def rotary_table(head_dim, side, context):
-    """The 2-D rotary embedding: cos and -+sin of every channel's angle, (2, context + N, d).       (RoFormer eq. 34)
+    """The 2-D rotary embedding: cos and -+sin of every channel's angle, (2, context + N, 1, d).    (RoFormer eq. 34)
 
     The first half of a head's channels turns with the row, the second with the column; context tokens do not turn.
     """
@@ -180,17 +180,17 @@ def rotary_table(head_dim, side, context):
     cos = angles.cos()
     sin = angles.sin()
     pairs = torch.stack([cos, cos, -sin, sin]).unflatten(0, (2, 2))                                # 2 2 L d/2
-    return pairs.movedim(1, -1).flatten(-2)                                                        # 2 L d
+    return pairs.movedim(1, -1).flatten(-2)[:, :, None]                                            # 2 L 1 d
 
 def rotate(x, cos, sin):
-    """Turn each pair of adjacent channels of x (B,h,L,d) by its angle: (x0 cos - x1 sin, x1 cos + x0 sin).
+    """Turn each pair of adjacent channels of x (B,L,h,d) by its angle: (x0 cos - x1 sin, x1 cos + x0 sin).
 
-    cos, sin: (L,d), sin with its signs -+.  A turned q times a turned k depends only on how far apart their tokens are.
+    cos, sin: (L,1,d), sin with signs -+.  A turned q times a turned k depends only on how far apart their tokens are.
     """
     if x.is_cpu and not torch.compiler.is_compiling():    # the same as one complex product, faster there
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                            # B h L d/2
-        return torch.view_as_real(pairs * torch.complex(cos[:, ::2], sin[:, 1::2])).flatten(-2)
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)                                        # B h L d
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                            # B L h d/2
+        return torch.view_as_real(pairs * torch.complex(cos[..., ::2], sin[..., 1::2])).flatten(-2)
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)                                        # B L h d
     return x * cos + swapped * sin
 
 # ---- Conditions: time and class -------------------------------------------------------------------------------------
@@ -257,14 +257,13 @@ class Attention(nn.Module):
 
     def split(self, x, rope):
         """q, k and v of every head, q and k normalised and rotated."""
-        qkv = self.qkv(x).unflatten(-1, (3, -1, self.head_dim))                                    # B L 3 h d
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                                       # B h L d, each
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(2)                      # B L h d, each
         q = self.q_norm(q)
         k = self.k_norm(k)
         if rope is not None:
             q = rotate(q, *rope)
             k = rotate(k, *rope)
-        return q.to(v.dtype), k.to(v.dtype), v
+        return [part.to(v.dtype).transpose(1, 2) for part in (q, k, v)]                            # B h L d, each
 
 class SwiGLU(nn.Module):
     """w3(SiLU(w1 x) * w2 x), inner width 2/3 of mlp_ratio * D so that it costs what a plain MLP does (Shazeer 2020)."""

@@ -57,7 +57,7 @@ EXERCISES = [Exercise(number, *row) for number, row in enumerate([
      (("permute(0, 2, 4, 3, 5, 1)", "permute(0, 2, 4, 1, 3, 5)"), ("H // p, p, W // p, p)", "p, H // p, p, W // p)"))),
     ("rotate", "02_model.py", ("rotate",), 9, 40,
      "the rotary embedding: a 2-D rotation of each pair of adjacent channels; the table of sines has its signs already",
-     (("sin[:, 1::2]", "sin[:, ::2]"), ("x.float().unflatten(-1, (-1, 2))", "x.float().unflatten(-1, (2, -1)).mT.contiguous()")),
+     (("sin[..., 1::2]", "sin[..., ::2]"), ("x.float().unflatten(-1, (-1, 2))", "x.float().unflatten(-1, (2, -1)).mT.contiguous()")),
      (": (x0 cos - x1 sin, x1 cos + x0 sin)",)),
     ("block", "02_model.py", ("Block.forward",), 9, 40,
      "six signals from adaLN_modulation(c): shift, scale, gate for norm1 and attention (rope goes there; dropout on its output), then for norm2 and the FFN",

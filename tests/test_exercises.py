@@ -133,7 +133,8 @@ def test_exercise_04_patchify_order():
 def turn(x, angle):
     before = x.clone()
     angle = torch.as_tensor(angle)                        # L d/2
-    found = model.rotate(x, angle.cos().repeat_interleave(2, dim=1), torch.stack([-angle.sin(), angle.sin()], dim=-1).flatten(1))
+    cos, sin = angle.cos().repeat_interleave(2, dim=1), torch.stack([-angle.sin(), angle.sin()], dim=-1).flatten(1)
+    found = model.rotate(x, cos[:, None], sin[:, None])
     unchanged(x, before, "rotate: x")
     must(torch.is_tensor(found) and found.shape == x.shape, f"rotate returns the shape of x, {tuple(x.shape)}, got {getattr(found, 'shape', found)}")
     return found
@@ -144,11 +145,11 @@ def test_exercise_05_rotate_quarter_turn():
     close(turn(x, [[0.0, math.pi / 2]]).flatten(), [1, 0, -1, 0], "rotate: the second pair of channels, (0,1), turned by 90 degrees, is (-1,0); the first, by 0, stays")
 
 def test_exercise_05_rotate_tokens():
-    x = torch.tensor([[2.0, 0.0], [2.0, 0.0]]).view(1, 1, 2, 2)
+    x = torch.tensor([[2.0, 0.0], [2.0, 0.0]]).view(1, 2, 1, 2)
     close(turn(x, [[0.0], [math.pi / 6]]).flatten(), [2, 0, 1.732051, 1], "rotate: every token has angles of its own; the second, (2,0), turned by 30 degrees")
 
 def test_exercise_05_rotate_any():
-    x, a, b = torch.randn(2, 3, 5, 8), torch.rand(5, 4) * 6, torch.rand(5, 4) * 6
+    x, a, b = torch.randn(2, 5, 3, 8), torch.rand(5, 4) * 6, torch.rand(5, 4) * 6
     close(turn(x, a).square().sum(-1), x.square().sum(-1), "rotate keeps the length of every head's vector", 1e-4)
     close(turn(turn(x, a), b), turn(x, a + b), "rotate by one angle and then by another is rotate by their sum", 1e-4)
 

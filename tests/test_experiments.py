@@ -314,7 +314,7 @@ def test_differential_attention_against_a_rewrite(layer):
         maps = []
         for head in (2 * pair, 2 * pair + 1):
             part = slice(head * d, (head + 1) * d)
-            qh, kh = (model.rotate(norm(value[..., part])[:, None], cos, sin)[:, 0] for norm, value in ((mixer.q_norm, q), (mixer.k_norm, k)))
+            qh, kh = (model.rotate(norm(value[..., part])[:, :, None], cos, sin)[:, :, 0] for norm, value in ((mixer.q_norm, q), (mixer.k_norm, k)))
             maps.append((qh @ kh.transpose(1, 2) / d**0.5).softmax(dim=-1))
         y = (maps[0] - weight * maps[1]) @ v[..., pair * 2 * d:(pair + 1) * 2 * d]
         out.append(y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * mixer.out_norm.weight * (1 - start))

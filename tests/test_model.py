@@ -169,15 +169,15 @@ def test_block_takes_a_condition_per_token():
     assert torch.allclose(net.blocks[0](x, c, net.rope(0)), net.blocks[0](x, c.expand(2, 16, 32), net.rope(0)), atol=1e-6)
 
 def test_rotation_is_the_same_written_with_complex_and_real_numbers(monkeypatch):
-    x, (cos, sin) = torch.randn(2, 3, 18, 8), model.rotary_table(8, 4, 2)
+    x, (cos, sin) = torch.randn(2, 18, 3, 8), model.rotary_table(8, 4, 2)
     fast = model.rotate(x, cos, sin)
     with monkeypatch.context() as patch:                  # the form that a GPU and the compiler take
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         real = model.rotate(x, cos, sin)
     x0, x1 = x[..., ::2], x[..., 1::2]
-    by_pairs = torch.stack([x0 * cos[:, ::2] - x1 * sin[:, 1::2], x1 * cos[:, ::2] + x0 * sin[:, 1::2]], dim=-1).flatten(-2)
+    by_pairs = torch.stack([x0 * cos[..., ::2] - x1 * sin[..., 1::2], x1 * cos[..., ::2] + x0 * sin[..., 1::2]], dim=-1).flatten(-2)
     assert all(torch.allclose(form, by_pairs, atol=1e-6) for form in (real, fast)) and not torch.allclose(fast, x)
-    assert torch.equal(real[:, :, :2], x[:, :, :2])       # context tokens do not turn
+    assert torch.equal(real[:, :2], x[:, :2])             # context tokens do not turn
     assert torch.allclose(model.rotate(x.bfloat16(), cos, sin), model.rotate(x.bfloat16().float(), cos, sin))
 
 def test_reading_ahead_keeps_the_order_and_the_distance():
@@ -662,13 +662,13 @@ def test_which_form_of_the_rotation_is_taken(monkeypatch):
     """The complex one on a CPU, unless it is compiled."""
     taken, real, (cos, sin) = [], torch.view_as_complex, model.rotary_table(8, 4, 2)
     monkeypatch.setattr(torch, "view_as_complex", lambda value: taken.append(1) or real(value))
-    model.rotate(torch.zeros(1, 1, 18, 8, device="meta"), cos.to("meta"), sin.to("meta"))
+    model.rotate(torch.zeros(1, 18, 1, 8, device="meta"), cos.to("meta"), sin.to("meta"))
     assert not taken
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        model.rotate(torch.zeros(1, 1, 18, 8), cos, sin)
+        model.rotate(torch.zeros(1, 18, 1, 8), cos, sin)
     assert not taken
-    model.rotate(torch.zeros(1, 1, 18, 8), cos, sin)
+    model.rotate(torch.zeros(1, 18, 1, 8), cos, sin)
     assert taken
 
 def test_the_softmax_is_taken_in_fp32(monkeypatch):
