@@ -173,8 +173,8 @@ def rotary_table(head_dim, side, context):
 
     The first half of a head's channels turns with the row, the second with the column; context tokens do not turn.
     """
-    freq = 10000 ** -(torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))                 # d/4
-    rows, cols = torch.meshgrid(torch.arange(side).float(), torch.arange(side).float(), indexing="ij")
+    freq = 10000 ** -(torch.arange(0, head_dim // 2, 2) / (head_dim // 2))                         # d/4
+    rows, cols = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     angles = torch.cat([rows.reshape(-1, 1) * freq, cols.reshape(-1, 1) * freq], dim=1)            # N d/2
     angles = torch.cat([torch.zeros(context, head_dim // 2), angles])                              # L d/2
     cos = angles.cos()

@@ -74,7 +74,7 @@ def diffusion_loss(x_pred, x, z, t):
     """
     time_left = model.expand(1 - t, x).clamp_min(model.T_EPS)                                      # B 1 1 1
     v = (x - z) / time_left
-    v_pred = (x_pred.float() - z) / time_left
+    v_pred = (x_pred - z) / time_left                     # z and so all that follows is fp32
     return (v_pred - v).square().flatten(1).mean(dim=1)
 
 def jit_objective(trainer, batch):
@@ -202,7 +202,7 @@ def grid_loss(out, batch, config, space):
     t = batch["t"]
     truth = batch[config.pred] if config.pred != "v" else path.velocity_target(batch["x"], batch["e"], t)
     u, _ = path.conversion(config.pred, space, t)
-    return u**2 * (out.float() - truth).square().flatten(1).mean(dim=1)
+    return u**2 * (out - truth).square().flatten(1).mean(dim=1)
 
 def grid_objective(trainer, batch):
     """As jit_objective, for the prediction, loss and path of the settings; the log has its losses in v-space."""
@@ -298,7 +298,7 @@ def restore(trainer, state, folder):
         for key, name in STATEFUL.items():
             if state[key] or key != "scaler":             # empty unless the run was an fp16 one
                 getattr(trainer, name).load_state_dict(state[key])
-        for average, saved in zip(trainer.ema, state["ema"]):
+        for average, saved in zip(trainer.ema, state["ema"], strict=True):
             for name, value in average.items():
                 value.copy_(saved[name])
         if trainer.rank == 0:                             # they are those of all processes
@@ -834,7 +834,8 @@ def move_aside(folder):
 
 def train_run(given, device, rank, world):
     """Begin a run, or go on with it."""
-    folder, resume = model.folder_of(run_name(given), "runs"), given.get("resume", False)
+    folder = model.folder_of(run_name(given), "runs")
+    resume = given.get("resume")
     state = checkpoint_of(folder, resume, given.get("overwrite", False))
     if resume:
         model.load_recorded(state["info"]["experiments"], folder, given.get("experiment", ""))

@@ -571,10 +571,12 @@ def test_a_covariance_is_symmetric(there):
     np.savez("tilted.npz", mu=np.zeros(2), sigma=np.array([[1.0, 0.5], [0.0, 1.0]]))
     with pytest.raises(ValueError, match="symmetric"):
         evaluate.ImageSet("tilted.npz")
-    np.savez("minus.npz", mu=np.zeros(2), sigma=-np.eye(2)), np.savez("two_n.npz", mu=np.zeros(2), sigma=np.eye(2), n=np.array([5, 6]))
-    for name, words in (("minus", "sigma is .* variances"), ("two_n", "n is int64")):
+    np.savez("minus.npz", mu=np.zeros(2), sigma=np.array([[1.0, 2.0], [2.0, 1.0]])), np.savez("two_n.npz", mu=np.zeros(2), sigma=np.eye(2), n=np.array([5, 6]))
+    for name, words in (("minus", "sigma is .* negative eigenvalues"), ("two_n", "n is int64")):
         with pytest.raises(ValueError, match=words):
             evaluate.ImageSet(f"{name}.npz")
+    np.savez("same.npz", mu=np.zeros(2), sigma=np.zeros((2, 2), np.float16))           # of equal images
+    assert not evaluate.ImageSet("same.npz").statistics["sigma"].any()
     np.savez("spatial.npz", mu=np.zeros(2), sigma=np.eye(2), mu_s=np.zeros(2), sigma_s=np.array([[1.0, 0.5], [0.0, 1.0]]))
     with pytest.raises(ValueError, match="sigma_s is .* symmetric"):
         evaluate.read_npz(Path("spatial.npz"))
@@ -1013,4 +1015,6 @@ def test_whole_lines_about_results(scored, capsys):
 
 def test_samples_under_other_names_are_not_judged(scored, capsys):
     Path("runs/shapes/samples/0000002.png").rename("runs/shapes/samples/zebra.png")
+    assert call(evaluate) == 1 and "leave no other images there" in capsys.readouterr().err
+    Path("runs/shapes/samples/zebra.png").rename("runs/shapes/samples/0000001 copy.png")      # the last has its name
     assert call(evaluate) == 1 and "leave no other images there" in capsys.readouterr().err

@@ -1452,6 +1452,8 @@ def test_whole_lines_about_runs(work, capsys):
     options, config, arrays = settings("--steps", 99)
     trainer = train.Trainer(options, config, torch.device("cpu"))
     assert said(train.restore, trainer, train.training_state(trainer) | {"rows": None, "skipped": "x"}, "runs/r").startswith("the checkpoint of runs/r is damaged (")
+    state = train.training_state(trainer)                 # an average more, or less
+    assert "is damaged (zip()" in said(train.restore, trainer, state | {"ema": []}, "runs/r") and "is damaged (zip()" in said(train.restore, trainer, state | {"ema": state["ema"] * 2}, "runs/r")
     recorder = recorder_of(trainer, arrays)
     trainer.bad.fill_(10)
     trainer.step = 10
