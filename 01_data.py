@@ -300,7 +300,7 @@ def list_folder(root, val_fraction, seed):
         if names != val_names:
             raise ValueError(f"{folders['train']} and {folders['val']} must hold the same class folders; "
                              f"{min({*names} ^ {*val_names})} is in one only (ImageNet's val/ comes without: sort it)")
-    left_out = {Path(file) for file in every_file(root) if not file.endswith("classes.txt")}
+    left_out = {Path(file) for file in every_file(root)} - {root / "classes.txt"}
     left_out -= {Path(file) for file, _ in sum(found.values(), [])}
     if left_out:
         print(f"{len(left_out)} files are left out, of other kinds, hidden, or in other folders, as {max(left_out)}")
@@ -396,7 +396,7 @@ def folder_source(options):
     names, splits = list_folder(options.root, options.val_fraction, options.seed)
     file = options.root / "classes.txt"
     if file.is_file():
-        print(f"names of classes are read from {file}")
+        print(f"names of classes are read from {file}, a text in UTF-8")
         names = called(names, file.read_text(encoding="utf-8-sig"))
     print(f"folders in {options.root}, or in its train/, are classes, with all that lies in them; every image is "
           f"cropped and scaled to {options.size} x {options.size}, small ones enlarged")
@@ -407,7 +407,8 @@ def called(names, text):
     known = dict(line.strip().split(maxsplit=1) for line in text.splitlines() if len(line.split()) > 1)
     print(f"{len(known.keys() & set(names))} of {len(names)} classes are named by a line FOLDER NAME of the list")
     names = [known.get(name, name) for name in names]
-    refuse(len(set(names)) < len(names), "classes.txt: two classes have one name")
+    refuse(len(set(names)) < len(names), f"classes.txt: two classes are called {max(names, key=names.count)}: "
+           "change or remove the line of one")
     return names
 
 def cifar10_source(options):
@@ -752,7 +753,7 @@ def build(options, folder, names, make, splits, pool):
             if split == "train" and empty:
                 what = f"class {names[min(empty)]}" if names else options.root
                 jobs = [job for job, label in pairs if label == min(empty)]
-                raise ValueError(f"{what} has no readable image of {len(jobs)} after hold-out, --fraction: {jobs[:1]}")
+                raise ValueError(f"{what} has no readable image; --fraction and hold-out left {len(jobs)}: {jobs[:1]}")
         if left_out:
             (part / "skipped.txt").write_text("".join(left_out), errors="replace")
             print(f"{len(left_out)} unreadable images left out, listed in skipped.txt; first: {left_out[0].strip()}")

@@ -436,7 +436,7 @@ PATHS = {"linear": SimpleNamespace(mix=mix, velocity_target=velocity_target, con
 def convert(value, kind, to, z, t, path="linear", t_eps=T_EPS):
     """Turn a prediction of one kind into another, in fp32, on any path.  value, z: (B,...).  t: (B,)."""
     u, w = PATHS[path].conversion(kind, to, t, t_eps)
-    return expand(u, z) * value.float() + expand(w, z) * z.float()
+    return expand(u, z) * value + expand(w, z) * z
 
 # ---- Auxiliary heads: a second question put to the tokens, in training only          (Improved JiT, section 3.3) ----
 class AuxHead(nn.Module):

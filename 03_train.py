@@ -19,6 +19,7 @@ import argparse
 import csv
 import math
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -307,7 +308,7 @@ def restore(trainer, state, folder):
         trainer.step = state["info"]["step"]
         trainer.skipped.fill_(state["skipped"])
         trainer.bad.fill_(state["bad"])
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:                            # whatever does not fit
         raise ValueError(f"the checkpoint of {folder} is damaged ({str(error).splitlines()[-1]})")
 
 @torch.no_grad()
@@ -805,12 +806,12 @@ def refuse_other_settings(state, options, config, folder):
     data.refuse_other(old, new, folder, "pass --run NAME for a new run, --overwrite, or, to go on with other steps, "
                       "epochs, lr or amp, --resume")
 
-def open_init(name, state):
+def open_init(name, state, experiment):
     """What --init names, or None: (averaged weights, configuration, classes).  A run that exists has its own."""
     if not name or state:
         return None, name and state["config"], None
     path = model.folder_of(name, "runs") / "checkpoint.pt"
-    net, info = model.load_network(path if path.exists() else name)
+    net, info = model.load_network(path if path.exists() else name, experiment=experiment)
     return net.state_dict(), asdict(net.config), info.get("classes")
 
 def announce(options, config, folder, step, count, device):
@@ -819,10 +820,11 @@ def announce(options, config, folder, step, count, device):
     windows = [f"{min(1 / (1 - d), (10 + options.steps) / 9):.0f}" for d in options.ema]
     need = 24 * model.count_parameters(config)            # weights, gradients, two moments, two averages
     need += (50 if options.compile else 130) * options.micro_batch * size_of(config)           # as measured
-    print(f"{folder}: {options.model} with {model.count_parameters(config):,} parameters, patch {config.patch_size}, "
-          f"{config.in_context_len} context tokens, on {count} images; step {step} to {options.steps}, "
-          f"batch {options.batch_size}, lr {options.lr:.2g}, {options.amp}, {device}{how}; micro-batches of "
-          f"{options.micro_batch}, about {need / 2**30:.1f} GiB; EMA over {' and '.join(windows)} steps", flush=True)
+    print(f"{folder}: {'as --init' if options.init else options.model} with {model.count_parameters(config):,} "
+          f"parameters, patch {config.patch_size}, {config.in_context_len} context tokens, on {count} images; "
+          f"step {step} to {options.steps}, batch {options.batch_size}, lr {options.lr:.2g}, {options.amp}, "
+          f"{device}{how}; micro-batches of {options.micro_batch}, about {need / 2**30:.1f} GiB; "
+          f"EMA over {' and '.join(windows)} steps", flush=True)
 
 def move_aside(folder):
     """NAME -> NAME.old, or NAME.old.old where that exists: nothing is ever deleted."""
@@ -834,12 +836,11 @@ def move_aside(folder):
 
 def train_run(given, device, rank, world):
     """Begin a run, or go on with it."""
-    folder = model.folder_of(run_name(given), "runs")
-    resume = given.get("resume")
+    folder, resume = model.folder_of(run_name(given), "runs"), given.get("resume")
     state = checkpoint_of(folder, resume, given.get("overwrite", False))
     if resume:
         model.load_recorded(state["info"]["experiments"], folder, given.get("experiment", ""))
-    weights, init, classes = open_init(given.get("init"), state)
+    weights, init, classes = open_init(given.get("init"), state, given.get("experiment", ""))
     settings = gather(given, state if resume else None, init)
     if state:
         settings.setdefault("amp", state["options"]["amp"])            # another machine's default is no other setting
@@ -873,7 +874,7 @@ def train_run(given, device, rank, world):
         train(trainer, read_ahead(*arrays["train"], trainer), recorder)
     if rank == 0:
         print(f"{folder / 'checkpoint.pt'} after step {trainer.step}; look at {folder / 'preview'} and loss.png, "
-              f"then run 04_sample.py --run {options.run}")
+              f"then run 04_sample.py --run {shlex.quote(options.run)}")
 
 def main(argv=None):
     given = read_flags(argv)

@@ -405,11 +405,14 @@ def test_classes_have_the_names_of_classes_txt(there, capsys):
     Path("in/classes.txt").write_text("\ufeffn02\tgoldfish, Carassius auratus\nn01 tench \n\nn99 unused\n", encoding="utf-8")
     assert pack() == 0 and data.open_data("data/set")[0]["classes"] == ["tench", "goldfish, Carassius auratus", "n03"]
     out = capsys.readouterr().out
-    assert "names of classes are read from in/classes.txt\n2 of 3 classes are named by a line FOLDER NAME of the list\n" in out and "left out" not in out
+    assert "names of classes are read from in/classes.txt, a text in UTF-8\n2 of 3 classes are named by a line FOLDER NAME of the list\n" in out and "left out" not in out
     Path("in/classes.txt").write_text("n01 tench\nn02 koi\n")
     assert pack() == 1 and "made with other settings (classes ['tench', 'goldfish" in capsys.readouterr().err
     Path("in/classes.txt").write_text("n01 crane\nn02 crane\n")
-    assert pack("--name", "double") == 2 and "two classes have one name" in capsys.readouterr().err
+    assert pack("--name", "double") == 2 and "two classes are called crane: change or remove the line of one" in capsys.readouterr().err
+    Path("in/n01/classes.txt").write_text("n01 tench\n"), Path("in/classes.txt").write_text("n01 a\n")
+    assert pack("--name", "deep") == 0 and "1 files are left out, of other kinds, hidden, or in other folders, as in/n01/classes.txt" in capsys.readouterr().out
+    Path("in/n01/classes.txt").unlink()
     assert data.called(["cat", "dog"], "cat\ndog\n") == ["cat", "dog"]          # names alone
     os.chdir("in")
     Path("classes.txt").unlink()
@@ -814,7 +817,7 @@ def test_the_line_of_a_bar_off_a_terminal(capsys):
 
 def test_a_fraction_that_leaves_a_class_empty_is_said(there, capsys):
     folder(there / "in")
-    assert pack("--fraction", 0.05) == 1 and "class cat has no readable image of 0 after hold-out, --fraction: []" in capsys.readouterr().err
+    assert pack("--fraction", 0.05) == 1 and "class cat has no readable image; --fraction and hold-out left 0: []" in capsys.readouterr().err
 
 def test_memory_that_is_used_up_is_one_line(capsys):
     def main():
@@ -1192,7 +1195,7 @@ def test_the_class_that_is_empty_names_a_file_of_its_own(there, capsys):
         file.write_bytes(b"x")
     assert pack() == 1
     error = capsys.readouterr().err
-    assert "class c has no readable image of " in error and " after hold-out, --fraction: ['in/c/" in error and "in/a/bad.png" not in error and error.count("\n") == 1
+    assert "class c has no readable image; --fraction and hold-out left " in error and ": ['in/c/" in error and "in/a/bad.png" not in error and error.count("\n") == 1
 
 def test_a_list_of_names_in_another_form_is_seen_to_say_nothing(there, capsys):
     folder(Path("in"), ("0", "1"), splits=None)
@@ -1267,7 +1270,7 @@ def test_the_first_of_the_files_left_out_is_named(there, capsys):
     assert pack() == 0 and "3 unreadable images left out, listed in skipped.txt; first: in/train/cat/1.png: " in capsys.readouterr().out
     for file in Path("in/train/dog").iterdir():
         file.write_bytes(b"x")
-    assert pack("--name", "b") == 1 and "class dog has no readable image of 6 after hold-out, --fraction: ['in/train/dog/0.png']" in capsys.readouterr().err
+    assert pack("--name", "b") == 1 and "class dog has no readable image; --fraction and hold-out left 6: ['in/train/dog/0.png']" in capsys.readouterr().err
 
 def test_what_texts_of_options_state():
     """Facts that the code decides."""

@@ -800,7 +800,7 @@ def test_resume_refuses_what_is_not_a_run(work, capsys):
 
 def test_init_takes_the_averaged_weights(work):
     assert call(train, *TINY_FLAGS, "--steps", 5, "--run", "jit") == 0
-    net, state = train.open_init("jit", None)[0], model.read_checkpoint("runs/jit/checkpoint.pt")
+    net, state = train.open_init("jit", None, "")[0], model.read_checkpoint("runs/jit/checkpoint.pt")
     name = "blocks.0.attn.qkv.weight"
     assert torch.equal(net[name], state["ema"][0][name]) and not torch.equal(net[name], state["model"][name])
 
@@ -965,6 +965,7 @@ def test_what_another_process_did_meanwhile_is_not_undone(work, monkeypatch):
 
 def test_the_next_command_names_the_run(work, capsys):
     assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "mine") == 0 and "then run 04_sample.py --run mine" in capsys.readouterr().out
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "my run") == 0 and "then run 04_sample.py --run 'my run'\n" in capsys.readouterr().out
     assert call(train, *TINY_FLAGS, "--steps", 2) == 0 and "then run 04_sample.py --run shapes" in capsys.readouterr().out
 
 def test_a_run_to_begin_with_is_named_by_its_folder_too(work):
@@ -1136,7 +1137,7 @@ def test_weights_that_do_not_name_their_classes_are_a_beginning(work, monkeypatc
     del state["info"]["classes"]
     torch.save(state, "runs/jit/checkpoint.pt")
     assert call(train, *TINY_FLAGS, "--steps", 2, "--init", "jit", "--run", "a") == 0
-    monkeypatch.setattr(train, "open_init", lambda name, state: ({}, None, ["other"]))
+    monkeypatch.setattr(train, "open_init", lambda name, state, experiment: ({}, None, ["other"]))
     assert call(train, *TINY_FLAGS, "--steps", 2, "--init", "jit", "--run", "b") == 0
 
 def test_micro_batches_at_the_limits():
@@ -1425,6 +1426,12 @@ def test_a_bare_name_to_begin_with_is_a_run_before_it_is_a_file(work, capsys):
     Path("base").write_text("notes")
     assert call(train, *TINY_FLAGS, "--steps", 2, "--init", "base", "--run", "a") == 0
     assert call(train, *TINY_FLAGS, "--steps", 2, "--init", "./base", "--run", "b") == 1 and "base is not a checkpoint" in capsys.readouterr().err
+
+def test_a_run_with_an_experiment_of_ones_own_can_be_gone_on_from(work, capsys):
+    Path("head.py").write_text('SETTINGS = {"p_mean": -0.5}')
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--experiment", "head.py", "--run", "a") == 0 and ": JiT-T/8 with " in capsys.readouterr().out
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--experiment", "head.py", "--init", "a", "--run", "b") == 0 and ": as --init with " in capsys.readouterr().out
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--init", "a", "--run", "c") == 1 and "head.py again" in capsys.readouterr().err
 
 # ---- What refusals say, whole ----------------------------------------------------------------------------------------
 def test_whole_lines_about_settings(there):
