@@ -170,7 +170,7 @@ def draw_shape(seed, index, size):
         background = np.array(colorsys.hsv_to_rgb(hues[1], rng.uniform(0, 0.25), rng.uniform(0.05, 1)))
         contrast = abs((foreground - background) @ (0.299, 0.587, 0.114))
     fine = 4                                              # drawn four times larger, then averaged: smooth edges
-    mask = Image.new("L", (size * fine, size * fine))
+    mask = Image.new("L", [size * fine] * 2)
     rotation = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
     for points, level in ((outline, 255), (hole, 0)):
         if points is not None:
@@ -282,7 +282,7 @@ def hold_out(pairs, fraction, seed):
     """{"train": pairs, "val": pairs}: a random part is held out, but never the first image of a class."""
     spare = [i for i in range(1, len(pairs)) if pairs[i][1] == pairs[i - 1][1]]
     drawn = np.random.default_rng((seed, 1)).permutation(spare)[:max(1, round(len(pairs) * fraction))]
-    held = set(drawn.tolist())
+    held = set(drawn)
     return {"train": [pair for i, pair in enumerate(pairs) if i not in held], "val": [pairs[i] for i in sorted(held)]}
 
 def list_folder(root, val_fraction, seed):
@@ -630,7 +630,8 @@ class Progress(tqdm):
         super().__init__(total=total, desc=title, unit=unit, disable=silent, **more)
 
     def display(self, *args, **more):
-        return print(self, file=sys.stderr, flush=True) if self.lines else super().display(*args, **more)
+        with suppress(OSError):                           # a disk that is full under the screen's log is no reason
+            return print(self, file=sys.stderr, flush=True) if self.lines else super().display(*args, **more)
 
 # ---- Plumbing: pictures ----------------------------------------------------------------------------------------------
 def write(draw, place, text, width, anchor="la", fill="black"):
@@ -719,13 +720,17 @@ def recipe_of(options, names, splits):
 def new_set(folder):
     """with new_set(folder) as part: fill the empty folder `part`.  At the end it takes the place of `folder`."""
     part = folder.with_name(f".{folder.name}.partial")    # no data set can be called so
-    for place in (part, folder):
-        if place.exists():
-            only_ours(place, SET_FILES, "nothing is touched; move it away, or choose --name or --out")
+
+    def look():
+        for place in (part, folder):
+            if place.exists():
+                only_ours(place, SET_FILES, "nothing is touched; move it away, or choose --name or --out")
+    look()
     shutil.rmtree(part, ignore_errors=True)               # left there by a kill
     part.mkdir(parents=True)
     try:
         yield part
+        look()                                            # hours may have passed
         for file in folder.glob("[!m]*"):                 # meta.json last: by it the next command knows what this is
             file.unlink()
         shutil.rmtree(folder, ignore_errors=True)

@@ -33,7 +33,7 @@ import zipfile
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -655,7 +655,7 @@ def load_network(path, ema=0, experiment=""):
         net = build(kind(**config | {"aux": "none"}))
         weights = state["model"] if ema == -1 else averages[ema]
         load_weights(net, {name.removeprefix("net."): value for name, value in weights.items()})
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:                            # a file may hold anything
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
         raise ValueError(f"{path} cannot be used: {kind}{str(error).strip().splitlines()[-1].strip()[:300]}")
     return net.eval(), info
@@ -681,7 +681,7 @@ def save(state, path):
     try:
         with data.whole(path) as part:
             torch.save(state, part)
-    except (OSError, RuntimeError) as error:              # subtle: torch reports a full disk as a RuntimeError
+    except Exception as error:                            # subtle: torch reports a full disk as a RuntimeError
         raise ValueError(f"cannot write {path} ({str(error).splitlines()[0][:100]}); what was there is intact: make "
                          "room, and give the same command again")
 
@@ -762,11 +762,9 @@ def keep_freed_memory():
     subtle: by default every array of some megabytes is mapped afresh and filled with zeros page by page, which on a CPU
     takes up to fifty times as long as multiplying it by two.  A third of a training step went there.
     """
-    try:                                                  # MMAP_MAX, TRIM_THRESHOLD, TOP_PAD, ARENA_MAX
+    with suppress(Exception):                             # MMAP_MAX, TRIM_THRESHOLD, TOP_PAD, ARENA_MAX
         for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28), (-8, 1)):
             ctypes.CDLL(None).mallopt(parameter, value)
-    except (AttributeError, OSError, TypeError):
-        return
 
 def ahead(function, jobs, count):
     """Yield function(job) for every job, in order; threads work on the `count` jobs after the one in use."""

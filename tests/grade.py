@@ -173,8 +173,11 @@ def judge(head):
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
 def refuse_foreign(path):
-    """Raise ValueError if something lies at `path` that grade.py did not write."""
-    if path.exists() and not (path.is_file() and path.read_text(errors="replace").startswith(('{\n "score": ', "name,total"))):
+    """Raise ValueError if something lies at `path` that grade.py did not write: its .json begin with the score, its list names exercises."""
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    head = text.partition("\n")[0].split(",")
+    ours = text.startswith('{\n "score": ') or head[:2] == ["name", "total"] and {*head[2:]} & {exercise.name for exercise in EXERCISES}
+    if path.exists() and not ours:
         raise ValueError(f"{path} is there, and grade.py did not write it: give another --out")
 
 def write(path, text):
@@ -197,6 +200,8 @@ def grade_class(folder, exercises, limit, out):
     submissions = [path for path in sorted(folder.iterdir()) if not path.name.startswith((".", "__MACOSX")) and path.resolve() != out.resolve()]
     if not submissions:
         raise ValueError(f"{folder} holds neither scripts nor submissions")
+    if out.resolve() == folder.resolve():
+        raise ValueError(f"--out {out}: there lie the submissions, give another folder")
     out.mkdir(exist_ok=True)
     for name in ("points.csv", *(f"{path.name}.json" for path in submissions)):
         refuse_foreign(out / name)

@@ -265,6 +265,8 @@ def main(arguments):
         elif options.solutions:
             if options.solutions.exists():
                 raise ValueError(f"{options.solutions} exists: give a new file")
+            if not options.solutions.parent.is_dir():
+                raise ValueError(f"--solutions {options.solutions}: there is no folder {options.solutions.parent}")
             sheet = solutions(exercises)
             with open(options.solutions, "x") as file:
                 file.write(sheet)

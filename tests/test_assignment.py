@@ -118,6 +118,8 @@ def test_kit_on_the_command_line(there):
     assert again.returncode == 1 and again.stderr.count("\n") == 1
     assert shell("tests/make_assignment.py", cwd=there).returncode == 2 == shell("tests/make_assignment.py", "out", "--gradescope", "gs", cwd=there).returncode
     assert shell("tests/make_assignment.py", "--solutions", "sheet.md", "--exercises", "heun", cwd=there).returncode == 0
+    done = shell("tests/make_assignment.py", "--solutions", "no/sheet.md", "--exercises", "heun", cwd=there)
+    assert done.returncode == 1 and done.stderr.endswith("error: --solutions no/sheet.md: there is no folder no\n")
     sheet = (there / "sheet.md").read_text()
     assert source((ROOT / "04_sample.py").read_text(), "heun_step") in sheet
     assert "- `if False:` for `if t_next == 1:` (2.5 points): heun_step: at t = 1 the velocity is not defined" in sheet
@@ -211,6 +213,11 @@ def test_a_class(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "marks/missing.json").read_text())["tests"][1]["output"] == "03_train.py is missing"
     (tmp_path / "marks/right.json").write_text("mine")    # a foreign file stays
     assert grade.main(["submissions", "--exercises", "euler", "--out", "marks"]) == 1 and (tmp_path / "marks/right.json").read_text() == "mine"
+    (tmp_path / "other").mkdir(), (tmp_path / "other/points.csv").write_text("name,total,remark\n")
+    assert grade.main(["submissions", "--exercises", "euler", "--out", "other"]) == 1 and "remark" in (tmp_path / "other/points.csv").read_text()
+    capsys.readouterr()
+    assert grade.main(["submissions", "--exercises", "euler", "--out", "submissions"]) == 1
+    assert capsys.readouterr().err.endswith("error: --out submissions: there lie the submissions, give another folder\n") and not (students / "points.csv").exists()
 
 def test_one_submission(tmp_path, monkeypatch, capsys):
     chosen, text = "mix,guidance,euler,heun", (ROOT / "04_sample.py").read_text()

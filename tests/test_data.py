@@ -1294,3 +1294,24 @@ def test_whatever_numpy_raises(there, damage_):
     assert call(data, "--size", 8, "--count", 100, "--workers", 1) == 0
     Path("data/shapes/val_labels.npy").write_bytes(damage_)
     assert said(data.open_data, "data/shapes").startswith("the data set at data/shapes cannot be read (")
+
+def test_a_file_that_comes_while_a_set_is_packed_stays(there):
+    assert call(data, "--size", 16, "--count", 100, "--workers", 1) == 0
+    before = Path("data/shapes/train_images.npy").read_bytes()
+    with pytest.raises(ValueError, match="data/shapes holds notes.txt, which this script did not write"), data.new_set(Path("data/shapes")) as part:
+        (part / "meta.json").write_text("{}"), Path("data/shapes/notes.txt").write_text("mine")
+    assert Path("data/shapes/notes.txt").read_text() == "mine" and Path("data/shapes/train_images.npy").read_bytes() == before and not part.exists()
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_full_disk_under_the_screens_log_ends_nothing(monkeypatch, terminal):
+    class Full(io.StringIO):
+        def isatty(self):
+            return terminal
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+    bar = data.Progress(3, "x", " images")
+    monkeypatch.setattr(data.sys, "stderr", Full())
+    bar = data.Progress(3, "x", " images", delay=1e-9)
+    assert bar.lines is not terminal
+    bar.fp = Full()
+    bar.display()

@@ -572,7 +572,7 @@ def test_a_covariance_is_symmetric(there):
     with pytest.raises(ValueError, match="symmetric"):
         evaluate.ImageSet("tilted.npz")
     np.savez("minus.npz", mu=np.zeros(2), sigma=np.array([[1.0, 2.0], [2.0, 1.0]])), np.savez("two_n.npz", mu=np.zeros(2), sigma=np.eye(2), n=np.array([5, 6]))
-    for name, words in (("minus", "sigma is .* negative eigenvalues"), ("two_n", "n is int64")):
+    for name, words in (("minus", "sigma is .* negative variances"), ("two_n", "n is int64")):
         with pytest.raises(ValueError, match=words):
             evaluate.ImageSet(f"{name}.npz")
     np.savez("same.npz", mu=np.zeros(2), sigma=np.zeros((2, 2), np.float16))           # of equal images
