@@ -256,7 +256,7 @@ class Attention(nn.Module):
         return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))                               # B L D
 
     def split(self, x, rope):
-        """q, k and v of every head, q and k normalised and rotated."""
+        """q, k and v of every head, q and k normalised and rotated; the heads move last, so all is read as it lies."""
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(2)                      # B L h d, each
         q = self.q_norm(q)
         k = self.k_norm(k)

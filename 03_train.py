@@ -75,7 +75,7 @@ def diffusion_loss(x_pred, x, z, t):
     """
     time_left = model.expand(1 - t, x).clamp_min(model.T_EPS)                                      # B 1 1 1
     v = (x - z) / time_left
-    v_pred = (x_pred - z) / time_left                     # z and so all that follows is fp32
+    v_pred = (x_pred - z) / time_left                     # z is fp32, and so is all that follows
     return (v_pred - v).square().flatten(1).mean(dim=1)
 
 def jit_objective(trainer, batch):
