@@ -7,7 +7,7 @@ Reads a source:   shapes       ten named shapes, drawn here; a function of (seed
                                (a part is held out), or images without class folders
                   cifar10, imagenette-160, imagenette-320     downloaded, checked by their checksum
 Writes data/<name>/:   train_images.npy (N,H,W,3) uint8, train_labels.npy (N,) int64, val_*.npy, meta.json, preview.png
-Run it:   python 01_data.py          6 seconds on two cores; look at data/shapes/preview.png
+Run it:   python 01_data.py          7 seconds on two cores; look at data/shapes/preview.png
           python 01_data.py --source folder --root PHOTOS --size 256 --name photos
 A data set is whole, or it is not there.  Pixels stay uint8 on disk, 0..255; 03_train.py scales them to [-1, 1] later.
 """

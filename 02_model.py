@@ -2,7 +2,7 @@
 
 What this stage teaches: how an image and noise are mixed, and what a network may predict of the mixture; how an image
 becomes a few long tokens and comes back; and how time and class steer every block (adaLN-Zero, context tokens).
-Reads nothing, writes nothing.   Run it:   python 02_model.py   (5 s: the table of sizes, then the shapes of one batch)
+Reads nothing, writes nothing.   Run it:   python 02_model.py   (7 s: the table of sizes, then the shapes of one batch)
 
 TIME RUNS FROM NOISE TO DATA: t = 0 is pure noise, t = 1 is the clean image.  (Stable Diffusion 3, SiT and REPA write it
 the other way round.)  With x the image in [-1, 1] and e ~ N(0, k^2 I) noise, k = noise_scale:
@@ -34,7 +34,7 @@ import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -202,7 +202,7 @@ class TimeEmbed(nn.Module):
         self.mlp = nn.Sequential(normal(Linear(256, hidden)), nn.SiLU(), normal(Linear(hidden, hidden)))
 
     def forward(self, t):
-        freq = torch.exp(-math.log(10000) * torch.arange(128, device=t.device, dtype=torch.float32) / 128)
+        freq = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
         angles = t.float()[:, None] * freq                                                         # B 128
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))                           # B D
 
@@ -609,6 +609,8 @@ def to_pictures(x, coder=None):
     return to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
 
 # ---- Checkpoints: ours, and the official release's (a dict with model, model_ema1, model_ema2 and args) -------------
+MISFIT = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)              # what other content raises
+
 def read_checkpoint(path):
     """Open a checkpoint file without running anything in it.  Raises ValueError with one line that names the file."""
     if not Path(path).is_file():
@@ -655,7 +657,7 @@ def load_network(path, ema=0, experiment=""):
         net = build(kind(**config | {"aux": "none"}))
         weights = state["model"] if ema == -1 else averages[ema]
         load_weights(net, {name.removeprefix("net."): value for name, value in weights.items()})
-    except Exception as error:                            # a file may hold anything
+    except MISFIT as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
         raise ValueError(f"{path} cannot be used: {kind}{str(error).strip().splitlines()[-1].strip()[:300]}")
     return net.eval(), info
@@ -681,7 +683,7 @@ def save(state, path):
     try:
         with data.whole(path) as part:
             torch.save(state, part)
-    except Exception as error:                            # subtle: torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:              # subtle: torch reports a full disk as a RuntimeError
         raise ValueError(f"cannot write {path} ({str(error).splitlines()[0][:100]}); what was there is intact: make "
                          "room, and give the same command again")
 

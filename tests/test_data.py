@@ -1309,7 +1309,6 @@ def test_a_full_disk_under_the_screens_log_ends_nothing(monkeypatch, terminal):
             return terminal
         def write(self, text):
             raise OSError(28, "No space left on device")
-    bar = data.Progress(3, "x", " images")
     monkeypatch.setattr(data.sys, "stderr", Full())
     bar = data.Progress(3, "x", " images", delay=1e-9)
     assert bar.lines is not terminal
