@@ -309,8 +309,12 @@ def list_folder(root, val_fraction, seed):
 SPLITS = {"training": "train", "train": "train"} | dict.fromkeys("testing test validation valid val".split(), "val")
 
 def split_folders(root):
-    """{"train": folder, "val": folder} if folders are called so, in any case, else {}; in doubt raises ValueError."""
-    folders = {folder.name: SPLITS.get(folder.name.lower()) for folder in folders_in(root)}
+    """{"train": folder, "val": folder} if folders are called so, in any case, else {}; in doubt raises ValueError.
+
+    test_set, train_images and the like are splits, too.
+    """
+    folders = {folder.name: SPLITS.get(re.sub("[ _-](set|data|images)$", "", folder.name.lower()))
+               for folder in folders_in(root)}
     found = {split: root / name for name, split in folders.items() if split}
     if found and (None in folders.values() or "train" not in found):
         raise ValueError(f"{root} holds {', '.join(folders)}: are they classes, or splits? Rename a class that is "
@@ -445,12 +449,11 @@ def refuse_other(old, new, place, way):
 def flag(name):
     return "--" + name.replace("_", "-")
 
-def option(default, text, within="(-inf, inf)", choices=None, group=None, flag=True, resumable=False):
+def option(default, text, within="(-inf, inf)", choices=None, group=None, flag=True):
     """A dataclass field that is also a command-line flag.  None as default: worked out later, as the text says.
 
     within: an interval for its numbers, as "(0, 1]".  choices: a function that returns the names allowed; it is called
     when a value is checked, so that experiments can add some.  group: title of the flags from here on.
-    resumable: may differ when a run goes on.
     """
     return field(default=default, metadata=locals())
 
@@ -516,6 +519,8 @@ def help_text(about, default):
         text += f" (default: {'on' if default is True else default})"
     return text.replace("%", "%%")
 
+RANK = os.environ.get("RANK") or "0"                      # this process's number, from torchrun
+
 def run(main):
     """Call main() and return the exit code.  Expected errors become one line on stderr; bugs keep their traceback."""
     if hasattr(sys.stdout, "reconfigure"):                # a notebook's cannot, and need not
@@ -529,11 +534,10 @@ def run(main):
     except (ValueError, OSError, NotImplementedError, MemoryError, OverflowError) as error:
         code = 2 if isinstance(error, UsageError) else 1
         message = error
-    rank = os.environ.get("RANK") or "0"
-    if rank != "0":                                       # if all processes fail alike, the first speaks and torchrun
+    if RANK != "0":                                       # if all processes fail alike, the first speaks and torchrun
         signal.signal(signal.SIGTERM, signal.SIG_DFL)     # ends the others in this time; one that fails alone speaks
         time.sleep(3)
-        message = f"[rank {rank}] {message}"
+        message = f"[rank {RANK}] {message}"
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     return code
 
@@ -569,14 +573,16 @@ def load_json(path, **kinds):
     """The dict in a JSON file, whose entries named here have these types.  Raises ValueError."""
     try:
         record = json.loads(path.read_text())
-        if type(record) is not dict:
-            raise ValueError("it is not a dict")
-        for name, kind in kinds.items():
-            if type(record.get(name)) is not kind:
-                raise ValueError(f"{name} is not a {kind.__name__}")
+        expect(record, **kinds)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or not ours ({error})")
     return record
+
+def expect(record, **kinds):
+    """Raise ValueError unless it is a dict whose entries named here have these types."""
+    for name, kind in kinds.items():
+        if not isinstance(record, dict) or not isinstance(record.get(name), kind):
+            raise ValueError(f"{name} is not of the type {kind.__name__}")
 
 def save_json(path, value):
     with whole(path) as part:
@@ -622,7 +628,7 @@ class Progress(tqdm):
     """A tqdm bar on a terminal, elsewhere a line every half minute; the first process alone shows it."""
 
     def __init__(self, total, title, unit, **more):
-        silent = sys.stderr is None or (os.environ.get("RANK") or "0") != "0"
+        silent = sys.stderr is None or RANK != "0"
         self.lines = silent or not sys.stderr.isatty()
         if self.lines:
             more |= {"mininterval": 30, "delay": 4,
@@ -740,7 +746,7 @@ def new_set(folder):
         raise
 
 def build(options, folder, names, make, splits, pool):
-    """Pack all splits, check them, and draw the preview."""
+    """Pack all splits, check them, and draw the preview; returns how many images each has."""
     shape = (options.size, options.size, 3)
     need = sum(map(len, splits.values())) * math.prod(shape)
     free = shutil.disk_usage(folder.parent).free
@@ -767,6 +773,7 @@ def build(options, folder, names, make, splits, pool):
             "recipe": recipe_of(options, names, splits)})
         images, labels = open_data(part)[1]["train"]
         class_picture(labels, names, lambda i: np.array(images[i])).save(part / "preview.png")
+    return counts
 
 def already_packed(folder, recipe, overwrite):
     """True if the folder holds what is asked for.  Raises ValueError if it holds anything else."""
@@ -790,8 +797,7 @@ def main(argv=None):
         if already_packed(folder, recipe_of(options, names, splits), options.overwrite):
             return print(f"{folder} is there, made with these settings of files with these names; nothing to do "
                          "(--overwrite packs it again)")
-        build(options, folder, names, make, splits, pool)
-    counts = open_data(folder)[0]["counts"]
+        counts = build(options, folder, names, make, splits, pool)
     print(f"{folder}: {counts['train']} training and {counts['val']} held-out images, {options.size} x {options.size}, "
           f"{len(names)} classes ({', '.join(names)[:80] or 'no labels'}); look at {folder / 'preview.png'}")
 

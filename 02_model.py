@@ -636,18 +636,19 @@ def load_network(path, ema=0, experiment=""):
     for name in filter(None, experiment.split(",")):
         load_experiment(name)
     state = read_checkpoint(path)
+    info = {"sampling": {}, "classes": [], "experiments": []}
     try:
         if "args" in state:
             args = vars(state["args"])
             config = MODELS[args["model"]] | {"image_size": args["img_size"], "num_classes": args["class_num"],
                                               "noise_scale": float(args.get("noise_scale", 1.0))}
             averages = [state[name] for name in ("model_ema1", "model_ema2") if name in state]
-            info = {}
         else:
             config = state["config"]
             averages = list(state["ema"])
-            info = state.get("info", {})
-            load_recorded(info.get("experiments", []), path, experiment)
+            info |= state.get("info", {})
+            data.expect(info, sampling=dict, classes=list, experiments=list)
+            load_recorded(info["experiments"], path, experiment)
         if info.get("step") == 0:
             raise ValueError("it has not been trained for a step")
         if not (0 <= ema < len(averages) or ema == -1 and "model" in state):
@@ -674,9 +675,9 @@ def load_weights(net, weights):
     weights = {name: value for name, value in weights.items() if "rope" not in name}
     tables = {name: value for name, value in net.state_dict().items() if name.endswith("pos_embed")}
     net.load_state_dict(tables | weights)
-    bad = next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
-    if bad:
-        raise ValueError(f"weight {bad} holds NaN or infinity")
+    for name, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"weight {name} holds NaN or infinity")
 
 def save(state, path):
     """torch.save, whole.  Raises ValueError when the disk is full."""
@@ -706,9 +707,10 @@ def check_fields(self, given=None, where=""):
                    "of one number or more)")
             data.check(where + entry.name, value, **entry.metadata)
 
-def names_of(cls):
-    """The fields of a dataclass."""
-    return {entry.name for entry in fields(cls)}
+def settings_for(cls, settings):
+    """Those of the settings {name: value} that are fields of the dataclass."""
+    names = {entry.name for entry in fields(cls)}
+    return {name: value for name, value in settings.items() if name in names}
 
 def folder_of(name, parent):
     """A bare name means parent/name; anything with a slash, and the dots, are paths."""

@@ -24,7 +24,7 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -309,7 +309,8 @@ def restore(trainer, state, folder):
         trainer.skipped.fill_(state["skipped"])
         trainer.bad.fill_(state["bad"])
     except model.MISFIT as error:
-        raise ValueError(f"the checkpoint of {folder} is damaged ({str(error).splitlines()[-1]})")
+        raise ValueError(f"the checkpoint of {folder} is damaged, or of an older version "
+                         f"({str(error).splitlines()[-1]}): pass --run NAME, or --overwrite to move it aside")
 
 @torch.no_grad()
 def predict_clean(trainer, z, t, y):
@@ -412,7 +413,8 @@ class Recorder:
 
     log.csv has a line every log_every steps; it is written from the rows that the checkpoint holds, and never read.
     Losses are means since the line before, in v-space whatever --loss is; loss_t0.2 is that of 0.2 <= t < 0.4.  Every
-    tenth line has the held-out loss.  An objective of an experiment may log another loss.
+    tenth line has the held-out loss; where nothing is held out, it is that of training images.  An objective of an
+    experiment may log another loss.
     """
 
     def __init__(self, trainer, folder, arrays, coder, asked):
@@ -584,8 +586,8 @@ class Options:
     preset: str = option("shapes", "row of PRESETS", choices=lambda: PRESETS, group="what to train on")
     experiment: str = option("", "rows of EXPERIMENTS, files of tests/experiments/ or paths of your own, with commas "
                              f"between: {', '.join(EXPERIMENTS)}, ... (default: none)")
-    data: str = option("shapes", "data set: data/NAME, or a folder", resumable=True)               # its id is compared
-    run: str = option(None, "runs/NAME, or a folder (default: PRESET, or PRESET-EXPERIMENT)", resumable=True)
+    data: str = option("shapes", "data set: data/NAME, or a folder")
+    run: str = option(None, "runs/NAME, or a folder (default: PRESET, or PRESET-EXPERIMENT)")
     steps: int = option(None, "optimizer steps; they take precedence over --epochs", "[1, inf)")
     epochs: float = option(600.0, "passes over the data", "(0, inf)")
     seed: int = option(0, "of weights, data order and noise", "[0, 1e18]")
@@ -603,7 +605,7 @@ class Options:
     aux_weight: float = option(None, "lambda, the weight of the auxiliary head (default: the head's own)", "[0, 10000]")
     objective: str = option("jit", "how a batch becomes a loss", choices=lambda: OBJECTIVES, flag=False)
     batch_size: int = option(1024, "GLOBAL: images per optimizer step", "[1, 1000000]", group="optimizer")
-    micro_batch: int = option(None, "images per pass and process (default: by memory)", "[1, inf)", resumable=True)
+    micro_batch: int = option(None, "images per pass and process (default: by memory)", "[1, inf)")
     lr: float = option(None, "learning rate (default: 5e-5 x batch size / 256)", "(0, inf)")
     schedule: str = option("constant", "after the warm-up", choices=lambda: ("constant", "cosine"))
     warmup: int = option(None, "steps (default: 5 epochs, at most 1/20 of the run)", "[0, inf)")
@@ -611,20 +613,18 @@ class Options:
     ema: tuple = option((0.9999, 0.9996), "decays of the averaged weights", "[0, 1)")
     amp: str = option(None, "mixed precision (default: bf16 where it is fast)", choices=lambda: ("bf16", "fp16", "off"),
                       group="hardware")
-    compile: bool = option(None, "torch.compile (default: on CUDA, but for small networks)", resumable=True)
-    record: bool = option(False, "replay each pass as a CUDA graph", flag=False, resumable=True)
-    checkpointing: bool = option(False, "recompute blocks in the backward pass: less memory", resumable=True)
-    device: str = option(None, "cuda or cpu", resumable=True)
-    resume: bool = option(False, "go on with a run that exists; steps, epochs, lr and amp may change", group="keeping",
-                          resumable=True)
-    dry_run: bool = option(False, "only say what would be done", resumable=True)
-    overwrite: bool = option(False, "start the run anew; the old one is moved aside, to NAME.old", resumable=True)
-    log_every: int = option(50, "steps between two lines of the log", "[1, inf)", resumable=True)
-    preview_every: int = option(1000, "steps between two previews; 0: only at the end", "[0, inf)", resumable=True)
-    save_minutes: float = option(5.0, "between checkpoints; the first after one minute at most", "[0, inf)",
-                                 resumable=True)
-    snapshots: int = option(8, "copies of the averaged weights kept over the run", "[0, inf)", resumable=True)
-    sampling: dict = option(None, "what 04_sample.py takes by default", flag=False, resumable=True)
+    compile: bool = option(None, "torch.compile (default: on CUDA, but for small networks)")
+    record: bool = option(False, "replay each pass as a CUDA graph", flag=False)
+    checkpointing: bool = option(False, "recompute blocks in the backward pass: less memory")
+    device: str = option(None, "cuda or cpu")
+    resume: bool = option(False, "go on with a run that exists; steps, epochs, lr and amp may change", group="keeping")
+    dry_run: bool = option(False, "only say what would be done")
+    overwrite: bool = option(False, "start the run anew; the old one is moved aside, to NAME.old")
+    log_every: int = option(50, "steps between two lines of the log", "[1, inf)")
+    preview_every: int = option(1000, "steps between two previews; 0: only at the end", "[0, inf)")
+    save_minutes: float = option(5.0, "between checkpoints; the first after one minute at most", "[0, inf)")
+    snapshots: int = option(8, "copies of the averaged weights kept over the run", "[0, inf)")
+    sampling: dict = option(None, "what 04_sample.py takes by default", flag=False)
     classes: list = option(None, "names of the data set's classes", flag=False)
     data_id: str = option(None, "the data set's id", flag=False)
     coder: dict = option(None, "latents: what made them of which images", flag=False)
@@ -698,11 +698,11 @@ def settle(settings, meta, device, world):
         found["patch_size"] = nearest_patch(row, size)
     settings = row | found | settings | {"classes": meta["classes"], "data_id": meta["id"], "coder": meta.get("coder")}
     kind, _ = model.NETWORKS[settings.get("network", "jit")]
-    own = model.names_of(Options)
-    options = Options(**{name: value for name, value in settings.items() if name in own})
-    network = {name: value for name, value in settings.items() if name not in own}
-    unknown = network.keys() - model.names_of(kind) | options.sampling.keys() - OF_SAMPLING
+    training = model.settings_for(Options, settings)
+    network = model.settings_for(kind, settings)
+    unknown = settings.keys() - training.keys() - network.keys() | settings["sampling"].keys() - OF_SAMPLING
     refuse(unknown, f"there is no setting {', '.join(map(str, unknown))}")
+    options = Options(**training)
     config = kind(**network)
     refuse(config.num_classes not in (0, found["num_classes"]), f"--num-classes {config.num_classes}: the data set "
                 f"has {found['num_classes']}; 0: without classes")
@@ -786,10 +786,18 @@ def checkpoint_of(folder, resume, overwrite):
     if begin:
         return None
     state = model.read_checkpoint(path)
-    if not {"config", "info", "options", "sums", "rows", "skipped", "bad", *STATEFUL} <= state.keys():
-        raise ValueError(f"{path} is not the state of a training run, or of an older version: pass --run NAME, or "
-                         "--overwrite to move it aside")
+    try:
+        data.expect(state, config=dict, info=dict, options=dict, rows=list)
+        data.expect(state["info"], step=int, data_id=str, experiments=list)
+    except ValueError as error:
+        raise ValueError(f"{path} is not the state of a training run, or of an older version ({error}): pass --run "
+                         "NAME, or --overwrite to move it aside")
     return state
+
+# of the data set its id is compared
+MAY_DIFFER = {*"""data run micro_batch compile record checkpointing device resume dry_run overwrite log_every
+                   preview_every save_minutes snapshots sampling""".split()}
+WITH_RESUME = MAY_DIFFER | {*"steps epochs lr amp warmup".split()}
 
 def refuse_other_settings(state, options, config, folder):
     """Raise ValueError if the run in the folder was made with other settings, naming the first that differs."""
@@ -798,9 +806,7 @@ def refuse_other_settings(state, options, config, folder):
     if state["info"]["data_id"] != options.data_id:
         raise ValueError(f"data set {options.data} is another, or was packed anew, since {folder} was begun: pass "
                          "--run NAME, or --overwrite")
-    free = {entry.name for entry in fields(Options) if entry.metadata["resumable"]}
-    if options.resume:
-        free |= {"steps", "epochs", "lr", "amp", "warmup"}
+    free = WITH_RESUME if options.resume else MAY_DIFFER
     new = {name: value for name, value in (asdict(options) | asdict(config)).items() if name not in free}
     old = asdict(Options()) | asdict(type(config)()) | state["options"] | state["config"]      # it may lack a setting
     data.refuse_other(old, new, folder, "pass --run NAME for a new run, --overwrite, or, to go on with other steps, "
@@ -812,19 +818,19 @@ def open_init(name, state, experiment):
         return None, name and state["config"], None
     path = model.folder_of(name, "runs") / "checkpoint.pt"
     net, info = model.load_network(path if path.exists() else name, experiment=experiment)
-    return net.state_dict(), asdict(net.config), info.get("classes")
+    return net.state_dict(), asdict(net.config), info["classes"]
 
-def announce(options, config, folder, step, count, device):
+def announce(options, config, folder, step, counts, device):
     """Say what begins."""
     how = " compiled" * options.compile + " as CUDA graphs" * options.record
     windows = [f"{min(1 / (1 - d), (10 + options.steps) / 9):.0f}" for d in options.ema]
     need = 24 * model.count_parameters(config)            # weights, gradients, two moments, two averages
     need += (50 if options.compile else 130) * options.micro_batch * size_of(config)           # as measured
     print(f"{folder}: {'as --init' if options.init else options.model} with {model.count_parameters(config):,} "
-          f"parameters, patch {config.patch_size}, {config.in_context_len} context tokens, on {count} images; "
-          f"step {step} to {options.steps}, batch {options.batch_size}, lr {options.lr:.2g}, {options.amp}, "
-          f"{device}{how}; micro-batches of {options.micro_batch}, about {need / 2**30:.1f} GiB; "
-          f"EMA over {' and '.join(windows)} steps", flush=True)
+          f"parameters, patch {config.patch_size}, {config.in_context_len} context tokens; {counts['train']} images, "
+          f"{counts['val']} held out; step {step} to {options.steps}, batch {options.batch_size}, "
+          f"lr {options.lr:.2g}, {options.amp}, {device}{how}; micro-batches of {options.micro_batch}, "
+          f"about {need / 2**30:.1f} GiB; EMA over {' and '.join(windows)} steps", flush=True)
 
 def move_aside(folder):
     """NAME -> NAME.old, or NAME.old.old where that exists: nothing is ever deleted."""
@@ -847,20 +853,21 @@ def train_run(given, device, rank, world):
     place = model.folder_of(settings.get("data", "shapes"), "data")
     meta, arrays = data.open_data(place)
     options, config = settle(settings, meta, device, world)
+    step = state["info"]["step"] if state else 0
     if state:
         refuse_other_settings(state, options, config, folder)
-        if state["info"]["step"] == options.steps:
-            if rank == 0:
-                print(f"{folder} is finished (step {options.steps}); nothing to do. Train longer with --resume "
-                      "--steps N, anew with --overwrite")
-            return
-    if config.num_classes and classes not in (None, options.classes):          # official weights do not name theirs
+    if step == options.steps:
+        if rank == 0:
+            print(f"{folder} is finished (step {step}); nothing to do. Train longer with --resume --steps N, anew with "
+                  "--overwrite")
+        return
+    if config.num_classes and classes and classes != options.classes:          # official weights do not name theirs
         weights.pop("y_embedder.embedding_table.weight", None)
     if not config.num_classes:
         arrays = {split: (images, labels * 0) for split, (images, labels) in arrays.items()}
     coder = model.load_coder(place, options.coder)
     if rank == 0:
-        announce(options, config, folder, state["info"]["step"] if state else 0, len(arrays["train"][1]), device)
+        announce(options, config, folder, step, meta["counts"], device)
     if options.dry_run:
         return
     with data.locked(folder) if rank == 0 else nullcontext(), data.asked_to_stop() as asked:

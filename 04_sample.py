@@ -165,8 +165,8 @@ THREADS = ThreadPoolExecutor()                            # numpy lets others ru
 class Sampler:
     """A network, the labels that are asked of it, and the settings of walk()."""
 
-    def __init__(self, net, labels, seed, settings, amp, device, compiled=False, coder=None):
-        self.net = torch.compile(net.to(device)) if compiled else net.to(device)
+    def __init__(self, net, labels, seed, settings, amp, device, coder=None):
+        self.net = net.to(device)
         self.config = net.config
         self.labels = labels
         self.seed = seed
@@ -229,21 +229,32 @@ def file_of(out, i):
     return out / f"{i:07d}.png"
 
 def is_whole(path):
-    """A PNG file that is there, and ends as one does."""
-    return path.exists() and path.read_bytes().endswith(b"IEND\xaeB`\x82")
+    """A PNG file that is there, whose parts fit their checksums, to the last."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+        return True
+    except Exception:                                     # Pillow raises many kinds
+        return False
 
 def image_of(out, i):
     return np.asarray(data.read_image(file_of(out, i)))
 
 def check_folder(out, record, overwrite):
-    """Raise ValueError if the folder holds anything but samples made with these settings."""
+    """Raise ValueError if the folder holds anything but samples made with these settings, or others to overwrite.
+
+    Returns how many images are to be removed.
+    """
     ours = (out / "samples.json").exists()
     if out.exists():
         data.only_ours(out, SAMPLE_FILES if ours else ("*.jit-part",), "choose another --out")
-    if ours:
-        old = asdict(Settings()) | data.load_json(out / "samples.json", weights=str)       # may lack one
-        if not overwrite:
-            data.refuse_other(old, record, out, "pass --overwrite to replace them, or --out")
+    if not ours:
+        return 0
+    old = asdict(Settings()) | data.load_json(out / "samples.json", weights=str, num=int)  # may lack a setting
+    if overwrite:
+        return old["num"]
+    data.refuse_other(old, record, out, "pass --overwrite to replace them, or --out")
+    return 0
 
 def sample_all(sampler, out, batch_size, rank, world):
     """Generate what is missing; batches are the same whoever computes them."""
@@ -275,12 +286,14 @@ def write_samples(options, sampler, record, folder, rank, world):
     out = options.out or folder / "samples"
     wait = dist.barrier if world > 1 else lambda: None
     with data.locked(out) if rank == 0 else nullcontext():
-        check_folder(out, record, options.overwrite)
+        old = check_folder(out, record, options.overwrite)
         wait()                                            # all have looked before the first writes
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
-            for file in out.glob("*[!n]") if options.overwrite else ():        # the record, *.json, is replaced last
-                file.unlink()
+            if old:
+                (out / "samples.npz").unlink(missing_ok=True)
+            for i in range(old):
+                file_of(out, i).unlink(missing_ok=True)
             data.save_json(out / "samples.json", record)
         wait()
         sample_all(sampler, out, options.batch_size, rank, world)
@@ -343,8 +356,8 @@ class Options:
 
 def settings_of(given, info, config):
     """Settings of walk(): flags, then what the checkpoint recommends, then the paper's.  Raises UsageError."""
-    flags = {name: value for name, value in given.items() if name in model.names_of(Settings)}
-    settings = asdict(Settings(**info.get("sampling", {}) | flags))
+    flags = model.settings_for(Settings, given)
+    settings = asdict(Settings(**model.settings_for(Settings, info["sampling"]) | flags))
     refuse(len(settings["interval"]) != 2 or settings["interval"][0] >= settings["interval"][1],
            "--interval: give two times from 0 to 1, the lower first, as in 0.1,1")
     unguided = not (config.num_classes and info.get("label_drop", True))
@@ -354,18 +367,20 @@ def settings_of(given, info, config):
 
 def main(argv=None):
     given = data.parse(argv, "Sample images from a trained JiT.", Options, Settings)
-    options = Options(**{name: value for name, value in given.items() if name in model.names_of(Options)})
+    options = Options(**model.settings_for(Options, given))
     with model.device_and_processes(options.device) as (device, rank, world):
         path = options.checkpoint or model.folder_of(options.run, "runs") / "checkpoint.pt"
         net, info = model.load_network(path, options.ema, options.experiment)
-        classes = info.get("classes") or [] if net.config.num_classes else []            # an unconditional one has none
+        classes = info["classes"] if net.config.num_classes else []            # an unconditional one has none
         labels = parse_labels(options.labels, options.num, classes, net.config.num_classes)
         settings = settings_of(given, info, net.config)
         amp = model.choose_precision(options.amp, device)
         made_by = info.get("coder")
         source = info.get("data")
         coder = made_by and model.load_coder(model.folder_of(source, "data"), made_by)  # of latents, else None
-        sampler = Sampler(net, labels, options.seed, settings, amp, device, options.compile, coder)
+        if options.compile:
+            net.compile()
+        sampler = Sampler(net, labels, options.seed, settings, amp, device, coder)
         if options.trajectory:
             return draw_trajectory(sampler, options.out or path.parent / "trajectory.png") if rank == 0 else None
         record = settings | {

@@ -301,24 +301,24 @@ def train_classifier(images, labels, classes, device):
             bar.update()
     return net.eval()
 
-def remembered(path, make):
-    """The arrays in an .npz file; where there is none, or it is damaged, what make() returns, and the file gets.
+def remembered(path, make, use):
+    """use(the arrays in an .npz file); without it, or if that fails, use(what make() returns), which the file gets.
 
     Files that save time and nothing else: where one cannot be written, a warning will do.
     """
     if path.exists():
         try:
             with np.load(path, allow_pickle=False) as file:
-                return dict(file)
-        except Exception:                                 # zip, zlib and numpy each have their own
-            model.warn(f"{path} is damaged; making it again")
+                return use(file)
+        except Exception:                                 # zip, zlib, numpy and torch each have their own
+            model.warn(f"{path} is damaged, or of another version; making it again")
     arrays = make()
     try:
         with data.whole(path) as part, open(part, "wb") as file:
             np.savez(file, **arrays)
     except OSError as error:
         model.warn(f"{path} is not kept ({error})")
-    return arrays
+    return use(arrays)
 
 def load_classifier(folder, device):
     """(network, name of its score, digest) of the data set's classifier, trained once and cached beside the data."""
@@ -331,9 +331,12 @@ def load_classifier(folder, device):
     def make():
         trained = train_classifier(*arrays["train"], classes, device)
         return {name: value.cpu().numpy() for name, value in trained.state_dict().items()}
-    weights = remembered(Path(folder) / f"classifier-{meta['id'][:8]}.{classes}.npz", make)
-    net = Classifier(classes).eval()
-    net.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+
+    def use(weights):
+        net = Classifier(classes).eval()
+        net.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+        return net
+    net = remembered(Path(folder) / f"classifier-{meta['id'][:8]}.{classes}.npz", make, use)
     return net, "FD (classifier features)", model.fingerprint(net)
 
 # ---- Image sets: a folder of image files, an npz batch, a packed data set, or statistics alone -----------------------
@@ -418,6 +421,7 @@ def check_statistic(path, name, content):
     mean = content.get(name.replace("sigma", "mu"))
     shape = {"n": (), "m": value.shape[:1], "s": np.shape(mean) * 2}[name[0]]
     good = value.shape == shape and value.dtype.kind in "fiu" and np.isfinite(value).all()
+    good = good and (name != "n" or value >= 0)
     if good and name[0] == "s":
         spread = np.linalg.norm(value.astype(float), "nuc")                    # the trace, if no variance is negative
         good = np.allclose(value, value.T) and spread <= 1.001 * np.trace(value)
@@ -433,7 +437,10 @@ def describe_reference(real, net, digest, device, batch_size):
         return real.statistics
     if "id" not in real.record:
         return make()
-    return remembered(real.path / f"statistics-{real.split}-{digest}-{real.record['id'][:8]}.npz", make)
+
+    def use(found):
+        return {"n": found["n"], "mu": found["mu"], **found}                   # KeyError: it is something else
+    return remembered(real.path / f"statistics-{real.split}-{digest}-{real.record['id'][:8]}.npz", make, use)
 
 # ---- From two image sets to a result ---------------------------------------------------------------------------------
 def frechet(suffix):
@@ -532,7 +539,8 @@ def print_table(files, out):
         print(" | ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
     if out:
         name = next((name for name in varied if isinstance(rows[0][name], (int, float))), None)
-        curve = sorted((row[name], row["fd"]) for row in rows if None not in (row.get(name), row.get("fd")))
+        curve = sorted((row[name], row["fd"]) for row in rows
+                       if isinstance(row.get("fd"), float) and row.get(name) is not None)
         refuse(not curve, "--out: the results differ in no number to draw fd over")
         model.save_picture(out, model.chart(rows[0]["score"], name, {"score": curve}))
         print(f"look at {out}")

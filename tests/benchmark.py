@@ -116,7 +116,8 @@ def two_passes(net, z, t, labels, cfg, interval, to, t_eps):
 def benchmark_sample(args, device):
     config = model.JiTConfig(**model.MODELS[args.model])
     settings = {"solver": "heun", "steps": args.steps, "cfg": args.cfg, "interval": (0.1, 1.0) if args.cfg != 1 else (0.0, 1.0)}
-    sampler = sample.Sampler(model.JiT(config).eval(), list(range(10)), 0, settings, args.amp, device, args.compile)
+    net = model.JiT(config).eval()
+    sampler = sample.Sampler(torch.compile(net) if args.compile else net, list(range(10)), 0, settings, args.amp, device)
     one_batch, seconds, calls = sample.guided, {}, []
     settings["steps"] = 2                                 # warm-up
     sampler.images(range(args.batch_size))

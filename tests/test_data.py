@@ -311,7 +311,7 @@ def test_a_damaged_archive_is_named(there, capsys):
     assert call(data, "--source", "cifar10", "--root", "in") == 1 and "is damaged" in capsys.readouterr().err
 
 # ---- What people bring -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("splits", [("train", "val"), ("Train", "Test"), ("training", "testing"), ("train", "valid"), ("TRAIN", "Validation")], ids="-".join)
+@pytest.mark.parametrize("splits", [("train", "val"), ("Train", "Test"), ("training", "testing"), ("train", "valid"), ("TRAIN", "Validation"), ("training_set", "test_set"), ("train-images", "val data")], ids="-".join)
 def test_splits_are_known_by_their_names_in_any_case(there, splits):
     folder(Path("in"), splits=splits)
     assert pack() == 0 and {k: len(v[1]) for k, v in data.open_data("data/set")[1].items()} == {"train": 12, "val": 12}
@@ -529,7 +529,7 @@ def reworded(old, new):
 SETS = {
     "labels too few": (damage(lambda p: np.save(p / "train_labels.npy", np.zeros(50, np.int64))), "do not fit"), "labels of 32 bits": (damage(lambda p: np.save(p / "train_labels.npy", np.zeros(100, np.int32))), "do not fit"),
     "images of floats": (damage(lambda p: np.save(p / "train_images.npy", images_of(100).astype(np.float32))), "do not fit"), "one label too high": (damage(lambda p: np.save(p / "train_labels.npy", np.arange(100) // 99 * 10)), "outside 0..9"),
-    "a count is missing": (reworded('"val": 100', '"other": 100'), "damaged"), "no id": (reworded('"id"', '"ID"'), "id is not a str"), "no recipe": (reworded('"recipe"', '"r"'), "recipe is not a dict"),
+    "a count is missing": (reworded('"val": 100', '"other": 100'), "damaged"), "no id": (reworded('"id"', '"ID"'), "id is not of the type str"), "no recipe": (reworded('"recipe"', '"r"'), "recipe is not of the type dict"),
     "label too high": (rewrite_labels(10), "outside 0..9"), "label negative": (rewrite_labels(-1), "outside 0..9"),
     "images cut": (damage(lambda p: os.truncate(p / "train_images.npy", 5000)), "damaged"), "images empty": (damage(lambda p: os.truncate(p / "train_images.npy", 0)), "damaged"),
     "labels gone": (damage(lambda p: (p / "train_labels.npy").unlink()), "damaged"), "meta is no json": (damage(lambda p: (p / "meta.json").write_text("{")), "damaged"), "meta is a list": (damage(lambda p: (p / "meta.json").write_text("[]")), "damaged"), "meta is deep": (damage(lambda p: (p / "meta.json").write_text("[" * 10**5)), "damaged"), "counts are null": (damage(lambda p: (p / "meta.json").write_text((p / "meta.json").read_text().replace('"counts": {', '"counts": null, "x": {'))), "damaged"),
@@ -1073,7 +1073,7 @@ def test_a_damaged_set_is_not_already_packed(there, capsys):
 def test_a_foreign_meta_with_an_id_is_no_permission(there, capsys):
     Path("data/shapes").mkdir(parents=True)
     Path("data/shapes/meta.json").write_text('{"id": "mine"}'), Path("data/shapes/preview.png").write_bytes(b"mine")
-    assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--overwrite") == 1 and "recipe is not a dict" in capsys.readouterr().err
+    assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--overwrite") == 1 and "recipe is not of the type dict" in capsys.readouterr().err
     assert Path("data/shapes/preview.png").read_bytes() == b"mine"
 
 def test_threads_and_locks_are_those_asked_for(there, monkeypatch):
@@ -1168,7 +1168,7 @@ def test_what_a_recipe_holds():
 
 def test_a_process_that_waits_for_the_first_to_speak_ends_at_once(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setenv("RANK", "3"), monkeypatch.setattr(data.time, "sleep", lambda seconds: handlers.append(signal.getsignal(signal.SIGTERM)))
+    monkeypatch.setattr(data, "RANK", "3"), monkeypatch.setattr(data.time, "sleep", lambda seconds: handlers.append(signal.getsignal(signal.SIGTERM)))
     handlers = []
 
     def main():
@@ -1223,7 +1223,7 @@ def test_whole_lines_about_data_sets(there, capsys):
     assert capsys.readouterr().err.endswith("error: data/set exists and is not a packed data set: nothing is touched; choose --name or --out\n")
     assert said(data.refuse_other, {}, {"seed": 0}, "data/x", "choose --name") == "data/x was made with other settings (seed None, now 0): choose --name"
     Path("deep").mkdir(), Path("deep/a.json").write_text("[]")
-    assert said(data.load_json, Path("deep/a.json")) == "deep/a.json is damaged, or not ours (it is not a dict)"
+    assert pytest.raises(ValueError, data.load_json, Path("deep/a.json"), a=int).value.args[0] == "deep/a.json is damaged, or not ours (a is not of the type int)"
     with pytest.raises(data.UsageError, match=r"^\.: give this folder by its name, as \.\./NAME$"):
         with data.locked(Path(".")):
             pass

@@ -248,9 +248,13 @@ def test_offline_score(scored, capsys):
     data.save_json(Path("data/shapes/meta.json"), meta)
     for cache in Path("data/shapes").glob("statistics-*.npz"):
         cache.write_bytes(cache.read_bytes()[:3000])                                                              # cut off: made again
-    assert call(evaluate) == 0 and "is damaged; making it again" in capsys.readouterr().err
+    assert call(evaluate) == 0 and "is damaged, or of another version; making it again" in capsys.readouterr().err
     classifier.write_bytes(b"damaged")
-    assert call(evaluate) == 0 and f"{classifier} is damaged; making it again" in capsys.readouterr().err
+    assert call(evaluate) == 0 and f"{classifier} is damaged, or of another version; making it again" in capsys.readouterr().err
+    statistics, = Path("data/shapes").glob("statistics-*.npz")
+    for cache in (statistics, classifier):                                                                        # good files, of something else
+        np.savez(cache, mu=np.zeros(3))
+        assert call(evaluate) == 0 and f"{cache} is damaged, or of another version" in capsys.readouterr().err
     state = dict(np.load(classifier))
     state["head.bias"] += 1                               # another classifier has statistics of its own
     np.savez(classifier, **state)
@@ -466,7 +470,7 @@ def bad_sets():
 @pytest.mark.parametrize("flags,words,code", [
     (["--samples", "mixed"], "must have one size", 1), (["--samples", "void"], "no images at void", 1), (["--samples", "float.npz"], "float.npz: arr_0 is float32 (3, 8, 8, 3); it must be uint8 (N,H,W,3)", 1), (["--samples", "nothing.npz"], "neither images", 1),
     (["--samples", "none.npz"], "must be uint8", 1), (["--samples", "onehot.npz"], "one class id per image", 1), (["--samples", "short.npz"], "one class id per image", 1), (["--samples", "cut.npz"], "not a readable npz", 1),
-    (["--samples", "list"], "samples.json is damaged", 1), (["--samples", "nolabels"], "labels is not a list", 1), (["--samples", "cutjson"], "samples.json is damaged", 1), (["--samples", "far.npz"], "labels outside 0..9", 1), (["--samples", "far8.npz"], "labels outside 0..9", 1), (["--samples", "one_far.npz"], "labels outside 0..9", 1), (["--samples", "big.npz"], "the right --reference", 1),
+    (["--samples", "list"], "samples.json is damaged", 1), (["--samples", "nolabels"], "labels is not of the type list", 1), (["--samples", "cutjson"], "samples.json is damaged", 1), (["--samples", "far.npz"], "labels outside 0..9", 1), (["--samples", "far8.npz"], "labels outside 0..9", 1), (["--samples", "one_far.npz"], "labels outside 0..9", 1), (["--samples", "big.npz"], "the right --reference", 1),
     (["--samples", "few.npz", "--reference", "nan.npz", "--features", "inception", "--inception-weights", "gone.pth"], "all of them finite", 1), (["--samples", "few.npz", "--reference", "odd.npz", "--features", "inception", "--inception-weights", "gone.pth"], "all of them finite", 1),
     (["--samples", "few.npz", "--reference", "square.npz", "--features", "inception", "--inception-weights", "gone.pth"], "mu is float64 (8, 8)", 1),
     (["--samples", "few.npz", "--reference", "small.npz"], "is not a packed data set", 1), (["--samples", "small.npz"], "statistics only", 1), (["--device", "gpu"], "give cuda or cpu", 2),
@@ -572,7 +576,8 @@ def test_a_covariance_is_symmetric(there):
     with pytest.raises(ValueError, match="symmetric"):
         evaluate.ImageSet("tilted.npz")
     np.savez("minus.npz", mu=np.zeros(2), sigma=np.array([[1.0, 2.0], [2.0, 1.0]])), np.savez("two_n.npz", mu=np.zeros(2), sigma=np.eye(2), n=np.array([5, 6]))
-    for name, words in (("minus", "sigma is .* negative variances"), ("two_n", "n is int64")):
+    np.savez("less.npz", mu=np.zeros(2), sigma=np.eye(2), n=-5)
+    for name, words in (("minus", "sigma is .* negative variances"), ("two_n", "n is int64"), ("less", "n is int64")):
         with pytest.raises(ValueError, match=words):
             evaluate.ImageSet(f"{name}.npz")
     np.savez("same.npz", mu=np.zeros(2), sigma=np.zeros((2, 2), np.float16))           # of equal images
@@ -884,10 +889,10 @@ def test_what_refusals_advise(work, capsys):
     assert call(evaluate, "--samples", "gone.npz", "--reference", "shapes") == 1 and "no images at gone.npz: make samples (python 04_sample.py) or data first" in capsys.readouterr().err
     Path("made").mkdir(), Image.fromarray(images_of(1)[0]).save("made/0000000.png")
     Path("made/samples.json").write_text('{"labels": [1]}')
-    assert call(evaluate, "--samples", "made", "--reference", "shapes") == 1 and "classes is not a list" in capsys.readouterr().err
+    assert call(evaluate, "--samples", "made", "--reference", "shapes") == 1 and "classes is not of the type list" in capsys.readouterr().err
     for content in ({"score": "x"}, {"score": "x", "n_generated": "many"}):
         Path("mine.json").write_text(json.dumps(content))
-        assert call(evaluate, "--samples", "small.npz", "--reference", "shapes", "--out", "mine.json") == 1 and "n_generated is not a int" in capsys.readouterr().err
+        assert call(evaluate, "--samples", "small.npz", "--reference", "shapes", "--out", "mine.json") == 1 and "n_generated is not of the type int" in capsys.readouterr().err
         assert json.loads(Path("mine.json").read_text()) == content
     assert call(evaluate, "--table") == 2
 
@@ -908,13 +913,13 @@ def test_tables_of_results_made_elsewhere(there, monkeypatch, capsys):
     titles, record = [], {"score": "FD (x)", "n_real": 9, "n_generated": 9, "reference_id": "a"}
     monkeypatch.setattr(evaluate.model, "chart", lambda title, label, lines: titles.append((title, label, lines)) or Image.new("RGB", (9, 9)))
     for name, more in {"a": {"fd": 1.0, "sampling": {"solver": "heun", "interval": [0, 1], "cfg": 2.0}}, "b": {"fd": 2.0, "sampling": {"solver": "euler", "interval": [0.1, 1], "cfg": 1.0}},
-                       "none": {"fd": 3.0, "sampling": {}}, "old": {"fd": 3.0}}.items():
+                       "none": {"fd": 3.0, "sampling": {}}, "text": {"fd": "low", "sampling": {"solver": "heun", "interval": [0, 1], "cfg": 3.0}}, "old": {"fd": 3.0}}.items():
         Path(f"{name}.json").write_text(json.dumps(record | more))
-    assert call(evaluate, "--table", "a.json", "b.json", "none.json", "--out", "c.png") == 0
+    assert call(evaluate, "--table", "a.json", "b.json", "none.json", "text.json", "--out", "c.png") == 0
     assert titles == [("FD (x)", "cfg", {"score": [(1.0, 2.0), (2.0, 1.0)]})]
-    assert call(evaluate, "--table", "a.json", "old.json") == 1 and "sampling is not a dict" in capsys.readouterr().err
+    assert call(evaluate, "--table", "a.json", "old.json") == 1 and "sampling is not of the type dict" in capsys.readouterr().err
     Path("no_n.json").write_text(json.dumps({"score": "FD (x)", "sampling": {}}))
-    assert call(evaluate, "--table", "a.json", "no_n.json") == 1 and "n_generated is not a int" in capsys.readouterr().err
+    assert call(evaluate, "--table", "a.json", "no_n.json") == 1 and "n_generated is not of the type int" in capsys.readouterr().err
 
 def test_features_are_read_by_all_cores_and_kept_in_part(monkeypatch):
     asked, ahead = [], evaluate.model.ahead
@@ -938,11 +943,11 @@ def test_scores_at_their_limits():
 
 def test_a_cache_with_code_in_it_is_made_again(there, capsys):
     np.savez("c.npz", a=np.array([{}], dtype=object))
-    assert evaluate.remembered(Path("c.npz"), lambda: {"a": np.ones(3)})["a"].tolist() == [1, 1, 1] and "c.npz is damaged" in capsys.readouterr().err
+    assert evaluate.remembered(Path("c.npz"), lambda: {"a": np.ones(3)}, dict)["a"].tolist() == [1, 1, 1] and "c.npz is damaged" in capsys.readouterr().err
 
 def test_a_classifier_trained_on_a_gpu_is_kept_as_numbers(work, monkeypatch):
     asked, real = [], torch.Tensor.cpu
-    monkeypatch.setattr(evaluate, "remembered", lambda path, make: make())
+    monkeypatch.setattr(evaluate, "remembered", lambda path, make, use: use(make()))
     monkeypatch.setattr(evaluate, "train_classifier", lambda images, labels, classes, device: evaluate.Classifier(classes))
     monkeypatch.setattr(torch.Tensor, "cpu", lambda value: asked.append(1) or real(value))
     net, *_ = evaluate.load_classifier("data/shapes", torch.device("cpu"))

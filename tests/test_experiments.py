@@ -596,7 +596,7 @@ def test_a_checkpoint_that_could_not_be_read_is_said_at_once(work, capsys):
     assert call(train, *TINY_FLAGS, "--experiment", "./own.py", "--steps", 2) == 1 and "is not a checkpoint" in capsys.readouterr().err
 
 def test_what_a_run_may_say_of_sampling():
-    assert train.OF_SAMPLING == model.names_of(sample.Settings)
+    assert train.OF_SAMPLING == {e.name for e in dataclasses.fields(sample.Settings)}
 
 def test_an_experiment_that_was_moved_is_found_by_its_name(work, capsys):
     Path("lab").mkdir()
@@ -880,7 +880,7 @@ def test_settings_and_models_of_experiments():
     assert {name: model.load_experiment(name).SETTINGS for name in wanted} == wanted
     row = {"image_size": 64, "patch_size": 8, "hidden_size": 192, "depth": 6, "num_heads": 3, "bottleneck_dim": 64, "in_context_start": 2, "in_context_len": 0, "dropout": 0, "noise_scale": 1, "num_classes": 10}
     assert model.MODELS["DiMR-T/8"] == model.MODELS["DICE-T/8"] == row
-    within = {(cls.__name__, e.name): (e.default, e.metadata["within"]) for cls, _ in model.NETWORKS.values() for e in dataclasses.fields(cls) if e.name not in model.names_of(model.JiTConfig)}
+    within = {(cls.__name__, e.name): (e.default, e.metadata["within"]) for cls, _ in model.NETWORKS.values() for e in dataclasses.fields(cls) if e not in dataclasses.fields(model.JiTConfig)}
     assert {key: within[key] for key in (("OneStepConfig", "guidance"), ("WideHeadConfig", "head_depth"), ("WideHeadConfig", "head_width"), ("WideHeadConfig", "reuse"))} == {
         ("OneStepConfig", "guidance"): (1.5, "[1, inf)"), ("WideHeadConfig", "head_depth"): (2, "[1, inf)"), ("WideHeadConfig", "head_width"): (0, "[0, inf)"), ("WideHeadConfig", "reuse"): (1, "[1, inf)")}
 

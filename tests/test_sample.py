@@ -280,7 +280,7 @@ def test_a_folder_without_our_record_is_not_touched(run, capsys, name, flags):
 def test_another_programs_record_is_no_permission(run, capsys):
     Path("a").mkdir()
     Path("a/samples.json").write_text('{"labels": []}')
-    assert call(sample, "--run", "r", "--num", 9, "--amp", "off", "--out", "a", "--overwrite") == 1 and "weights is not a str" in capsys.readouterr().err
+    assert call(sample, "--run", "r", "--num", 9, "--amp", "off", "--out", "a", "--overwrite") == 1 and "weights is not of the type str" in capsys.readouterr().err
     Path("a/samples.json").write_text("[]")
     Image.new("RGB", (16, 16), "red").save("a/0000003.png")
     assert call(sample, "--run", "r", "--num", 9, "--amp", "off", "--out", "a", "--overwrite") == 1 and "samples.json is damaged" in capsys.readouterr().err
@@ -460,7 +460,7 @@ def test_the_coder_lies_beside_the_data_set(run, monkeypatch):
 def test_processes_wait_for_each_other(run, monkeypatch, rank):
     done = []
     for place, name in ((sample.dist, "barrier"), (sample, "check_folder"), (data, "save_json"), (sample, "sample_all"), (data, "class_picture"), (model, "save_picture")):
-        monkeypatch.setattr(place, name, lambda *args, name=name: done.append(f"{name} {args[-2:]}" if name == "sample_all" else name))
+        monkeypatch.setattr(place, name, lambda *args, name=name: done.append(f"{name} {args[-2:]}" if name == "sample_all" else name) or 0)
     sampler = sample.Sampler(run, [0], 0, {}, "off", torch.device("cpu"))
     record = asdict(sample.Settings()) | {"num": 1, "classes": [], "size": 16}
     sample.write_samples(sample.Options(out=Path("a")), sampler, record, Path("."), rank, 2)
@@ -538,10 +538,29 @@ def test_what_the_sampler_of_a_command_is_made_of(run, monkeypatch, rank):
     monkeypatch.setattr(sample, "Sampler", made)
     monkeypatch.setattr(model, "device_and_processes", lambda name: sample.nullcontext((torch.device("cpu"), rank, 2)))
     monkeypatch.setattr(model, "choose_precision", lambda amp, device: "fp16")
+    compiled = []
+    monkeypatch.setattr(model.JiT, "compile", lambda net: compiled.append(net))
     with pytest.raises(Made) as found:
         sample.main("--run r --num 4 --seed 7 --compile --labels dot,ring --steps 3".split())
     net, *rest = found.value.args
-    assert rest == [[2, 0, 2, 0], 7, {"solver": "heun", "steps": 3, "cfg": 2.0, "interval": (0.0, 1.0), "t_eps": 0.05, "shift": 1.0}, "fp16", torch.device("cpu"), True, None]
+    assert rest == [[2, 0, 2, 0], 7, {"solver": "heun", "steps": 3, "cfg": 2.0, "interval": (0.0, 1.0), "t_eps": 0.05, "shift": 1.0}, "fp16", torch.device("cpu"), None] and compiled == [net]
+
+def test_images_with_a_damaged_byte_are_made_again(run):
+    draw("a", num=4)
+    whole = {file: file.read_bytes() for file in Path("a").glob("*.png")}
+    for part, (file, content) in zip((20, -60, -20, -5), whole.items()):
+        file.write_bytes(content[:part] + bytes([content[part] ^ 1]) + content[len(content[:part]) + 1:])
+        assert not sample.is_whole(file)
+    Path("a/0000001.png").write_bytes(whole[Path("a/0000001.png")][:-12])                          # cut off before its end
+    draw("a", num=4)
+    assert {file: file.read_bytes() for file in Path("a").glob("*.png")} == whole
+
+def test_an_image_beyond_ours_is_not_removed(run):
+    """Called as ours are, and beside them."""
+    draw("a", num=4)
+    Path("a/0000009.png").write_bytes(b"mine")
+    assert call(sample, "--run", "r", "--num", 3, "--amp", "off", "--out", "a", "--overwrite") == 0
+    assert sorted(file.name for file in Path("a").glob("*.png")) == [f"000000{i}.png" for i in (0, 1, 2, 9)] and Path("a/0000009.png").read_bytes() == b"mine"
 
 def test_grids_of_names_with_a_dot(run):
     draw("w-1.25", num=3), draw("w-1.5", num=3)
@@ -611,13 +630,11 @@ def test_the_state_is_fp32_whatever_the_noise_is(run):
     z = sample.generate(run, torch.randn(2, 3, 16, 16).bfloat16(), torch.tensor([0, 1]), steps=2)
     assert z.dtype == torch.float32
 
-def test_a_compiled_network_lies_on_the_device(monkeypatch):
+def test_a_network_lies_on_the_device(monkeypatch):
     moved, net = [], torch.nn.Identity()
     net.config = model.JiTConfig(**TINY)
     net.to = lambda device: moved.append(device) or net
-    monkeypatch.setattr(torch, "compile", lambda net: (net, len(moved)))
-    assert sample.Sampler(net, [0], 0, {}, "fp16", torch.device("cpu")).autocast.fast_dtype == torch.float16 and not moved.clear()
-    assert sample.Sampler(net, [0], 0, {}, "off", torch.device("cpu"), True).net == (net, 1) and moved == [torch.device("cpu")]
+    assert sample.Sampler(net, [0], 0, {}, "fp16", torch.device("cpu")).autocast.fast_dtype == torch.float16 and moved == [torch.device("cpu")]
 
 def test_a_long_list_of_names_is_cut():
     with pytest.raises(data.UsageError) as error:

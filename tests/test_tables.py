@@ -124,8 +124,9 @@ def test_what_numbers_may_be(options):
     assert {e.name: e.metadata["within"] for e in fields(options) if e.metadata["within"] != "(-inf, inf)"} == WITHIN[options]
 
 def test_what_may_differ_when_a_run_goes_on_and_what_is_no_flag():
-    resumable, internal = ({e.name for e in fields(train.Options) if e.metadata[kind] == value} for kind, value in (("resumable", True), ("flag", False)))
-    assert resumable == {"data", "run", "micro_batch", "compile", "record", "checkpointing", "device", "resume", "dry_run", "overwrite", "log_every", "preview_every",
+    internal = {e.name for e in fields(train.Options) if not e.metadata["flag"]}
+    assert train.WITH_RESUME - train.MAY_DIFFER == {"steps", "epochs", "lr", "amp", "warmup"} and train.MAY_DIFFER <= {e.name for e in fields(train.Options)}
+    assert train.MAY_DIFFER == {"data", "run", "micro_batch", "compile", "record", "checkpointing", "device", "resume", "dry_run", "overwrite", "log_every", "preview_every",
                          "save_minutes", "snapshots", "sampling"}
     assert internal == {"objective", "record", "sampling", "classes", "data_id", "coder"} and [e.name for e in fields(model.JiTConfig) if not e.metadata["flag"]] == ["image_size", "in_channels"]
     assert all(e.metadata["flag"] for cls in (data.Options, sample.Options, sample.Settings, evaluate.Options) for e in fields(cls))
@@ -134,7 +135,7 @@ OF_FUNCTIONS = {  # what a function takes if it is not told
     data: {"arc": (0.0, 2.0, 0.0), "picture": ((), ()), "write": ("la", "black")},
     model: {"RMSNorm.__init__": (1e-6,), "conversion": (0.05,), "convert": ("linear", 0.05), "load_network": (0, ""), "to_float": ("cpu",), "autocast": (True,), "chart": (False, 480, 320)},
     train: {"Trainer.__init__": (0, 1, None)},
-    sample: {"predict": ("v", 0.05), "guided": (1.0, (0.0, 1.0), "v", 0.05), "noise_for": (-1,), "Sampler.__init__": (False, None)},
+    sample: {"predict": ("v", 0.05), "guided": (1.0, (0.0, 1.0), "v", 0.05), "noise_for": (-1,), "Sampler.__init__": (None,)},
     evaluate: {"inception_score": (10,), "kernel_distance": (100, 1000), "share_inside": (3, 1000), "Inception.chain": (1, True), "Inception.mixed": (None, 1), "ImageSet.__init__": ("train",)},
 }
 
