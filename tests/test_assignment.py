@@ -288,7 +288,7 @@ def test_gradescope(tmp_path):
 
 def test_a_head_is_judged(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(grade, "PACK", ["--size", "16", "--count", "200", "--workers", "1"])
-    monkeypatch.setattr(grade, "TRAIN", [*TINY_FLAGS, "--steps", "150", "--lr", "3e-3"])
+    monkeypatch.setattr(grade, "TRAIN", [*TINY_FLAGS, "--steps", "100", "--lr", "6e-3"])
     sees, blind = grade.judge(ROOT / "tests/experiments/mean_colour.py")
     assert 0.1 < sees < 0.75 * blind < 0.3                # the variance of a patch's mean colour here is about 0.2
     for numbers, code, word in (((0.3, 1.0), 0, "accepted"), ((0.4, 1.0), 1, "not accepted"), ((0.0, 0.0), 1, "not accepted")):

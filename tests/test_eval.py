@@ -184,8 +184,8 @@ def test_inception_weights_file(there, inception, capsys):
         evaluate.load_inception(Path("text.pth"))
 
 def test_scores_with_inception_end_to_end(work, inception, capsys, monkeypatch):
-    """A folder against an npz; statistics written here and read back give the same distance.  Scaled to 151 pixels, for speed."""
-    monkeypatch.setattr(evaluate, "resize_tf1", lambda x, size, resize=evaluate.resize_tf1: resize(x, 151))
+    """A folder against an npz; statistics written here and read back give the same distance.  Scaled to 75 pixels, the least it takes, for speed."""
+    monkeypatch.setattr(evaluate, "resize_tf1", lambda x, size, resize=evaluate.resize_tf1: resize(x, 75))
     known, describe = {}, evaluate.describe               # each set goes through the network once
 
     def once(images, *more):
