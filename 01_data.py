@@ -449,7 +449,7 @@ def refuse_other(old, new, place, way):
 def flag(name):
     return "--" + name.replace("_", "-")
 
-def option(default, text, within="(-inf, inf)", choices=None, group=None, flag=True):
+def option(default, text, within="(-inf, inf)", choices=None, group=None):
     """A dataclass field that is also a command-line flag.  None as default: worked out later, as the text says.
 
     within: an interval for its numbers, as "(0, 1]".  choices: a function that returns the names allowed; it is called
@@ -478,7 +478,7 @@ class HelpFormatter(argparse.HelpFormatter):
         return textwrap.wrap(text, width, break_on_hyphens=False)
 
 def parse(argv, description, *classes, shown={}):
-    """The flags given -> {name: value}; there is one for each field of the dataclasses.  Raises UsageError.
+    """The flags given -> {name: value}; there is one for each option() of the dataclasses.  Raises UsageError.
 
     shown: defaults for --help that come before those of the fields.
     """
@@ -488,7 +488,7 @@ def parse(argv, description, *classes, shown={}):
     def error(message):
         raise UsageError(f"{message} (see --help)")
     parser.error = error
-    options = {entry.name: entry for cls in classes for entry in fields(cls) if entry.metadata["flag"]}
+    options = {entry.name: entry for cls in classes for entry in fields(cls) if entry.metadata}
     group = parser
     for name, entry in options.items():
         about = entry.metadata

@@ -27,6 +27,7 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import sys
 import traceback
 import zipfile
@@ -67,10 +68,10 @@ def expand(c, like):
 # ---- The configuration: sizes of the network, and what its output means ----------------------------------------------
 @dataclass
 class JiTConfig:
-    """What a checkpoint needs to rebuild its network.  option(default, text, what it may be): also a flag of 03."""
-    image_size: int = option(256, "pixels, height = width", "[1, inf)", flag=False)
+    """What a checkpoint needs to rebuild its network.  option(default, text, what it may be) is a flag of 03, too."""
+    image_size: int = 256                                 # pixels, height = width
     patch_size: int = option(16, "pixels (default: as many tokens as --model has)", "[1, inf)", group="network")
-    in_channels: int = option(3, "3 for colours", "[1, inf)", flag=False)
+    in_channels: int = 3                                  # colours
     hidden_size: int = option(768, "width of a token", "[1, 100000]")
     depth: int = option(12, "number of blocks", "[1, 10000]")
     num_heads: int = option(12, "heads of the attention", "[1, inf)")
@@ -740,6 +741,7 @@ def device_and_processes(name=None):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     keep_freed_memory()
     if launched:                                          # a day: others wait while the first process scores or saves
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)     # Python's would not be heard while one waits for the others
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(days=1))
         dist.barrier()                                    # subtle: one that leaves early would cut others' connections
     with torchs_errors():

@@ -310,7 +310,7 @@ def restore(trainer, state, folder):
         trainer.bad.fill_(state["bad"])
     except model.MISFIT as error:
         raise ValueError(f"the checkpoint of {folder} is damaged, or of an older version "
-                         f"({str(error).splitlines()[-1]}): pass --run NAME, or --overwrite to move it aside")
+                         f"({str(error).strip().splitlines()[-1]}): pass --run NAME, or --overwrite to move it aside")
 
 @torch.no_grad()
 def predict_clean(trainer, z, t, y):
@@ -603,7 +603,7 @@ class Options:
     label_drop: float = option(0.1, "share of labels replaced by the null class, for guidance", "[0, 1)")
     flip: bool = option(True, "mirror half of the images, but never latents")
     aux_weight: float = option(None, "lambda, the weight of the auxiliary head (default: the head's own)", "[0, 10000]")
-    objective: str = option("jit", "how a batch becomes a loss", choices=lambda: OBJECTIVES, flag=False)
+    objective: str = "jit"                                # one of OBJECTIVES
     batch_size: int = option(1024, "GLOBAL: images per optimizer step", "[1, 1000000]", group="optimizer")
     micro_batch: int = option(None, "images per pass and process (default: by memory)", "[1, inf)")
     lr: float = option(None, "learning rate (default: 5e-5 x batch size / 256)", "(0, inf)")
@@ -614,7 +614,7 @@ class Options:
     amp: str = option(None, "mixed precision (default: bf16 where it is fast)", choices=lambda: ("bf16", "fp16", "off"),
                       group="hardware")
     compile: bool = option(None, "torch.compile (default: on CUDA, but for small networks)")
-    record: bool = option(False, "replay each pass as a CUDA graph", flag=False)
+    record: bool = False                                  # replay each pass as a CUDA graph
     checkpointing: bool = option(False, "recompute blocks in the backward pass: less memory")
     device: str = option(None, "cuda or cpu")
     resume: bool = option(False, "go on with a run that exists; steps, epochs, lr and amp may change", group="keeping")
@@ -624,10 +624,11 @@ class Options:
     preview_every: int = option(1000, "steps between two previews; 0: only at the end", "[0, inf)")
     save_minutes: float = option(5.0, "between checkpoints; the first after one minute at most", "[0, inf)")
     snapshots: int = option(8, "copies of the averaged weights kept over the run", "[0, inf)")
-    sampling: dict = option(None, "what 04_sample.py takes by default", flag=False)
-    classes: list = option(None, "names of the data set's classes", flag=False)
-    data_id: str = option(None, "the data set's id", flag=False)
-    coder: dict = option(None, "latents: what made them of which images", flag=False)
+    # no flags
+    sampling: dict = None                                 # what 04_sample.py takes by default
+    classes: list = None                                  # names of the data set's classes
+    data_id: str = None
+    coder: dict = None                                    # latents: what made them of which images
 
 def files_of(names):
     """Of --experiment those that are files."""
@@ -716,6 +717,7 @@ def settle(settings, meta, device, world):
     settle_speed(options, config, device)
     if options.aux_weight is None:
         options.aux_weight = model.AUX_HEADS[config.aux].weight
+    refuse(options.objective not in OBJECTIVES, f"objective {options.objective!r}: one of {', '.join(OBJECTIVES)}")
     if options.objective == "jit" and (config.pred, options.loss, config.path) != ("x", "v", "linear"):
         options.objective = "grid"
     return options, config

@@ -78,9 +78,8 @@ def heun_step(z, t, t_next, velocity, *_):
 def walk(net, noise, labels, *, solver="heun", steps=50, cfg=1.0, interval=(0.0, 1.0), t_eps=model.T_EPS, shift=1.0,
          step_noise=None):
     """Yield (t, z) at every point of the time grid, from (0.0, noise) to (1.0, images).  See generate()."""
-    known = getattr(net, "solvers", SOLVERS)              # a network may know fewer
-    refuse(solver not in known or steps < 1, f"solver {solver!r}, {steps} steps: give one of {', '.join(known)}, "
-           "and at least 1 step")
+    refuse(solver not in solvers_of(net) or steps < 1, f"solver {solver!r}, {steps} steps: give one of "
+           f"{', '.join(solvers_of(net))}, and at least 1 step")
     asked_for, step = SOLVERS[solver]                     # "v" or "x", and the function
     config = config_of(net)
 
@@ -144,6 +143,10 @@ SOLVERS = {"heun": ("v", heun_step), "euler": ("v", euler_step),               #
 # ======================================================================================================================
 # first reading ends here: what follows gives every image its own noise, and writes files
 # ======================================================================================================================
+
+def solvers_of(net):
+    """A network may know fewer."""
+    return getattr(net, "solvers", SOLVERS)
 
 def config_of(net):
     """A function without a configuration is taken for a JiT's forward."""
@@ -291,6 +294,7 @@ def write_samples(options, sampler, record, folder, rank, world):
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
             if old:
+                sampler.pictures(sampler.images([0]))     # is it finite?  If not, the others are not lost
                 (out / "samples.npz").unlink(missing_ok=True)
             for i in range(old):
                 file_of(out, i).unlink(missing_ok=True)
@@ -326,7 +330,7 @@ def draw_trajectory(sampler, path):
 @dataclass
 class Settings:
     """Of walk().  What the checkpoint's preset recommends comes before these defaults."""
-    solver: str = option("heun", "heun: two velocities a step, one in the last", choices=lambda: SOLVERS,
+    solver: str = option("heun", f"{' | '.join(SOLVERS)}, or an experiment's; heun: two velocities a step, one at the end",
                          group="how (what the checkpoint's preset recommends comes before these defaults)")
     steps: int = option(50, "of the time grid", "[1, 100000]")
     cfg: float = option(1.0, "guidance, 1 = off")
@@ -354,13 +358,14 @@ class Options:
                       choices=lambda: ("bf16", "fp16", "off"))
     compile: bool = option(False, "torch.compile the network")
 
-def settings_of(given, info, config):
+def settings_of(given, info, net):
     """Settings of walk(): flags, then what the checkpoint recommends, then the paper's.  Raises UsageError."""
     flags = model.settings_for(Settings, given)
     settings = asdict(Settings(**model.settings_for(Settings, info["sampling"]) | flags))
     refuse(len(settings["interval"]) != 2 or settings["interval"][0] >= settings["interval"][1],
            "--interval: give two times from 0 to 1, the lower first, as in 0.1,1")
-    unguided = not (config.num_classes and info.get("label_drop", True))
+    data.check("--solver", settings["solver"], choices=lambda: solvers_of(net))
+    unguided = not (net.config.num_classes and info.get("label_drop", True))
     refuse(flags.get("cfg", 1) != 1 and unguided, "--cfg: trained without classes, or with --label-drop 0, it has "
            "nothing to guide away from")
     return settings | {"cfg": 1.0} if unguided else settings
@@ -373,7 +378,7 @@ def main(argv=None):
         net, info = model.load_network(path, options.ema, options.experiment)
         classes = info["classes"] if net.config.num_classes else []            # an unconditional one has none
         labels = parse_labels(options.labels, options.num, classes, net.config.num_classes)
-        settings = settings_of(given, info, net.config)
+        settings = settings_of(given, info, net)
         amp = model.choose_precision(options.amp, device)
         made_by = info.get("coder")
         source = info.get("data")

@@ -1274,7 +1274,7 @@ def test_the_first_of_the_files_left_out_is_named(there, capsys):
 
 def test_what_texts_of_options_state():
     """Facts that the code decides."""
-    texts = {cls: {e.name: e.metadata["text"] for e in data.fields(cls)} for cls in (data.Options, train.Options, train.model.JiTConfig, sample.Options, sample.Settings)}
+    texts = {cls: {e.name: e.metadata.get("text") for e in data.fields(cls)} for cls in (data.Options, train.Options, train.model.JiTConfig, sample.Options, sample.Settings)}
     assert texts[data.Options]["root"].endswith("(default: OUT/downloads)") and texts[data.Options]["size"] == "height and width in pixels (default: 64; cifar10 32; imagenette 160, 320)"
     wanted = {"steps": "optimizer steps; they take precedence over --epochs", "batch_size": "GLOBAL: images per optimizer step", "warmup": "steps (default: 5 epochs, at most 1/20 of the run)",
               "resume": "go on with a run that exists; steps, epochs, lr and amp may change", "lr": "learning rate (default: 5e-5 x batch size / 256)",

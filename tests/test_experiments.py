@@ -185,7 +185,7 @@ def test_from_a_jit_to_one_step(work, capsys, more):
         record = json.loads((out / "samples.json").read_text())
         assert (record["solver"], record["steps"], record["cfg"]) == ("euler", steps or 1, 1.0)
     capsys.readouterr()
-    assert call(sample, "--run", "whole", "--num", 4, "--solver", "heun", "--out", "x") == 2 and "one of euler," in capsys.readouterr().err
+    assert call(sample, "--run", "whole", "--num", 4, "--solver", "heun", "--out", "x") == 2 and "--solver 'heun' is unknown: one of euler\n" in capsys.readouterr().err
 
 def test_one_step_is_one_evaluation(work):
     net, calls = shaken(config_with(**PAIR)), []
@@ -582,7 +582,7 @@ def test_experiments_combine_and_rows_too(work):
     ("{'init': 'shapes'}", "cannot say init: it is a flag"), ("{'run': 'x'}", "cannot say run"), ("{'device': 'cpu'}", "cannot say device"), ("{'overwrite': True}", "cannot say overwrite"), ("{'preset': 'photos'}", "cannot say preset"), ("{'experiment': 'exp1'}", "cannot say experiment"), ("{'resume': True}", "cannot say resume"), ("{'classes': ['a']}", "cannot say classes"),
     ("{'ema': 0}", "ema 0: it must be of the type tuple"), ("{'sampling': 1}", "sampling 1: it must be of the type dict"), ("{'data': 5}", "data 5: it must be of the type str"),
     ("{'in_channels': 4}", "cannot say in_channels"), ("{'image_size': 4}", "cannot say image_size"), ("{'sampling': 'heun'}", "sampling 'heun': it must be of the type dict"), ("{1: 2}", "there is no setting 1"), ("{'model': 'JiT-T/99'}", "model 'JiT-T/99' is unknown"),
-    ("{'network': 'nope'}", "network 'nope' is unknown"), ("{'lr': __import__('numpy').float64(1e-3)}", "it must be of the type float"), ("{'lr': 0}", "lr 0: give a number in (0, inf)"),
+    ("{'network': 'nope'}", "network 'nope' is unknown"), ("{'objective': 'nope'}", "objective 'nope': one of jit, grid"), ("{'lr': __import__('numpy').float64(1e-3)}", "it must be of the type float"), ("{'lr': 0}", "lr 0: give a number in (0, inf)"),
     ("{'rope': 'false'}", "rope 'false': it must be of the type bool"), ("{'warmup': 2.5}", "warmup 2.5: it must be of the type int"), ("{'ema': 0.9}", "ema 0.9: it must be of the type tuple"),
     ("{'ema': ()}", "ema (): it must be of the type tuple (a tuple: of one number or more)"), ("{'ema': [0.9]}", "ema [0.9]: it must be of the type tuple"), ("{'p_mean': '-0.8'}", "p_mean '-0.8': it must be of the type float"), ("{'sampling': {'step': 3}}", "there is no setting step"), ("{'hiddensize': 3}", "there is no setting hiddensize")])
 def test_settings_that_are_none(work, capsys, settings, words):
@@ -880,7 +880,7 @@ def test_settings_and_models_of_experiments():
     assert {name: model.load_experiment(name).SETTINGS for name in wanted} == wanted
     row = {"image_size": 64, "patch_size": 8, "hidden_size": 192, "depth": 6, "num_heads": 3, "bottleneck_dim": 64, "in_context_start": 2, "in_context_len": 0, "dropout": 0, "noise_scale": 1, "num_classes": 10}
     assert model.MODELS["DiMR-T/8"] == model.MODELS["DICE-T/8"] == row
-    within = {(cls.__name__, e.name): (e.default, e.metadata["within"]) for cls, _ in model.NETWORKS.values() for e in dataclasses.fields(cls) if e not in dataclasses.fields(model.JiTConfig)}
+    within = {(cls.__name__, e.name): (e.default, e.metadata.get("within")) for cls, _ in model.NETWORKS.values() for e in dataclasses.fields(cls) if e not in dataclasses.fields(model.JiTConfig)}
     assert {key: within[key] for key in (("OneStepConfig", "guidance"), ("WideHeadConfig", "head_depth"), ("WideHeadConfig", "head_width"), ("WideHeadConfig", "reuse"))} == {
         ("OneStepConfig", "guidance"): (1.5, "[1, inf)"), ("WideHeadConfig", "head_depth"): (2, "[1, inf)"), ("WideHeadConfig", "head_width"): (0, "[0, inf)"), ("WideHeadConfig", "reuse"): (1, "[1, inf)")}
 

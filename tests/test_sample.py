@@ -137,7 +137,7 @@ def test_two_ranks_make_the_images_of_one(run, monkeypatch):
     """Each rank takes its share of the batches; what they leave is the same folder."""
     whole = draw("whole", "--batch-size", 7)
     net, info = model.load_network("runs/r/checkpoint.pt")
-    how = sample.settings_of({}, info, net.config)
+    how = sample.settings_of({}, info, net)
     sampler = sample.Sampler(net, [i % 3 for i in range(64)], 0, how, "off", torch.device("cpu"))
     Path("parts").mkdir()
     for rank, share in ((1, 4 * 7 + 1), (0, 5 * 7)):                   # ten batches, the last of one image
@@ -554,6 +554,26 @@ def test_images_with_a_damaged_byte_are_made_again(run):
     Path("a/0000001.png").write_bytes(whole[Path("a/0000001.png")][:-12])                          # cut off before its end
     draw("a", num=4)
     assert {file: file.read_bytes() for file in Path("a").glob("*.png")} == whole
+
+def test_a_solver_of_an_experiment(run, capsys):
+    """It is known when its file is loaded; the network of one_step knows euler alone.  Refused before anything is written."""
+    Path("mine.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom importlib import import_module\n"
+                               "import_module('04_sample').SOLVERS['mine'] = ('v', lambda z, t, t_next, velocity, *_: z + (t_next - t) * velocity(z, t))\nSETTINGS = {}")
+    try:
+        assert call(sample, "--run", "r", "--num", 2, "--amp", "off", "--steps", 3, "--out", "a", "--experiment", "mine.py", "--solver", "mine") == 0
+    finally:
+        sample.SOLVERS.pop("mine", None)
+    assert np.array_equal(pictures("a"), draw("b", "--solver", "euler", "--steps", 3, num=2))
+    assert call(sample, "--run", "r", "--num", 2, "--out", "c", "--solver", "mine") == 2 and "--solver 'mine' is unknown: one of heun, euler, ddim, ddpm" in capsys.readouterr().err
+    assert not Path("c").exists()
+    run.solvers = ("euler",)
+    with pytest.raises(data.UsageError, match="--solver 'heun' is unknown: one of euler"):
+        sample.settings_of({}, {"sampling": {}}, run)
+
+def test_samples_are_not_given_up_for_numbers_that_are_none(run, capsys):
+    before = draw("a", num=4)
+    assert call(sample, "--run", "r", "--num", 4, "--amp", "off", "--out", "a", "--overwrite", "--cfg", 1e39) == 1 and "not finite" in capsys.readouterr().err
+    assert np.array_equal(pictures("a"), before) and draw("a", num=4).any()
 
 def test_an_image_beyond_ours_is_not_removed(run):
     """Called as ours are, and beside them."""

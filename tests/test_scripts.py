@@ -70,7 +70,7 @@ def test_help_has_a_line_for_every_option(module, capsys):
     assert max(map(len, text.splitlines())) <= 118
     text = " ".join(text.split())
     for entry in [*(fields(module.Options) if module is not model else []), *(fields(model.JiTConfig) if module is train else fields(sample.Settings) if module is sample else [])]:
-        assert not entry.metadata["flag"] or f"--{entry.name.replace('_', '-')}" in text and entry.metadata["text"][:20] in text
+        assert not entry.metadata or f"--{entry.name.replace('_', '-')}" in text and entry.metadata["text"][:20] in text
 
 def test_help_may_have_a_percent_sign(capsys):
     """In an option of an experiment of your own, say."""
@@ -196,7 +196,7 @@ def test_the_readme_has_commands_and_repeats_no_error_of_the_reading():
 
 def test_messages_name_only_flags_and_scripts_that_exist():
     """Also in docstrings: what is advised can be typed."""
-    flags = {data.flag(e.name) for cls in (data.Options, train.Options, model.JiTConfig, sample.Options, sample.Settings, evaluate.Options) for e in fields(cls) if e.metadata["flag"]}
+    flags = {data.flag(e.name) for cls in (data.Options, train.Options, model.JiTConfig, sample.Options, sample.Settings, evaluate.Options) for e in fields(cls) if e.metadata}
     flags |= {"--no-" + flag[2:] for flag in flags} | {"--help", "--nproc_per_node", "--max-restarts"}
     for path in sorted(ROOT.glob("0*.py")):
         texts = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant) and isinstance(node.value, str)]

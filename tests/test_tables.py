@@ -108,7 +108,7 @@ def test_imagenettes_class_folders():
 
 WITHIN = {
     data.Options: dict(size="[8, 4096]", count="[100, 10000000]", fraction="(0, 1]", val_fraction="(0, 1)", seed="[0, 1e18]", workers="[1, inf)"),
-    model.JiTConfig: dict(image_size="[1, inf)", patch_size="[1, inf)", in_channels="[1, inf)", hidden_size="[1, 100000]", depth="[1, 10000]", num_heads="[1, inf)",
+    model.JiTConfig: dict(patch_size="[1, inf)", hidden_size="[1, 100000]", depth="[1, 10000]", num_heads="[1, inf)",
                           mlp_ratio="(0, 1000]", num_classes="[0, inf)", bottleneck_dim="[0, 100000]", in_context_len="[0, 100000]", in_context_start="[0, inf)",
                           dropout="[0, 1)", noise_scale="(0, 1000]"),
     train.Options: dict(steps="[1, inf)", epochs="(0, inf)", seed="[0, 1e18]", p_std="(0, 100]", shift="[0.001, 1000]", label_drop="[0, 1)", aux_weight="[0, 10000]",
@@ -121,15 +121,15 @@ WITHIN = {
 
 @pytest.mark.parametrize("options", WITHIN, ids=lambda cls: f"{cls.__module__}-{cls.__name__}")
 def test_what_numbers_may_be(options):
-    assert {e.name: e.metadata["within"] for e in fields(options) if e.metadata["within"] != "(-inf, inf)"} == WITHIN[options]
+    assert {e.name: e.metadata["within"] for e in fields(options) if e.metadata and e.metadata["within"] != "(-inf, inf)"} == WITHIN[options]
 
 def test_what_may_differ_when_a_run_goes_on_and_what_is_no_flag():
-    internal = {e.name for e in fields(train.Options) if not e.metadata["flag"]}
+    internal = {e.name for e in fields(train.Options) if not e.metadata}
     assert train.WITH_RESUME - train.MAY_DIFFER == {"steps", "epochs", "lr", "amp", "warmup"} and train.MAY_DIFFER <= {e.name for e in fields(train.Options)}
     assert train.MAY_DIFFER == {"data", "run", "micro_batch", "compile", "record", "checkpointing", "device", "resume", "dry_run", "overwrite", "log_every", "preview_every",
                          "save_minutes", "snapshots", "sampling"}
-    assert internal == {"objective", "record", "sampling", "classes", "data_id", "coder"} and [e.name for e in fields(model.JiTConfig) if not e.metadata["flag"]] == ["image_size", "in_channels"]
-    assert all(e.metadata["flag"] for cls in (data.Options, sample.Options, sample.Settings, evaluate.Options) for e in fields(cls))
+    assert internal == {"objective", "record", "sampling", "classes", "data_id", "coder"} and [e.name for e in fields(model.JiTConfig) if not e.metadata] == ["image_size", "in_channels"]
+    assert all(e.metadata for cls in (data.Options, sample.Options, sample.Settings, evaluate.Options) for e in fields(cls))
 
 OF_FUNCTIONS = {  # what a function takes if it is not told
     data: {"arc": (0.0, 2.0, 0.0), "picture": ((), ()), "write": ("la", "black")},
@@ -159,11 +159,11 @@ def test_constants():
 def test_what_flags_may_be():
     """All choices that are written out; those of registries grow with them."""
     amp = ("bf16", "fp16", "off")
-    choices = {e.name: tuple(e.metadata["choices"]()) for cls in (train.Options, sample.Options, sample.Settings, evaluate.Options, model.JiTConfig) for e in fields(cls) if e.metadata["choices"]}
-    assert {name: choices[name] for name in ("loss", "times", "schedule", "amp", "split", "features", "pred", "patch_embed", "solver")} == {
+    choices = {e.name: tuple(e.metadata["choices"]()) for cls in (train.Options, sample.Options, sample.Settings, evaluate.Options, model.JiTConfig) for e in fields(cls) if e.metadata.get("choices")}
+    assert {name: choices[name] for name in ("loss", "times", "schedule", "amp", "split", "features", "pred", "patch_embed")} == {
         "loss": ("x", "e", "v"), "times": ("logit-normal", "uniform"), "schedule": ("constant", "cosine"), "amp": amp, "split": ("train", "val"),
-        "features": ("classifier", "inception"), "pred": ("x", "e", "v"), "patch_embed": ("linear", "nonlinear"), "solver": ("heun", "euler", "ddim", "ddpm")}
+        "features": ("classifier", "inception"), "pred": ("x", "e", "v"), "patch_embed": ("linear", "nonlinear")} and tuple(sample.SOLVERS) == ("heun", "euler", "ddim", "ddpm")
     assert [tuple(e.metadata["choices"]()) for cls in (train.Options, sample.Options) for e in fields(cls) if e.name == "amp"] == [amp, amp]
-    registries = {"preset": train.PRESETS, "model": model.MODELS, "objective": train.OBJECTIVES, "path": model.PATHS, "ffn": model.FFNS, "norm": model.NORMS,
-                  "mixer": model.MIXERS, "network": model.NETWORKS, "aux": model.AUX_HEADS, "solver": sample.SOLVERS}
+    registries = {"preset": train.PRESETS, "model": model.MODELS, "path": model.PATHS, "ffn": model.FFNS, "norm": model.NORMS,
+                  "mixer": model.MIXERS, "network": model.NETWORKS, "aux": model.AUX_HEADS}
     assert all(choices[name] == tuple(registry) for name, registry in registries.items()) and tuple(data.Options().__dataclass_fields__["source"].metadata["choices"]()) == tuple(data.SOURCES)

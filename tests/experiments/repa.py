@@ -28,8 +28,8 @@ option = data.option
 class RepaConfig(model.JiTConfig):
     """JiT's network; what the head needs is worked out when it is used, in training."""
     teacher: str = option("shapes-rae", "a latent set, data/NAME, whose RAE or DINOv2 encoder is imitated", group="REPA")
-    teacher_id: str = option(None, "the teacher's id", flag=False)
-    features: int = option(0, "channels of its features", flag=False)
+    teacher_id: str = None
+    features: int = 0                                     # channels of the teacher's features
 
     def __post_init__(self):
         super().__post_init__()
