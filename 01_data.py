@@ -217,9 +217,8 @@ def read_image(path):
     except Exception as error:                            # subtle: Pillow raises many kinds, also SyntaxError
         raise ValueError(f"{path} is not a readable image ({type(error).__name__}: {error})".splitlines()[0])
 
-def decode(job):
-    """Read and crop one file.  job: (path, size).  Returns (size,size,3) uint8, or a string that says why not."""
-    path, size = job
+def decode(path, size):
+    """Read and crop one file.  Returns (size,size,3) uint8, or a string that says why not."""
     try:
         image = read_image(path)
     except ValueError as error:
@@ -256,23 +255,28 @@ def every_file(folder):
             folders.clear()
             continue
         seen.add(real)
-        yield from (os.path.join(parent, name) for name in names)
+        for name in names:
+            yield str(Path(parent, name))
 
 def list_images(folder):
     """The image files of a folder and of those below it, but for hidden ones; the suffix decides."""
     return sorted(file for file in every_file(folder) if file.lower().endswith(SUFFIXES) and os.path.isfile(file)
-                  and not any(os.sep + mark in file[len(str(folder)):] for mark in HIDDEN))
+                  and not any(part.startswith(HIDDEN) for part in Path(file).relative_to(folder).parts))
 
 def list_classes(folder):
     """Class folders -> (names, [(file, label)]).  A folder without sub-folders is unlabelled: no names, label 0."""
-    names = [entry.name for entry in folders_in(folder)]
+    entries = folders_in(folder)
+    names = [entry.name for entry in entries]
     loose = [file for file in list_images(folder) if Path(file).parent == folder]
     if names and loose:
         raise ValueError(f"{folder} holds class folders and {len(loose)} loose images ({loose[0]}, ...): "
                          "put them into a class, or elsewhere")
     pairs = []
-    for label, place in enumerate([folder / name for name in names] or [folder]):
+    for label, place in enumerate(entries or [folder]):
         files = list_images(place)
+        if len(names) == 1 and folders_in(place):
+            raise ValueError(f"{folder} holds one folder only, which holds folders: are those the classes? Then give "
+                             f"{place} as --root, or move them up")
         if not files:
             raise ValueError(f"{place} holds no images ({', '.join(FORMATS)}): fill it or remove it")
         pairs += [(file, label) for file in files]
@@ -281,8 +285,7 @@ def list_classes(folder):
 def hold_out(pairs, fraction, seed):
     """{"train": pairs, "val": pairs}: a random part is held out, but never the first image of a class."""
     spare = [i for i in range(1, len(pairs)) if pairs[i][1] == pairs[i - 1][1]]
-    drawn = np.random.default_rng((seed, 1)).permutation(spare)[:max(1, round(len(pairs) * fraction))]
-    held = set(drawn)
+    held = set(np.random.default_rng((seed, 1)).permutation(spare)[:max(1, round(len(pairs) * fraction))])
     return {"train": [pair for i, pair in enumerate(pairs) if i not in held], "val": [pairs[i] for i in sorted(held)]}
 
 def list_folder(root, val_fraction, seed):
@@ -300,23 +303,23 @@ def list_folder(root, val_fraction, seed):
         if names != val_names:
             raise ValueError(f"{folders['train']} and {folders['val']} must hold the same class folders; "
                              f"{min({*names} ^ {*val_names})} is in one only (ImageNet's val/ comes without: sort it)")
-    left_out = {Path(file) for file in every_file(root)} - {root / "classes.txt"}
-    left_out -= {Path(file) for file, _ in sum(found.values(), [])}
+    left_out = {*every_file(root)} - {file for file, _ in sum(found.values(), [])} - {str(root / "classes.txt")}
     if left_out:
         print(f"{len(left_out)} files are left out, of other kinds, hidden, or in other folders, as {max(left_out)}")
     return names, found
 
-SPLITS = {"training": "train", "train": "train"} | dict.fromkeys("testing test validation valid val".split(), "val")
+SPLIT = "(?i)(.*[^a-z])?(?P<word>(?P<train>train)(ing)?|test(ing)?|val(id|idation)?)(set|data|images|.)?([^a-z].*)?"
 
 def split_folders(root):
     """{"train": folder, "val": folder} if folders are called so, in any case, else {}; in doubt raises ValueError.
 
-    test_set, train_images and the like are splits, too.
+    In a pair also test_set, valid-images, seg_train, train2017 and the like: by itself that may be a class.
     """
-    folders = {folder.name: SPLITS.get(re.sub("[ _-](set|data|images)$", "", folder.name.lower()))
-               for folder in folders_in(root)}
-    found = {split: root / name for name, split in folders.items() if split}
-    if found and (None in folders.values() or "train" not in found):
+    folders = {folder.name: re.fullmatch(SPLIT, folder.name) for folder in folders_in(root)}
+    found = {"train" if match["train"] else "val": root / name for name, match in folders.items() if match}
+    if len(found) < 2 and not any(match and match["word"] == name for name, match in folders.items()):
+        return {}
+    if None in folders.values() or "train" not in found:
         raise ValueError(f"{root} holds {', '.join(folders)}: are they classes, or splits? Rename a class that is "
                          "called like a split; of splits, leave train/ and one of val/ and test/ there, nothing else")
     return found
@@ -404,12 +407,13 @@ def folder_source(options):
         names = called(names, file.read_text(encoding="utf-8-sig"))
     print(f"folders in {options.root}, or in its train/, are classes, with all that lies in them; every image is "
           f"cropped and scaled to {options.size} x {options.size}, small ones enlarged")
-    return names, lambda path: decode((path, options.size)), splits
+    return names, lambda path: decode(path, options.size), splits
 
 def called(names, text):
     """What a classes.txt calls the class folders, in lines like "n01440764 tench, Tinca tinca"; others keep theirs."""
     known = dict(line.strip().split(maxsplit=1) for line in text.splitlines() if len(line.split()) > 1)
-    print(f"{len(known.keys() & set(names))} of {len(names)} classes are named by a line FOLDER NAME of the list")
+    print(f"{len(known.keys() & set(names))} of {len(names)} classes are named by a line FOLDER NAME of the list "
+          "(of two for one folder the last counts)")
     names = [known.get(name, name) for name in names]
     refuse(len(set(names)) < len(names), f"classes.txt: two classes are called {max(names, key=names.count)}: "
            "change or remove the line of one")
@@ -538,7 +542,7 @@ def run(main):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)     # ends the others in this time; one that fails alone speaks
         time.sleep(3)
         message = f"[rank {RANK}] {message}"
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(message).splitlines())}", file=sys.stderr)
     return code
 
 @contextmanager
@@ -586,7 +590,7 @@ def expect(record, **kinds):
 
 def save_json(path, value):
     with whole(path) as part:
-        part.write_text(json.dumps(value, indent=1))
+        part.write_text(json.dumps(value, indent=1, allow_nan=False))
 
 def save_rows(path, rows, shape, dtype=np.uint8):
     """Write arrays of one shape as the rows of an .npy file, one by one: memory holds one of them at a time."""
@@ -689,7 +693,7 @@ def class_picture(labels, names, image_of):
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
 SET_FILES = ("train_images.npy", "train_labels.npy", "val_images.npy", "val_labels.npy", "preview.png", "skipped.txt",
-             "coder.pt", "reconstructions.npz", "meta.json", "*.jit-part", ".DS_Store",         # the last: a Mac's
+             "coder.pt", "reconstructions.npz", "meta.json", "*.jit-part", ".*.lock", ".DS_Store",  # the last: a Mac's
              "classifier-????????.*.npz", "statistics-*????????-????????.npz")           # the last two: 05's
 
 @dataclass
@@ -764,7 +768,8 @@ def build(options, folder, names, make, splits, pool):
             if split == "train" and empty:
                 what = f"class {names[min(empty)]}" if names else options.root
                 jobs = [job for job, label in pairs if label == min(empty)]
-                raise ValueError(f"{what} has no readable image; --fraction and hold-out left {len(jobs)}: {jobs[:1]}")
+                raise ValueError(f"{what} has no readable image; --fraction and hold-out left {len(jobs)}: "
+                                 f"{[line for line in left_out if line.startswith(tuple(jobs))][:1]}")
         if left_out:
             (part / "skipped.txt").write_text("".join(left_out), errors="replace")
             print(f"{len(left_out)} unreadable images left out, listed in skipped.txt; first: {left_out[0].strip()}")
@@ -799,7 +804,8 @@ def main(argv=None):
                          "(--overwrite packs it again)")
         counts = build(options, folder, names, make, splits, pool)
     print(f"{folder}: {counts['train']} training and {counts['val']} held-out images, {options.size} x {options.size}, "
-          f"{len(names)} classes ({', '.join(names)[:80] or 'no labels'}); look at {folder / 'preview.png'}")
+          f"{len(names)} classes ({textwrap.shorten(', '.join(names), 90) or 'no labels'}); "
+          f"look at {folder / 'preview.png'}")
 
 if __name__ == "__main__":
     sys.exit(run(main))

@@ -588,7 +588,7 @@ def load_recorded(names, place, given=""):
     """Import the experiments that a file names.  Those from elsewhere must be given again: data never chooses code."""
     for name in names:
         plain = "/" not in name and (EXPERIMENTS_FOLDER / f"{name}.py").is_file()
-        refuse(not plain and Path(name).stem not in [Path(path).stem for path in given.split(",")],
+        refuse(not plain and Path(name).stem not in [Path(path).stem for path in filter(None, given.split(","))],
                f"{place} was made with an experiment of your own: pass --experiment {name} again (04_sample.py also "
                "takes it from a new place; a file never makes us run code from outside the project)")
         if plain:
@@ -649,6 +649,8 @@ def load_network(path, ema=0, experiment=""):
             averages = list(state["ema"])
             info |= state.get("info", {})
             data.expect(info, sampling=dict, classes=list, experiments=list)
+            json.dumps(info)                              # plain values only, whoever edited it
+            "".join(info["classes"])
             load_recorded(info["experiments"], path, experiment)
         if info.get("step") == 0:
             raise ValueError("it has not been trained for a step")

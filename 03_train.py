@@ -706,8 +706,7 @@ def settle(settings, meta, device, world):
     options = Options(**training)
     config = kind(**network)
     refuse(config.num_classes not in (0, found["num_classes"]), f"--num-classes {config.num_classes}: the data set "
-                f"has {found['num_classes']}; 0: without classes")
-    refuse("coder" in meta and config.aux == "rotation", "--aux rotation is for images, not for latents")
+                f"has {found['num_classes']} (is it another, or was it packed anew?); 0: without classes")
     options.micro_batch = micro_batch_of(options, config, device, world)
     epoch = meta["counts"]["train"] / options.batch_size  # in steps
     options.steps = options.steps or max(1, round(options.epochs * epoch))
@@ -717,7 +716,8 @@ def settle(settings, meta, device, world):
     settle_speed(options, config, device)
     if options.aux_weight is None:
         options.aux_weight = model.AUX_HEADS[config.aux].weight
-    refuse(options.objective not in OBJECTIVES, f"objective {options.objective!r}: one of {', '.join(OBJECTIVES)}")
+    refuse(options.objective not in OBJECTIVES, f"SETTINGS: objective {options.objective!r} is unknown: "
+           f"one of {', '.join(OBJECTIVES)}")
     if options.objective == "jit" and (config.pred, options.loss, config.path) != ("x", "v", "linear"):
         options.objective = "grid"
     return options, config
@@ -834,6 +834,11 @@ def announce(options, config, folder, step, counts, device):
           f"lr {options.lr:.2g}, {options.amp}, {device}{how}; micro-batches of {options.micro_batch}, "
           f"about {need / 2**30:.1f} GiB; EMA over {' and '.join(windows)} steps", flush=True)
 
+def next_command(options):
+    """What samples the run; an experiment that lies elsewhere has to be given again."""
+    own = ",".join(name for name in files_of(options.experiment) if "/" in name)
+    return f"04_sample.py --run {shlex.quote(options.run)}{own and ' --experiment ' + shlex.quote(own)}"
+
 def move_aside(folder):
     """NAME -> NAME.old, or NAME.old.old where that exists: nothing is ever deleted."""
     aside = Path(f"{folder}.old")
@@ -860,8 +865,7 @@ def train_run(given, device, rank, world):
         refuse_other_settings(state, options, config, folder)
     if step == options.steps:
         if rank == 0:
-            print(f"{folder} is finished (step {step}); nothing to do. Train longer with --resume --steps N, anew with "
-                  "--overwrite")
+            print(f"{folder} is finished (step {step}); nothing to do (longer: --resume --steps N; anew: --overwrite)")
         return
     if config.num_classes and classes and classes != options.classes:          # official weights do not name theirs
         weights.pop("y_embedder.embedding_table.weight", None)
@@ -883,7 +887,7 @@ def train_run(given, device, rank, world):
         train(trainer, read_ahead(*arrays["train"], trainer), recorder)
     if rank == 0:
         print(f"{folder / 'checkpoint.pt'} after step {trainer.step}; look at {folder / 'preview'} and loss.png, "
-              f"then run 04_sample.py --run {shlex.quote(options.run)}")
+              f"then run {next_command(options)}")
 
 def main(argv=None):
     given = read_flags(argv)

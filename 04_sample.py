@@ -226,7 +226,7 @@ def parse_labels(text, num, classes, num_classes):
 
 # ---- Writing: a folder of PNG files that knows its settings ----------------------------------------------------------
 SAMPLE_FILES = ("[0-9][0-9][0-9][0-9][0-9][0-9][0-9].png", "samples.json", "samples.npz",
-                "samples.npz-metrics.json", "arr_0.npy", ".DS_Store", "*.jit-part")         # the metrics are 05's
+                "samples.npz-metrics.json", "arr_0.npy", ".DS_Store", ".*.lock", "*.jit-part")  # the metrics are 05's
 
 def file_of(out, i):
     return out / f"{i:07d}.png"
@@ -253,9 +253,9 @@ def check_folder(out, record, overwrite):
         data.only_ours(out, SAMPLE_FILES if ours else ("*.jit-part",), "choose another --out")
     if not ours:
         return 0
-    old = asdict(Settings()) | data.load_json(out / "samples.json", weights=str, num=int)  # may lack a setting
+    old = asdict(Settings()) | data.load_json(out / "samples.json", weights=str, labels=list)  # may lack a setting
     if overwrite:
-        return old["num"]
+        return len(old["labels"])
     data.refuse_other(old, record, out, "pass --overwrite to replace them, or --out")
     return 0
 
@@ -330,7 +330,7 @@ def draw_trajectory(sampler, path):
 @dataclass
 class Settings:
     """Of walk().  What the checkpoint's preset recommends comes before these defaults."""
-    solver: str = option("heun", f"{' | '.join(SOLVERS)}, or an experiment's; heun: two velocities a step, one at the end",
+    solver: str = option("heun", f"{' | '.join(SOLVERS)}, or of an experiment; heun: two velocities a step, one last",
                          group="how (what the checkpoint's preset recommends comes before these defaults)")
     steps: int = option(50, "of the time grid", "[1, 100000]")
     cfg: float = option(1.0, "guidance, 1 = off")
@@ -348,7 +348,8 @@ class Options:
     num: int = option(1000, "number of images", "[1, 10000000]")
     labels: str = option(None, "ids or names, which take turns, as 3,7 or star (default: all)")
     seed: int = option(0, "image i is a function of (seed, i)", "[0, 1e18]")
-    out: Path = option(None, "folder of images (default: samples, in the run's folder)", group="output")
+    out: Path = option(None, "folder of images; of --trajectory the picture (default: in the run's folder)",
+                       group="output")
     npz: bool = option(False, "also pack samples.npz (arr_0 uint8 NHWC, arr_1 labels), as ADM's evaluator reads it")
     trajectory: bool = option(False, "only draw z_t over time and what the network predicts")
     overwrite: bool = option(False, "replace samples made with other settings")

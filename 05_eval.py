@@ -399,7 +399,7 @@ def read_npz(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             known = "arr_0 arr_1 mu sigma mu_s sigma_s n".split()
-            content = {name: file[name] for name in known if name in file.files}
+            content = {name: np.asarray(file[name]) for name in known if name in file.files}
     except Exception as error:                            # zip, zlib and numpy each have their own
         raise ValueError(f"{path} is not a readable npz file ({error})")
     images = content.pop("arr_0", None)
@@ -419,7 +419,7 @@ def check_statistic(path, name, content):
     """Raise ValueError unless it is a mean (D,), a covariance (D,D), or a number n."""
     value = content[name]
     mean = content.get(name.replace("sigma", "mu"))
-    shape = {"n": (), "m": value.shape[:1], "s": np.shape(mean) * 2}[name[0]]
+    shape = {"n": (), "m": (value.size,), "s": np.shape(mean) * 2}[name[0]]
     good = value.shape == shape and value.dtype.kind in "fiu" and np.isfinite(value).all()
     good = good and (name != "n" or value >= 0)
     if good and name[0] == "s":
@@ -528,8 +528,8 @@ def report(result):
 def print_table(files, out):
     """--table: a line per result, with the settings in which they differ; with --out a curve over the first of them."""
     results = [data.load_json(Path(file), score=str, n_generated=int, sampling=dict) for file in files]
-    refuse(len({(result["score"], result.get("n_real"), result.get("reference_id")) for result in results}) > 1,
-           f"{', '.join(files)} cannot be compared: they differ in features or reference")
+    judges = {f"{r['score']} {r.get('n_real')} {r.get('reference_id')} {r.get('split', 'train')}" for r in results}
+    refuse(len(judges) > 1, f"{', '.join(files)} cannot be compared: they differ in features or reference")
     rows = [{"file": file} | result["sampling"] | result for file, result in zip(files, results)]
     varied = [k for k in rows[0]["sampling"] if k != "weights" and len({str(row.get(k)) for row in rows}) > 1]
     columns = ["file", *varied, "n_generated", *SCORES, "class_accuracy"]
@@ -617,9 +617,8 @@ def evaluate(options, device):
         net, name, digest = load_classifier(real.path, device)
     result = {"score": name, "features": options.features, "weights": digest,
               "samples": str(path), "reference": str(real.path), "reference_id": real.record.get("id"),
-              "sampling": samples.record} | score(samples, real, net.to(device), options, digest, device)
-    if samples.record and ImageSet(path).record != samples.record:             # an .npz, which is large, has none
-        raise ValueError(f"{path} was made anew in the meantime: score it again")
+              "split": real.split, "sampling": samples.record}
+    result |= score(samples, real, net.to(device), options, digest, device)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         data.save_json(out, result)

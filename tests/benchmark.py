@@ -138,7 +138,7 @@ def benchmark_data(args):
     """Images a second and core: decoding and cropping the originals, random rows of the packed file."""
     files = data.list_images(Path(args.root))[:200]
     start = time.perf_counter()
-    rows = [data.decode((file, args.size)) for file in files]
+    rows = [data.decode(file, args.size) for file in files]
     decoding = len(files) / (time.perf_counter() - start)
     with tempfile.TemporaryDirectory() as folder:
         np.save(f"{folder}/x.npy", np.stack([row for row in rows if not isinstance(row, str)] * 20))

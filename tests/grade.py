@@ -16,6 +16,7 @@ import argparse
 import csv
 import gc
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tokenize
 import xml.etree.ElementTree as ET
 import zipfile
 from contextlib import ExitStack, suppress
@@ -59,6 +61,10 @@ def read_script(submission, name):
         raise ValueError(f"{name} is there more than once: {', '.join(found)}" if found else f"{name} is missing")
     if len(text) > LARGEST:
         raise ValueError(f"{name} is larger than {LARGEST} bytes")
+    try:
+        text.decode(tokenize.detect_encoding(io.BytesIO(text).readline)[0])
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name} is not a text that Python reads: {error}")
     return text
 
 def run_tests(place, number):

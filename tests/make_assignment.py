@@ -116,7 +116,7 @@ def choose(text):
     for part in text.replace(" ", "").split(","):
         span = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         numbers = [names.index(part) + 1] if part in names else range(int(span[1]), int(span[2] or span[1]) + 1) if span else []
-        if not numbers or not set(numbers) <= set(range(1, len(names) + 1)):
+        if not numbers or not 1 <= numbers[0] <= numbers[-1] <= len(names):
             raise ValueError(f"--exercises: {part!r} is neither a number from 1 to {len(names)}, nor a range like 1-6, nor one of {', '.join(names)}")
         chosen |= set(numbers)
     return [exercise for exercise in EXERCISES if exercise.number in chosen]

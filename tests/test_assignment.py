@@ -106,7 +106,7 @@ def test_untracked_files_stay(tmp_path):
 
 def test_choose():
     assert [e.number for e in choose("1-3, heun,5")] == [1, 2, 3, 5, 12]
-    for wrong in ("0", "1-99", "7-", "-7", "attention", "", "3-1", "1-2-3"):
+    for wrong in ("0", "1-99", "1-99999999999999", "7-", "-7", "attention", "", "3-1", "1-2-3"):
         with pytest.raises(ValueError, match="--exercises"):
             choose(wrong)
 
@@ -300,3 +300,13 @@ def test_marks_are_not_written_through_a_link(tmp_path):
     (tmp_path / "a.json.jit-part").symlink_to("thesis.txt")
     grade.write(tmp_path / "a.json", "{}")
     assert (tmp_path / "thesis.txt").read_text() == "mine" and (tmp_path / "a.json").read_text() == "{}"
+
+def test_a_script_that_python_does_not_start_has_no_points(tmp_path):
+    """Imported, a letter of another encoding in a comment passes."""
+    for text, good in ((b"# \xe9\n", False), (b"# coding: latin-1\n# \xe9\n", True), ("# é\n".encode(), True), (b"# coding: none\n", False)):
+        (tmp_path / "01_data.py").write_bytes(text)
+        if good:
+            assert grade.read_script(tmp_path, "01_data.py") == text
+        else:
+            with pytest.raises(ValueError, match="01_data.py is not a text that Python reads"):
+                grade.read_script(tmp_path, "01_data.py")

@@ -272,9 +272,9 @@ def test_sixteen_bits_and_transparency(there):
     rgba[:, 16:] = (255, 0, 0, 255)                       # left half: black, invisible
     (there / "in").mkdir()
     Image.fromarray(ramp).save("in/a.png"), Image.fromarray(rgba).save("in/b.png"), Image.fromarray(rgba).save("in/c.png")
-    assert abs(data.decode(("in/a.png", 16)).mean() - 127.5) < 1
+    assert abs(data.decode("in/a.png", 16).mean() - 127.5) < 1
     assert (np.asarray(data.to_rgb(Image.fromarray(np.full((4, 4), 257 * 200, np.uint16)))) == 200).all()
-    image = data.decode(("in/b.png", 16))
+    image = data.decode("in/b.png", 16)
     assert (image[:, :7] == 255).all() and (image[:, 9:] == (255, 0, 0)).all()
 
 def test_a_name_that_does_not_fit_is_cut_visibly(monkeypatch):
@@ -311,15 +311,38 @@ def test_a_damaged_archive_is_named(there, capsys):
     assert call(data, "--source", "cifar10", "--root", "in") == 1 and "is damaged" in capsys.readouterr().err
 
 # ---- What people bring -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("splits", [("train", "val"), ("Train", "Test"), ("training", "testing"), ("train", "valid"), ("TRAIN", "Validation"), ("training_set", "test_set"), ("train-images", "val data")], ids="-".join)
+@pytest.mark.parametrize("splits", [("train", "val"), ("Train", "Test"), ("training", "testing"), ("train", "valid"), ("TRAIN", "Validation"), ("training_set", "test_set"), ("train-images", "val data"), ("seg_train", "seg_test"),
+                                    ("train2017", "val2017"), ("trainset", "testset"), ("my_Train", "my_valid")], ids="-".join)
 def test_splits_are_known_by_their_names_in_any_case(there, splits):
     folder(Path("in"), splits=splits)
     assert pack() == 0 and {k: len(v[1]) for k, v in data.open_data("data/set")[1].items()} == {"train": 12, "val": 12}
 
-@pytest.mark.parametrize("classes", [("bus", "car", "train"), ("Test", "cat"), ("val", "test")], ids="-".join)
+@pytest.mark.parametrize("classes", [("bus", "car", "train"), ("Test", "cat"), ("val", "test"), ("cat", "seg_train", "seg_test")], ids="-".join)
 def test_a_class_that_is_called_like_a_split_is_asked_about(there, capsys, classes):
     folder(Path("in"), classes, splits=None)
     assert pack() == 1 and all(word in capsys.readouterr().err for word in ("classes, or splits?",)) and not Path("data/set").exists()
+
+def test_a_message_is_one_line(capsys):
+    def main():
+        raise ValueError("boo\nhoo")
+    assert data.run(main) == 1 and capsys.readouterr().err.endswith(": error: boo hoo\n")
+
+def test_a_list_of_classes_is_cut_between_names(there, capsys):
+    folder(Path("in"), [f"class_{i:03d}" for i in range(30)], 1, splits=("train", "val"))
+    assert pack() == 0 and "30 classes (class_000, class_001, class_002, class_003, class_004, class_005, class_006, [...]); look" in capsys.readouterr().out
+
+@pytest.mark.parametrize("classes", [("train_station", "valley"), ("bullet train", "beach"), ("test_tube", "cat"), ("trainer", "tester", "vale")], ids="-".join)
+def test_classes_that_only_sound_like_splits(there, classes):
+    folder(Path("in"), classes, splits=None)
+    assert pack() == 0 and data.open_data("data/set")[0]["classes"] == sorted(classes)
+
+@pytest.mark.parametrize("place", ["in/data", "in/seg_train/seg_train"])
+def test_a_folder_in_a_folder_is_asked_about(there, capsys, place):
+    """As archives unpack: its sub-folders are the splits, or the classes."""
+    folder(Path(place), splits=None)
+    if "train" in place:
+        folder(Path(place.replace("train", "test")), splits=None)
+    assert pack() == 1 and f"Then give {place} as --root" in capsys.readouterr().err and not Path("data/set").exists()
 
 def test_links_are_followed_but_not_in_circles(there, capsys):
     folder(Path("in"), splits=None)
@@ -405,7 +428,7 @@ def test_classes_have_the_names_of_classes_txt(there, capsys):
     Path("in/classes.txt").write_text("\ufeffn02\tgoldfish, Carassius auratus\nn01 tench \n\nn99 unused\n", encoding="utf-8")
     assert pack() == 0 and data.open_data("data/set")[0]["classes"] == ["tench", "goldfish, Carassius auratus", "n03"]
     out = capsys.readouterr().out
-    assert "names of classes are read from in/classes.txt, a text in UTF-8\n2 of 3 classes are named by a line FOLDER NAME of the list\n" in out and "left out" not in out
+    assert "names of classes are read from in/classes.txt, a text in UTF-8\n2 of 3 classes are named by a line FOLDER NAME of the list (of two for one folder the last counts)\n" in out and "left out" not in out
     Path("in/classes.txt").write_text("n01 tench\nn02 koi\n")
     assert pack() == 1 and "made with other settings (classes ['tench', 'goldfish" in capsys.readouterr().err
     Path("in/classes.txt").write_text("n01 crane\nn02 crane\n")
@@ -611,7 +634,7 @@ def test_a_script_that_is_asked_to_end_says_so():
 
 def test_a_panorama_is_read(there):
     photo(1, (340, 17)).save("wide.png"), photo(1, (16, 1500)).save("tall.png")
-    assert all(isinstance(data.decode((name, 16)), np.ndarray) for name in ("wide.png", "tall.png"))         # up to 100 : 1
+    assert all(isinstance(data.decode(name, 16), np.ndarray) for name in ("wide.png", "tall.png"))         # up to 100 : 1
 
 def test_a_change_of_the_held_out_images_is_another_set(there, capsys):
     folder(there / "in")
@@ -949,7 +972,7 @@ def test_large_photographs_are_halved_again_and_again(shape, size):
 @pytest.mark.parametrize("shape,good", [((20, 2000), True), ((2000, 20), True), ((20, 2020), False), ((2020, 20), False)])
 def test_strips(there, shape, good):
     Image.new("RGB", shape).save("a.png")
-    made = data.decode(("a.png", 8))
+    made = data.decode("a.png", 8)
     assert made.shape == (8, 8, 3) if good else made == f"{shape[0]} x {shape[1]} is too long and thin"
 
 @pytest.mark.parametrize("mode,colour,extra", [("LA", (0, 0), {}), ("RGB", (1, 2, 3), {"transparency": (1, 2, 3)}), ("L", 7, {"transparency": 7})], ids=["LA", "RGB", "L"])
@@ -976,7 +999,7 @@ def test_whatever_pillow_raises(there, monkeypatch, kind):
         patch.setattr(Image.Image, "getexif", raises)
         assert data.read_image("line\nbreak.png").size == (40, 30)
     monkeypatch.setattr(data, "to_rgb", raises)
-    made = data.decode(("line\nbreak.png", 8))
+    made = data.decode("line\nbreak.png", 8)
     assert isinstance(made, str) and "\n" not in made
 
 # ---- Packing and flags, in particular -------------------------------------------------------------------------------
@@ -1195,7 +1218,7 @@ def test_the_class_that_is_empty_names_a_file_of_its_own(there, capsys):
         file.write_bytes(b"x")
     assert pack() == 1
     error = capsys.readouterr().err
-    assert "class c has no readable image; --fraction and hold-out left " in error and ": ['in/c/" in error and "in/a/bad.png" not in error and error.count("\n") == 1
+    assert "class c has no readable image; --fraction and hold-out left " in error and ': ["in/c/' in error and "is not a readable image" in error and "in/a/bad.png" not in error and error.count("\n") == 1
 
 def test_a_list_of_names_in_another_form_is_seen_to_say_nothing(there, capsys):
     folder(Path("in"), ("0", "1"), splits=None)
@@ -1270,7 +1293,7 @@ def test_the_first_of_the_files_left_out_is_named(there, capsys):
     assert pack() == 0 and "3 unreadable images left out, listed in skipped.txt; first: in/train/cat/1.png: " in capsys.readouterr().out
     for file in Path("in/train/dog").iterdir():
         file.write_bytes(b"x")
-    assert pack("--name", "b") == 1 and "class dog has no readable image; --fraction and hold-out left 6: ['in/train/dog/0.png']" in capsys.readouterr().err
+    assert pack("--name", "b") == 1 and "class dog has no readable image; --fraction and hold-out left 6: [" in (error := capsys.readouterr().err) and "in/train/dog/0.png is not a readable image" in error
 
 def test_what_texts_of_options_state():
     """Facts that the code decides."""

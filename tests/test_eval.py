@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -301,18 +302,6 @@ def test_a_score_of_the_packed_samples_is_no_foreign_file(scored):
     assert call(sample, *again) == 0 and call(evaluate, "--samples", "runs/shapes/samples/samples.npz", "--reference", "shapes", "--metrics", "fd") == 0
     assert call(sample, *again) == 0 == call(sample, *again, "--overwrite")
 
-def test_samples_made_anew_while_they_are_scored_have_no_score(scored, monkeypatch, capsys):
-    """As by 04_sample.py --overwrite: half of the images would be the old ones, half the new ones."""
-    def score(*given, real=evaluate.score):
-        assert call(sample, "--num", 30, "--steps", 3, "--amp", "off", "--overwrite") == 0
-        return real(*given)
-    opened, real = [], evaluate.read_npz
-    monkeypatch.setattr(evaluate, "read_npz", lambda path: opened.append(path) or real(path))
-    np.savez("few.npz", arr_0=images_of(9))               # has no record, and is not read again
-    assert call(evaluate, "--samples", "few.npz", "--reference", "shapes", "--metrics", "fd") == 0 and len(opened) == 1
-    monkeypatch.setattr(evaluate, "score", score)
-    assert call(evaluate, "--metrics", "fd") == 1 and "samples was made anew in the meantime" in capsys.readouterr().err and not Path("runs/shapes/metrics.json").exists()
-
 def test_the_result_lies_beside_the_samples_also_from_within(scored, monkeypatch):
     monkeypatch.chdir("runs/shapes/samples")
     assert call(evaluate, "--samples", ".", "--reference", "../../../data/shapes", "--metrics", "fd") == 0
@@ -570,6 +559,21 @@ def test_labels_are_smoothed_for_the_classifier(monkeypatch):
     monkeypatch.setattr(F, "cross_entropy", lambda *args, **more: asked.append(more) or real(*args, **more))
     evaluate.train_classifier(images_of(9), np.arange(9) % 3, 3, torch.device("cpu"))
     assert asked and all(more == {"label_smoothing": 0.05} for more in asked)
+
+def test_an_npz_may_hold_anything(there, capsys):
+    for name, members in (("text", {"arr_0": "x"}), ("texts", {"mu": "x", "sigma": "y"})):
+        with zipfile.ZipFile(f"{name}.npz", "w") as file:
+            for member, content in members.items():
+                file.writestr(member, content)
+    np.savez("points.npz", mu=np.float64(1), sigma=np.float64(1))
+    for name, words in (("text", "arr_0 is"), ("texts", "mu is"), ("points", "mu is float64")):
+        with pytest.raises(ValueError, match=f"{name}.npz: {words}"):
+            evaluate.read_npz(Path(f"{name}.npz"))
+
+def test_a_result_that_is_not_finite_is_not_written(there):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        data.save_json(Path("a.json"), {"fd": float("inf")})
+    assert not list(there.iterdir())
 
 def test_a_covariance_is_symmetric(there):
     np.savez("tilted.npz", mu=np.zeros(2), sigma=np.array([[1.0, 0.5], [0.0, 1.0]]))
@@ -915,6 +919,9 @@ def test_tables_of_results_made_elsewhere(there, monkeypatch, capsys):
     for name, more in {"a": {"fd": 1.0, "sampling": {"solver": "heun", "interval": [0, 1], "cfg": 2.0}}, "b": {"fd": 2.0, "sampling": {"solver": "euler", "interval": [0.1, 1], "cfg": 1.0}},
                        "none": {"fd": 3.0, "sampling": {}}, "text": {"fd": "low", "sampling": {"solver": "heun", "interval": [0, 1], "cfg": 3.0}}, "old": {"fd": 3.0}}.items():
         Path(f"{name}.json").write_text(json.dumps(record | more))
+    Path("of_val.json").write_text(json.dumps(record | {"fd": 1.0, "sampling": {}, "split": "val"})), Path("list.json").write_text(json.dumps(record | {"n_real": [1], "sampling": {}}))
+    for name in ("of_val", "list"):
+        assert call(evaluate, "--table", "a.json", f"{name}.json") == 2 and "cannot be compared" in capsys.readouterr().err
     assert call(evaluate, "--table", "a.json", "b.json", "none.json", "text.json", "--out", "c.png") == 0
     assert titles == [("FD (x)", "cfg", {"score": [(1.0, 2.0), (2.0, 1.0)]})]
     assert call(evaluate, "--table", "a.json", "old.json") == 1 and "sampling is not of the type dict" in capsys.readouterr().err

@@ -582,7 +582,7 @@ def test_experiments_combine_and_rows_too(work):
     ("{'init': 'shapes'}", "cannot say init: it is a flag"), ("{'run': 'x'}", "cannot say run"), ("{'device': 'cpu'}", "cannot say device"), ("{'overwrite': True}", "cannot say overwrite"), ("{'preset': 'photos'}", "cannot say preset"), ("{'experiment': 'exp1'}", "cannot say experiment"), ("{'resume': True}", "cannot say resume"), ("{'classes': ['a']}", "cannot say classes"),
     ("{'ema': 0}", "ema 0: it must be of the type tuple"), ("{'sampling': 1}", "sampling 1: it must be of the type dict"), ("{'data': 5}", "data 5: it must be of the type str"),
     ("{'in_channels': 4}", "cannot say in_channels"), ("{'image_size': 4}", "cannot say image_size"), ("{'sampling': 'heun'}", "sampling 'heun': it must be of the type dict"), ("{1: 2}", "there is no setting 1"), ("{'model': 'JiT-T/99'}", "model 'JiT-T/99' is unknown"),
-    ("{'network': 'nope'}", "network 'nope' is unknown"), ("{'objective': 'nope'}", "objective 'nope': one of jit, grid"), ("{'lr': __import__('numpy').float64(1e-3)}", "it must be of the type float"), ("{'lr': 0}", "lr 0: give a number in (0, inf)"),
+    ("{'network': 'nope'}", "network 'nope' is unknown"), ("{'objective': 'nope'}", "objective 'nope' is unknown: one of jit, grid"), ("{'lr': __import__('numpy').float64(1e-3)}", "it must be of the type float"), ("{'lr': 0}", "lr 0: give a number in (0, inf)"),
     ("{'rope': 'false'}", "rope 'false': it must be of the type bool"), ("{'warmup': 2.5}", "warmup 2.5: it must be of the type int"), ("{'ema': 0.9}", "ema 0.9: it must be of the type tuple"),
     ("{'ema': ()}", "ema (): it must be of the type tuple (a tuple: of one number or more)"), ("{'ema': [0.9]}", "ema [0.9]: it must be of the type tuple"), ("{'p_mean': '-0.8'}", "p_mean '-0.8': it must be of the type float"), ("{'sampling': {'step': 3}}", "there is no setting step"), ("{'hiddensize': 3}", "there is no setting hiddensize")])
 def test_settings_that_are_none(work, capsys, settings, words):
@@ -603,11 +603,15 @@ def test_an_experiment_that_was_moved_is_found_by_its_name(work, capsys):
     Path("lab/my_loss.py").write_text("SETTINGS = {'p_mean': -1.0}")
     flags = [*TINY_FLAGS, "--run", "r", "--steps"]
     assert call(train, *flags, 2, "--experiment", "lab/my_loss.py") == 0
+    assert capsys.readouterr().out.endswith(f"then run 04_sample.py --run r --experiment {Path('lab/my_loss.py').resolve()}\n")
     Path("lab").rename("lab2")
     assert call(sample, "--run", "r", "--num", 2, "--steps", 1) == 1 and "also takes it from a new place" in capsys.readouterr().err
     assert call(sample, "--run", "r", "--num", 2, "--steps", 1, "--experiment", "lab2/my_loss.py") == 0
     assert call(train, "--run", "r", "--resume", "--steps", 4, "--experiment", "exp1") == 2       # another one is not taken for it
     model.load_recorded(["/old/a.py", "/old/b.py"], "runs/r", "new/a.py,b.py")             # both are given again
+    for name in ("/", ".", ""):                           # nothing was given
+        with pytest.raises(data.UsageError, match="never makes us run code"):
+            model.load_recorded([name], "runs/r")
 
 def test_the_last_experiment_wins(work):
     Path("z.py").write_text("SETTINGS = {'p_mean': -1.0, 'p_std': 0.5}"), Path("a.py").write_text("SETTINGS = {'p_mean': -2.0}")

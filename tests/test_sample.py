@@ -575,6 +575,27 @@ def test_samples_are_not_given_up_for_numbers_that_are_none(run, capsys):
     assert call(sample, "--run", "r", "--num", 4, "--amp", "off", "--out", "a", "--overwrite", "--cfg", 1e39) == 1 and "not finite" in capsys.readouterr().err
     assert np.array_equal(pictures("a"), before) and draw("a", num=4).any()
 
+def test_info_of_other_types_is_refused_before_anything_is_removed(run, capsys):
+    before, state = draw("a", num=4), torch.load("runs/r/checkpoint.pt", weights_only=True)
+    for name, value in (("step", torch.tensor(4)), ("data_id", b"x"), ("classes", [1, 2, 3]), ("classes", 5), ("sampling", [1]), ("experiments", 5)):
+        torch.save(state | {"info": state["info"] | {name: value}}, "runs/r/checkpoint.pt")
+        assert call(sample, "--run", "r", "--num", 4, "--out", "a", "--labels", 1, "--overwrite") == 1 and "checkpoint.pt cannot be used: " in capsys.readouterr().err
+    assert np.array_equal(pictures("a"), before)
+
+@pytest.mark.parametrize("num", [2, 10**12, "x"])
+def test_samples_are_as_many_as_their_labels(run, num):
+    """Whatever a hand writes into the record."""
+    draw("a", num=4)
+    record = data.load_json(Path("a/samples.json"), labels=list)
+    data.save_json(Path("a/samples.json"), record | {"num": num})
+    draw("a", "--overwrite", "--seed", 7, "--batch-size", 1, num=4)
+    assert np.array_equal(pictures("a"), draw("b", "--seed", 7, "--batch-size", 1, num=4))
+
+def test_a_lock_that_was_left_inside_does_no_harm(run, capsys):
+    draw("a", "--npz", num=4)
+    assert call(sample, "--run", "r", "--num", 4, "--out", "a/samples.npz") == 1
+    draw("a", "--overwrite", num=4)
+
 def test_an_image_beyond_ours_is_not_removed(run):
     """Called as ours are, and beside them."""
     draw("a", num=4)

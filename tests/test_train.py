@@ -754,7 +754,7 @@ def test_preview_log_and_snapshots(work):
     assert call(train, *TINY_FLAGS, "--steps", 8, "--preview-every", 4, "--snapshots", 2, "--overwrite") == 0
 
 @pytest.mark.parametrize("settings,word", [({"schedule": "cosin"}, "slip.py: schedule 'cosin' is unknown"), ({"loss": "q"}, "'q'"), ({"label_drop": 2}, "[0, 1)"), ({"batch_size": 0}, "[1, 1000000]"),
-                                           ({"ema": (2.0,)}, "[0, 1)"), ({"ema": ("a",)}, "slip.py: ema ('a',): it must be"), ({"ema": (None,)}, "slip.py: ema (None,): it must be"), ({"amp": "fp8"}, "fp8"), ({"stepz": 3}, "stepz"), ({"objective": "jitt"}, "slip.py: objective 'jitt' is unknown")], ids=str)
+                                           ({"ema": (2.0,)}, "[0, 1)"), ({"ema": ("a",)}, "slip.py: ema ('a',): it must be"), ({"ema": (None,)}, "slip.py: ema (None,): it must be"), ({"amp": "fp8"}, "fp8"), ({"stepz": 3}, "stepz"), ({"objective": "jitt"}, "SETTINGS: objective 'jitt' is unknown")], ids=str)
 def test_a_slip_in_an_experiments_settings_is_said(work, capsys, settings, word):
     Path("slip.py").write_text(f"SETTINGS = {settings!r}\n")
     flags = TINY_FLAGS[:]                                 # flags would override the settings
@@ -777,7 +777,7 @@ def test_what_a_finished_run_answers(work, capsys, monkeypatch):
         error = capsys.readouterr().err
         assert words in error and len(error.strip().splitlines()) == 1, error
     before = Path("runs/shapes/config.json").read_bytes()
-    assert call(train, "--resume") == 0 and "nothing to do. Train longer with --resume --steps N, anew with --overwrite" in capsys.readouterr().out and Path("runs/shapes/config.json").read_bytes() == before
+    assert call(train, "--resume") == 0 and "nothing to do (longer: --resume --steps N; anew: --overwrite)" in capsys.readouterr().out and Path("runs/shapes/config.json").read_bytes() == before
 
 @pytest.mark.parametrize("flags,words,code", [
     (["--times", "unifrom"], "one of logit-normal, uniform", 2),
@@ -1457,8 +1457,7 @@ def test_whole_lines_about_settings(there):
     for last, words in (("none.py", "--experiment none.py: the file has no dict SETTINGS"), ("bad.py", "--experiment bad.py: SETTINGS cannot say run: it is a flag, or known from the data"),
                         ("odd.py", "--experiment odd.py: lr -1: give a number in (0, inf)")):
         assert said(lambda: list(train.experiment_settings(f"exp3,{last}"))) == words
-    assert said(settled, META, "--num-classes", 5) == "--num-classes 5: the data set has 2; 0: without classes"
-    assert said(settled, META | {"size": 16, "channels": 4, "coder": {}}, "--aux", "rotation") == "--aux rotation is for images, not for latents"
+    assert said(settled, META, "--num-classes", 5) == "--num-classes 5: the data set has 2 (is it another, or was it packed anew?); 0: without classes"
     assert said(settled, META | {"size": 58}, "--preset", "photos") == "images of 58 pixels cannot be cut into about 16 x 16 patches: pack them at --size 64, or give a --patch-size"
     assert said(settled, META | {"size": 256}, "--preset", "photos", "--batch-size", 257) == "--batch-size 257 cannot be cut into micro-batches of 16 for 1 process(es): give a multiple of 16, or another --micro-batch"
     assert said(settled, META, "--batch-size", 7, world=2) == "--batch-size 7 cannot be cut into micro-batches of 3 for 2 process(es): give a multiple of 6, or another --micro-batch"
@@ -1470,7 +1469,7 @@ def test_whole_lines_about_runs(work, capsys):
     assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "./lab/a") == 0
     assert capsys.readouterr().out.splitlines()[-1] == "lab/a/checkpoint.pt after step 2; look at lab/a/preview and loss.png, then run 04_sample.py --run ./lab/a"
     assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "./lab/a") == 0
-    assert capsys.readouterr().out == "lab/a is finished (step 2); nothing to do. Train longer with --resume --steps N, anew with --overwrite\n"
+    assert capsys.readouterr().out == "lab/a is finished (step 2); nothing to do (longer: --resume --steps N; anew: --overwrite)\n"
     for flags, words in ((["--resume", "--steps", 1], "1 steps: the run in lab/a is at step 2 already"),
                          ([*TINY_FLAGS, "--steps", 2, "--seed", 7], "lab/a was made with other settings (seed 0, now 7): pass --run NAME for a new run, --overwrite, or, to go on with other steps, epochs, lr or amp, --resume")):
         assert call(train, *flags, "--run", "./lab/a") in (1, 2) and capsys.readouterr().err.endswith(f"error: {words}\n")
