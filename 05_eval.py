@@ -540,7 +540,7 @@ def print_table(files, out):
     if out:
         name = next((name for name in varied if isinstance(rows[0][name], (int, float))), None)
         curve = sorted((row[name], row["fd"]) for row in rows
-                       if isinstance(row.get("fd"), float) and row.get(name) is not None)
+                       if isinstance(row.get("fd"), float) and isinstance(row.get(name), (int, float)))
         refuse(not curve, "--out: the results differ in no number to draw fd over")
         model.save_picture(out, model.chart(rows[0]["score"], name, {"score": curve}))
         print(f"look at {out}")

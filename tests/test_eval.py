@@ -919,10 +919,11 @@ def test_tables_of_results_made_elsewhere(there, monkeypatch, capsys):
     for name, more in {"a": {"fd": 1.0, "sampling": {"solver": "heun", "interval": [0, 1], "cfg": 2.0}}, "b": {"fd": 2.0, "sampling": {"solver": "euler", "interval": [0.1, 1], "cfg": 1.0}},
                        "none": {"fd": 3.0, "sampling": {}}, "text": {"fd": "low", "sampling": {"solver": "heun", "interval": [0, 1], "cfg": 3.0}}, "old": {"fd": 3.0}}.items():
         Path(f"{name}.json").write_text(json.dumps(record | more))
+    Path("odd.json").write_text(json.dumps(record | {"fd": 5.0, "sampling": {"solver": "heun", "interval": [0, 1], "cfg": "high"}}))
     Path("of_val.json").write_text(json.dumps(record | {"fd": 1.0, "sampling": {}, "split": "val"})), Path("list.json").write_text(json.dumps(record | {"n_real": [1], "sampling": {}}))
     for name in ("of_val", "list"):
         assert call(evaluate, "--table", "a.json", f"{name}.json") == 2 and "cannot be compared" in capsys.readouterr().err
-    assert call(evaluate, "--table", "a.json", "b.json", "none.json", "text.json", "--out", "c.png") == 0
+    assert call(evaluate, "--table", "a.json", "b.json", "none.json", "text.json", "odd.json", "--out", "c.png") == 0
     assert titles == [("FD (x)", "cfg", {"score": [(1.0, 2.0), (2.0, 1.0)]})]
     assert call(evaluate, "--table", "a.json", "old.json") == 1 and "sampling is not of the type dict" in capsys.readouterr().err
     Path("no_n.json").write_text(json.dumps({"score": "FD (x)", "sampling": {}}))
