@@ -193,7 +193,7 @@ def test_imagenette_is_unpacked_with_the_data_filter(there, monkeypatch):
 @pytest.mark.parametrize("number,victim", [(signal.SIGKILL, "process"), (signal.SIGTERM, "process"), (signal.SIGINT, "group")])
 def test_packing_begins_anew_after_a_kill(there, number, victim):
     """Killed in the middle nothing is there; the same command makes the whole set.  Asked to stop, it stops between two blocks, in one line."""
-    command = [sys.executable, ROOT / "01_data.py", "--size", "48", "--count", "6000", "--workers", "2", "--name", "killed"]
+    command = [sys.executable, ROOT / "01_data.py", "--size", "48", "--count", "3000", "--workers", "2", "--name", "killed"]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True,
                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))                # ignored if pytest runs in the background
     part = Path("data/.killed.partial/train_images.npy")
