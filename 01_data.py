@@ -1,7 +1,7 @@
 """01_data.py -- images: from a source to arrays that every later stage reads without decoding anything again
 
-What this stage teaches: training reads each image hundreds of times.  So it is decoded, cropped and scaled once and
-kept as raw bytes, one file a split, that the operating system maps into memory.  An epoch then costs a memory copy.
+What this stage teaches: training reads each image many times.  So it is decoded, cropped and scaled once and kept as
+raw bytes, one file a split, that the operating system maps into memory.  An epoch then costs a memory copy.
 Reads a source:   shapes       ten named shapes, drawn here; a function of (seed, index), nothing to download
                   folder       your own images: class folders under train/ and val/ (or test/), class folders alone
                                (a part is held out), or images without class folders
@@ -640,7 +640,7 @@ class Progress(tqdm):
         super().__init__(total=total, desc=title, unit=unit, disable=silent, **more)
 
     def display(self, *args, **more):
-        with suppress(OSError):                           # a disk that is full under the screen's log is no reason
+        with suppress(OSError):                           # a full disk under stderr's file is no reason to stop
             return print(self, file=sys.stderr, flush=True) if self.lines else super().display(*args, **more)
 
 # ---- Plumbing: pictures ----------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ JiT predicts x and is trained with the loss on v: patches of real images fill a 
 velocity fill all of it, and a token too narrow for the noise can still hold the image (JiT sections 3.3 and 4.2).
 
 Letters of the shape column:  B images, C channels, H W pixels, p patch size, N = (H/p)(W/p) tokens, L = N + context
-tokens, D hidden size, h heads, d = D/h.     JiT: Li & He 2025, "Back to Basics: Let Denoising Generative Models
-Denoise", arXiv 2511.13720.  Improved JiT: the course paper whose variants are offered too (Siu 2025).
+tokens, D hidden size, h heads, d = D/h.  In attention q, k, v are queries, keys, values.
+JiT: Li & He 2025, "Back to Basics: Let Denoising Generative Models Denoise", arXiv 2511.13720.  Improved JiT: the
+course paper whose variants are offered too (Siu 2025).
 Marks: "departure" what differs from its source on purpose, "subtle" a trap, "experiment" where a file of
 tests/experiments/ may put something else (NORMS, MIXERS, FFNS, PATHS ...: dicts of names, after the first reading).
 """
@@ -68,14 +69,17 @@ def expand(c, like):
 # ---- The configuration: sizes of the network, and what its output means ----------------------------------------------
 @dataclass
 class JiTConfig:
-    """What a checkpoint needs to rebuild its network.  option(default, text, what it may be) is a flag of 03, too."""
+    """What a checkpoint needs to rebuild its network.
+
+    option(default, text, what it may be) is a flag of 03, too; refuse(bad, why) raises an error if the first is true.
+    """
     image_size: int = 256                                 # pixels, height = width
     patch_size: int = option(16, "pixels (default: as many tokens as --model has)", "[1, inf)", group="network")
     in_channels: int = 3                                  # colours
     hidden_size: int = option(768, "width of a token", "[1, 100000]")
     depth: int = option(12, "number of blocks", "[1, 10000]")
     num_heads: int = option(12, "heads of the attention", "[1, inf)")
-    mlp_ratio: float = option(4.0, "inner width of the FFN, in hidden sizes", "(0, 1000]")
+    mlp_ratio: float = option(4.0, "inner width of a plain FFN, in hidden sizes (SwiGLU: 2/3 of it)", "(0, 1000]")
     num_classes: int = option(1000, "id num_classes is the null class; 0: no classes (default: the data's)", "[0, inf)")
     bottleneck_dim: int = option(128, "width between the two maps of the patch embedding; 0: one map", "[0, 100000]")
     in_context_len: int = option(32, "class tokens put in front of the image tokens; 0: none", "[0, 100000]")
@@ -84,12 +88,12 @@ class JiTConfig:
     noise_scale: float = option(1.0, "k, the noise's std (default: image size / 256, at least 1)", "(0, 1000]")
     # variants: names of the registries below, the first is JiT's
     pred: str = option("x", "what the output means", choices=lambda: ("x", "e", "v"))
-    path: str = option("linear", "how z is mixed", choices=lambda: PATHS)
+    path: str = option("linear", "how z is mixed; others: --experiment paths", choices=lambda: PATHS)
     patch_embed: str = option("linear", "nonlinear: SiLU in the bottleneck", choices=lambda: ("linear", "nonlinear"))
     ffn: str = option("swiglu", "feed-forward network", choices=lambda: FFNS)
-    norm: str = option("rmsnorm", "the norm of the blocks", choices=lambda: NORMS)
-    mixer: str = option("attention", "what lets tokens see each other", choices=lambda: MIXERS)
-    network: str = option("jit", "the network as a whole", choices=lambda: NETWORKS)
+    norm: str = option("rmsnorm", "the norm of the blocks; experiments have others", choices=lambda: NORMS)
+    mixer: str = option("attention", "what lets tokens see each other; experiments have others", choices=lambda: MIXERS)
+    network: str = option("jit", "the network as a whole; experiments have others", choices=lambda: NETWORKS)
     rope: bool = option(True, "rotary position embedding on q and k")
     qk_norm: bool = option(True, "RMSNorm on q and k")
     aux: str = option("none", "auxiliary head, used in training only", choices=lambda: AUX_HEADS)
@@ -106,12 +110,12 @@ class JiTConfig:
         if self.in_context_start >= self.depth:
             self.in_context_len = 0                       # they would never be put there: leave them out
 
-# ---- Layers, with the initialisation of JiT: Xavier for linear maps, N(0, 0.02) or zero where said -------------------
+# ---- Layers, with the initialisation of JiT: Xavier for linear maps, N(0, 0.02^2) or zero where said -----------------
 class Linear(nn.Linear):
     """A linear map that begins with Xavier-uniform weights and zero bias."""
 
     def reset_parameters(self):
-        nn.init.xavier_uniform_(self.weight.flatten(1))   # subtle: PatchLinear's is (D,C,p,p), a map of whole patches
+        nn.init.xavier_uniform_(self.weight.flatten(1))   # subtle: of PatchLinear (out,in,p,p), a map of whole patches
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -125,7 +129,10 @@ def zeroed(layer):
 
 # ---- Patches and positions ------------------------------------------------------------------------------------------
 def patchify(x, p):
-    """Images (B,C,H,W) -> tokens (B, N, p*p*C), patch after patch, row by row; inside a patch channels come last."""
+    """Images (B,C,H,W) -> tokens (B, N, p*p*C), patch after patch, row by row; inside a patch channels come last.
+
+    What unpatchify undoes.  The network itself cuts by F.unfold, channels first, in PatchEmbed.
+    """
     B, C, H, W = x.shape
     x = x.reshape(B, C, H // p, p, W // p, p)                                                      # B C  H/p p  W/p p
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // p) * (W // p), p * p * C)                  # B N p*p*C
@@ -170,8 +177,9 @@ def position_table(hidden, side):
     return torch.cat([across.sin(), across.cos(), down.sin(), down.cos()], dim=1).float()[None]    # 1 N D
 
 def rotary_table(head_dim, side, context):
-    """The 2-D rotary embedding: cos and -+sin of every channel's angle, (2, context + N, 1, d).    (RoFormer eq. 34)
+    """The 2-D rotary embedding: two tables, (2,L,1,d), the 1 for the heads.                        (RoFormer eq. 34)
 
+    [0] has the cosine of each channel's angle, (c0, c0, c1, c1, ...), [1] its sine with signs, (-s0, s0, -s1, s1, ...).
     The first half of a head's channels turns with the row, the second with the column; context tokens do not turn.
     """
     freq = 10000 ** -(torch.arange(0, head_dim // 2, 2) / (head_dim // 2))                         # d/4
@@ -257,7 +265,7 @@ class Attention(nn.Module):
         return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))                               # B L D
 
     def split(self, x, rope):
-        """q, k and v of every head, q and k normalised and rotated; the heads move last, so all is read as it lies."""
+        """q, k, v of every head, q and k normalised and rotated.  The heads' axis moves last: memory lies in order."""
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(2)                      # B L h d, each
         q = self.q_norm(q)
         k = self.k_norm(k)
@@ -271,9 +279,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden, inner, dropout):
         super().__init__()
-        inner = int(inner * 2 / 3)
-        self.w12 = Linear(hidden, 2 * inner)
-        self.w3 = Linear(inner, hidden)
+        width = int(inner * 2 / 3)
+        self.w12 = Linear(hidden, 2 * width)
+        self.w3 = Linear(width, hidden)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
@@ -377,7 +385,7 @@ class JiT(nn.Module):
         return self.rope_table[:, first:] if self.config.rope else None
 
 # ======================================================================================================================
-# first reading ends here: what follows are the variants of Improved JiT, then sizes, checkpoints and devices
+# first reading ends here: conversions and the shift of time (03 and 04 use them), variants, sizes, checkpoints, devices
 # ======================================================================================================================
 
 # ---- Any prediction as any other; time and pixels ------------------------------------------------ (JiT Table 1) ----
@@ -443,8 +451,8 @@ def convert(value, kind, to, z, t, path="linear", t_eps=T_EPS):
 class AuxHead(nn.Module):
     """Gets the image tokens after block `after` (-1: the last).  This one asks nothing; others are subclasses of it.
 
-    prepare(batch): the batch with what the question needs.  forward(tokens): the answer.  loss(answer, batch): what is
-    added to the diffusion loss, times `weight` (--aux-weight).
+    prepare(batch): the batch with what the question needs.  forward(tokens), of a subclass: the answer.
+    loss(answer, batch): what is added to the diffusion loss, times `weight` (--aux-weight).
     """
     after = -1
     weight = 0.1
@@ -610,7 +618,7 @@ def to_pictures(x, coder=None):
     return to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
 
 # ---- Checkpoints: ours, and the official release's (a dict with model, model_ema1, model_ema2 and args) -------------
-MISFIT = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)              # what other content raises
+MISFIT = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)    # what reading other content may raise
 
 def read_checkpoint(path):
     """Open a checkpoint file without running anything in it.  Raises ValueError with one line that names the file."""

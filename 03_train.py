@@ -30,9 +30,9 @@ from importlib import import_module
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.modules.pop("02_model", None)                     # in a notebook: with what the last run's experiments added
+    sys.modules.pop("02_model", None)                     # %run again: forget what the last run's experiments added
 data = import_module("01_data")
-model = import_module("02_model")                         # before torch: it says how torch's threads wait
+model = import_module("02_model")                         # before torch: it sets GOMP_SPINCOUNT, which torch reads
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -137,8 +137,8 @@ class Trainer:
                 self.scaler.scale(loss / len(indices)).backward()
         self.scaler.unscale_(self.optimizer)
         self.optimizer.param_groups[0]["lr"] = self.lr(self.step)
-        skip_if_not_finite(self, self.gradient_norm())
-        self.optimizer.step()
+        mark_if_not_finite(self, self.gradient_norm())
+        self.optimizer.step()                             # changes nothing where it is marked, so not scaler.step()
         self.scaler.update()
         self.update_ema()
         self.step += 1
@@ -152,13 +152,13 @@ class Trainer:
         seed_everything(self.options.seed, self.step, index)
         batch = self.head.prepare(make_batch(images, labels, self.options, self.config))
         loss, of_each = self.objective(self, batch)
-        aux = self.head.loss(self.head.answer, batch)     # JiT: 0; a head's answer was kept by self.forward
+        aux = self.head.loss(self.head.answer, batch)     # JiT: 0; else self.forward, a WithHead, kept the answer
         self.log.add_losses(of_each, batch["t"])
         self.log.add("aux", aux.detach())
         return loss + self.options.aux_weight * aux
 
     def summing(self, last):
-        """Context of a backward pass: processes average their gradients once a step, with the last micro-batch."""
+        """Context of a backward pass: a process sums up gradients; with the last micro-batch DDP averages the sums."""
         return nullcontext() if last or self.world == 1 else self.forward.no_sync()
 
     def gradient_norm(self):
@@ -182,7 +182,8 @@ class Trainer:
     def update_ema(self):
         """Move every average towards the weights: ema += (1 - decay) (weights - ema).  Biases and norms, too.
 
-        0.998 averages over about 1 / (1 - 0.998) = 500 steps, but early on only over the last ninth of those done.
+        0.998 averages over about 1 / (1 - 0.998) = 500 steps, but over a ninth of those done as long as that is less:
+        until step 4,500 of the shapes' 4,600.
         """
         for decay, average in zip(self.options.ema, self.ema):
             decay = min(decay, (1 + self.step) / (10 + self.step))
@@ -217,7 +218,7 @@ def grid_objective(trainer, batch):
 
 OBJECTIVES = {"jit": jit_objective, "grid": grid_objective}                    # experiment: f(trainer, batch)
 
-# ---- Around the step: chance, numbers that are none, compiling, processes, the state ---------------------------------
+# ---- Around the step: chance, numbers that are not finite, compiling, processes, the state ---------------------------
 def seed_everything(*key):
     """Make torch's random numbers, on CPU and GPU, a function of these integers: here (seed, step, micro-batch)."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
@@ -227,8 +228,8 @@ def seed_everything(*key):
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(seed)
 
-def skip_if_not_finite(trainer, norm):
-    """Count a gradient that is not finite, the same on every process, and let the optimizer's step change nothing.
+def mark_if_not_finite(trainer, norm):
+    """Count a gradient that is not finite, the same on every process; the optimizer's step then changes nothing.
 
     Decided on the device: a GPU whose answer the step waited for would then itself wait for the next step.
     """
@@ -291,7 +292,8 @@ def training_state(trainer):
         "options": asdict(trainer.options), "skipped": int(trainer.skipped), "bad": int(trainer.bad),
         "rows": trainer.log.rows, "sums": over_processes(trainer.log.sums, trainer.world)}
 
-STATEFUL = {"model": "net", "head": "head", "optimizer": "optimizer", "scaler": "scaler"}      # in file: of the trainer
+# key in the checkpoint: attribute of the Trainer
+STATEFUL = {"model": "net", "head": "head", "optimizer": "optimizer", "scaler": "scaler"}
 
 def restore(trainer, state, folder):
     """The inverse of training_state().  Raises ValueError if it does not fit."""
@@ -461,7 +463,7 @@ class Recorder:
         if first and (done or options.preview_every and step % options.preview_every == 0):
             self.draw(f"preview/{step:07d}.png", preview(trainer, *self.four, self.coder))
             self.draw_loss()
-        if first and step * options.snapshots % options.steps < options.snapshots:     # equal parts of the run
+        if first and step * options.snapshots % options.steps < options.snapshots:     # so often, at equal distances
             model.save(sampling_state(trainer), self.folder / "snapshots" / f"{step:07d}.pt")
         due = done or first and time.perf_counter() - self.saved_at > 60 * self.wait
         due, stop = over_processes(torch.tensor([due, len(self.asked)]), trainer.world).tolist()       # all do the same
@@ -536,7 +538,7 @@ def over_processes(numbers, world):
 
 # ---- Settings: the defaults are the paper's; a preset, experiments and the flags given override them, in this order --
 # shapes: found by trials, for minutes on two cores.  k = 2 hides the large flat shapes for longer; ancestral sampling
-# and more steps near the noise forgive the early mistakes, which are about colour.  cifar10-cpu: for comparisons.
+# and more steps near the noise forgive early mistakes, as in the colours.  cifar10-cpu: for comparisons.
 # 1percent: Improved JiT, section 4.1 (its text: a batch of 1024).  Guidance of it and imagenet-*: as in their scripts
 PRESETS = model.table("""
 preset       data               model     patch  batch_size  epochs steps lr   schedule ema            k   p_mean p_std
@@ -564,7 +566,7 @@ imagenet-H   -       -      2.2  [0.1,1.0]  -
 """)
 OF_SAMPLING = {*"solver steps cfg interval t_eps shift".split()}
 # combine with any preset; further ones are files of tests/experiments/, or your own.  Improved JiT's Table 1, and the
-# ladder of JiT Table 4, where each row adds to the one above it; the last is the default
+# ladder of JiT Table 4, where each row adds to the one above it.  baseline and context are the defaults themselves
 EXPERIMENTS = model.table("""
 name       patch_embed  ffn         aux
 baseline   linear       swiglu      none
@@ -582,7 +584,7 @@ context      true   true     -
 
 @dataclass
 class Options:
-    __post_init__ = model.check_fields                    # subtle: below, model is a field
+    __post_init__ = model.check_fields                    # subtle: stands first, since below `model` is a field
     preset: str = option("shapes", "row of PRESETS", choices=lambda: PRESETS, group="what to train on")
     experiment: str = option("", "rows of EXPERIMENTS, files of tests/experiments/ or paths of your own, with commas "
                              f"between: {', '.join(EXPERIMENTS)}, ... (default: none)")
@@ -796,7 +798,7 @@ def checkpoint_of(folder, resume, overwrite):
                          "NAME, or --overwrite to move it aside")
     return state
 
-# of the data set its id is compared
+# of a run that goes on (data may: its id is compared), and what else with --resume
 MAY_DIFFER = {*"""data run micro_batch compile record checkpointing device resume dry_run overwrite log_every
                    preview_every save_minutes snapshots sampling""".split()}
 WITH_RESUME = MAY_DIFFER | {*"steps epochs lr amp warmup".split()}

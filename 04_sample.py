@@ -19,9 +19,9 @@ from importlib import import_module
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.modules.pop("02_model", None)                     # in a notebook: with what the last run's experiments added
+    sys.modules.pop("02_model", None)                     # %run again: forget what the last run's experiments added
 data = import_module("01_data")
-model = import_module("02_model")                         # before torch: it says how torch's threads wait
+model = import_module("02_model")                         # before torch: it sets GOMP_SPINCOUNT, which torch reads
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -34,10 +34,10 @@ def predict(net, z, t, labels, to="v", t_eps=model.T_EPS):
     """The prediction for z (B,C,H,W) at the time t, a float, in fp32: the velocity, or the image if to is "x"."""
     config = config_of(net)
     times = torch.full((len(z),), t, device=z.device)
-    x_pred = net(z, times, labels).float()
-    if (config.pred, config.path) != ("x", "linear"):     # another --pred or path: convert what came out
-        return model.convert(x_pred, config.pred, to, z, times, config.path, t_eps)
-    return x_pred if to == "x" else (x_pred - z) / max(1 - t, t_eps)
+    out = net(z, times, labels).float()                   # the image, x_pred
+    if (config.pred, config.path) != ("x", "linear"):     # unless --pred or the path says otherwise
+        return model.convert(out, config.pred, to, z, times, config.path, t_eps)
+    return out if to == "x" else (out - z) / max(1 - t, t_eps)
 
 def guided(net, z, t, labels, cfg=1.0, interval=(0.0, 1.0), to="v", t_eps=model.T_EPS):
     """The guided velocity, v_null + w (v_class - v_null): w = cfg inside the interval, 1 outside.      (JiT appendix A)
@@ -105,7 +105,8 @@ def generate(net, noise, labels, **settings):
     t in which it acts; t_eps; shift of the grid; step_noise(i), what ddpm adds in step i, shaped as noise (default:
     drawn by torch).  Raises UsageError.
     """
-    *_, (_, images) = walk(net, noise, labels, **settings)
+    for _, images in walk(net, noise, labels, **settings):
+        pass                                              # the last are wanted
     return images
 
 # ---- The same step in the language of diffusion; x_at(z, t) is the guided image, scales(t) = (alpha, sigma) of a path
@@ -121,12 +122,13 @@ def ddim_step(z, t, t_next, x_at, fresh_noise, scales):
     return alpha_next * x + sigma_next * e
 
 def ddpm_step(z, t, t_next, x_at, fresh_noise, scales):
-    """Draw z_next given z and the image: ancestral sampling.                          (DDPM eq. 7, for any path, k = 1)
+    """Draw z_next given z and the image: ancestral sampling.                                 (DDPM eq. 7, for any path)
 
     Two normal distributions constrain z_next.  Given the image, z_next ~ N(alpha_next x, sigma_next^2).  And z is a
     noisier z_next: z = r z_next + N(0, added), with r = alpha / alpha_next and added = sigma^2 - r^2 sigma_next^2.
     The product of two Gaussians is a Gaussian.  Inverse variances add: 1/sigma_next^2 + r^2/added = sigma^2 /
-    (sigma_next^2 added).  Its mean is theirs, weighted by inverse variance.  fresh_noise() has std k.
+    (sigma_next^2 added).  Its mean is theirs, weighted by inverse variance.  All variances are in units of k^2, which
+    cancels in the mean; fresh_noise(), of std k, brings it back.
     """
     alpha, sigma = scales(t)
     alpha_next, sigma_next = scales(t_next)
@@ -192,7 +194,8 @@ class Sampler:
             yield from walk(self.net, noise(), self.labels_of(indices), step_noise=noise, **self.settings)
 
     def images(self, indices):
-        *_, (_, images) = self.states(indices)
+        for _, images in self.states(indices):
+            pass
         return images
 
     def pictures(self, x):
@@ -312,7 +315,7 @@ def write_samples(options, sampler, record, folder, rank, world):
 
 # ---- A picture of the way from noise to image ------------------------------------------------------------------------
 def draw_trajectory(sampler, path):
-    """For four images the state z_t in one row, the network's clean image in the next: nine steps and the result."""
+    """For four images the state z_t, divided by k, in a row, in the next the predicted image: nine steps and result."""
     *way, (_, result) = sampler.states(range(4))
     shown = [way[i] for i in np.unique(np.linspace(0, len(way) - 1, 9).astype(int))]
     columns = []
@@ -330,12 +333,12 @@ def draw_trajectory(sampler, path):
 @dataclass
 class Settings:
     """Of walk().  What the checkpoint's preset recommends comes before these defaults."""
-    solver: str = option("heun", f"{' | '.join(SOLVERS)}, or of an experiment; heun: two velocities a step, one last",
+    solver: str = option("heun", f"{' | '.join(SOLVERS)}, or of an experiment; heun asks for two velocities a step",
                          group="how (what the checkpoint's preset recommends comes before these defaults)")
     steps: int = option(50, "of the time grid", "[1, 100000]")
     cfg: float = option(1.0, "guidance, 1 = off")
     interval: tuple = option((0.0, 1.0), "times between which guidance acts; the paper: 0.1,1", "[0, 1]")
-    t_eps: float = option(model.T_EPS, "clamp of 1-t, see the head of this file", "(0, 1)")
+    t_eps: float = option(model.T_EPS, "clamp of 1-t in euler and heun, see the head of this file", "(0, 1)")
     shift: float = option(1.0, "t -> t/(t + A(1-t)): above 1, more steps near the noise", "[0.001, 1000]")
     __post_init__ = model.check_fields
 

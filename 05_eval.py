@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 
 data = import_module("01_data")
-model = import_module("02_model")                         # before torch: it says how torch's threads wait
+model = import_module("02_model")                         # before torch: it sets GOMP_SPINCOUNT, which torch reads
 import numpy as np
 import torch
 import torch.nn as nn
@@ -30,10 +30,10 @@ option, refuse = data.option, data.refuse
 
 # ---- Two Gaussians: FID, and sFID on other features ------------------------------------------------------------------
 def moments(sums):
-    """Mean (D,) and covariance (D,D), with N-1, of features f, from the sum of F^T F over all images, F = (1, f).
+    """Mean (D,) and covariance (D,D), with N-1, of features f, a row of D numbers for each image.
 
-    These sums (D+1,D+1), in fp64, hold N in their corner, the sum of f beside it and the sum of f^T f in the rest:
-    batches just add theirs.
+    sums: (D+1,D+1), fp64, the sum of F^T F over all images, F = (1, f).  So sums[0,0] is N, sums[0,1:] the sum of f,
+    sums[1:,1:] the sum of f^T f; batches just add theirs.
     """
     n = sums[0, 0]
     total = sums[0, 1:]
@@ -80,7 +80,8 @@ def kernel_distance(a, b, subsets=100, size=1000):
 
     MMD^2 = E k(x,x') + E k(y,y') - 2 E k(x,y), x and x' being two different images of one set, y and y' of the other:
     zero when both come from one distribution.  No image is compared with itself, so the estimate is then zero on
-    average, and now and then negative.  a, b: (N,D) features.  Raises ValueError when a side has fewer than `size`.
+    average, and now and then negative.  The std is that of a single subset; a side of just `size` images is the same
+    in all.  a, b: (N,D) features.  Raises ValueError when a side has fewer than `size`.
     """
     if min(len(a), len(b)) < size:
         raise ValueError(f"KID draws subsets of {size} images, one side has {min(len(a), len(b))}")
@@ -144,10 +145,10 @@ def describe(images, net, device, batch_size, title, chosen=None):
     sums = {}
     parts = []
     with data.Progress(len(chosen), title, " images") as bar:
-        parts_of = data.in_parts(np.arange(len(chosen)), batch_size)
+        blocks = data.in_parts(np.arange(len(chosen)), batch_size)
         # all cores read and decode, ahead of the network
-        read = model.ahead(lambda rows: torch.from_numpy(np.array(images[chosen[rows]])), parts_of, os.cpu_count())
-        for rows, batch in zip(parts_of, read):
+        read = model.ahead(lambda rows: torch.from_numpy(np.array(images[chosen[rows]])), blocks, os.cpu_count())
+        for rows, batch in zip(blocks, read):
             out = net(batch.to(device))
             for name in out.keys() & {"features", "spatial"}:
                 f = F.pad(out[name].double(), (1, 0), value=1.0)                                   # B 1+D: (1, f)
@@ -180,7 +181,7 @@ class Inception(nn.Module):
         return self.get_buffer(name.replace(".", " "))
 
     def chain(self, x, block, *names, stride=1, same=True):
-        """Convolution, batch norm and ReLU for each name; the last has the stride.  At stride 1 the size stays."""
+        """Convolution, norm and ReLU for each name; the last has the stride.  With `same` stride 1 keeps the size."""
         for name in names:
             kernel, *norm = (self.weight(f"{block}{name}.{part}") for part in
                              ("conv.weight", "bn.running_mean", "bn.running_var", "bn.weight", "bn.bias"))

@@ -73,7 +73,7 @@ EXERCISES = [Exercise(number, *row) for number, row in enumerate([
      (": ema += (1 - decay) (weights - ema)",)),
     ("step", "03_train.py", ("Trainer.train_step",), 12, 60,
      "one optimizer step, from loss to EMA: for every index of self.indices() take a pair from the feed and ask self.loss, forward and backward inside "
-     "`with self.summing(last)`; then scaler (a GradScaler), lr, gradient_norm, skip_if_not_finite(self, norm) of this module, and update_ema",
+     "`with self.summing(last)`; then scaler (a GradScaler), lr, gradient_norm, mark_if_not_finite(self, norm) of this module, and update_ema",
      ((" / len(indices)", ""), ("self.optimizer.zero_grad(set_to_none=True)", ""), ("self.scaler.unscale_(self.optimizer)", ""), ("last=index == indices[-1]", "last=True"))),
     ("guidance", "04_sample.py", ("guided",), 9, 40,
      "combine what predict() says with and without class; leave out the pass that is not needed",

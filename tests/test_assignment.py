@@ -157,7 +157,7 @@ ON_ONE_CPU = """
         for index in range(n):
             (self.loss(index, *next(feed)) / n).backward()
         self.optimizer.param_groups[0]["lr"] = self.lr(self.step)
-        skip_if_not_finite(self, self.gradient_norm())
+        mark_if_not_finite(self, self.gradient_norm())
         self.optimizer.step()
         self.update_ema()
         self.step += 1
