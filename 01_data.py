@@ -768,8 +768,8 @@ def build(options, folder, names, make, splits, pool):
             if split == "train" and empty:
                 what = f"class {names[min(empty)]}" if names else options.root
                 jobs = [job for job, label in pairs if label == min(empty)]
-                raise ValueError(f"{what} has no readable image; --fraction and hold-out left {len(jobs)}: "
-                                 f"{[line for line in left_out if line.startswith(tuple(jobs))][:1]}")
+                raise ValueError(f"{what} has no readable image to train on; --fraction and hold-out left {len(jobs)} "
+                                 f"{''.join([line for line in left_out if line.startswith(tuple(jobs))][:1])}")
         if left_out:
             (part / "skipped.txt").write_text("".join(left_out), errors="replace")
             print(f"{len(left_out)} unreadable images left out, listed in skipped.txt; first: {left_out[0].strip()}")

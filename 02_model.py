@@ -607,8 +607,9 @@ def load_coder(folder, made_by):
 
     made_by: what the data set's meta.json says of its coder, or None.  Raises ValueError.
     """
-    if not made_by:
+    if made_by is None:
         return None
+    data.expect(made_by, experiment=str)
     load_recorded([made_by["experiment"]], folder)
     return load_experiment(made_by["experiment"]).load_coder(folder, made_by)
 
@@ -768,8 +769,8 @@ def torchs_errors():
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
             raise ValueError("out of memory: pass a smaller --micro-batch or --batch-size")
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            why = str(error).strip().splitlines()[0][:100]
-            raise ValueError(f"torch.compile failed ({why}): pass --no-compile; to 04_sample.py, no --compile")
+            raise ValueError(f"torch.compile failed ({str(error).strip().splitlines()[0][:100]}): pass --no-compile, "
+                             "or to 04_sample.py no --compile")
         raise
 
 def keep_freed_memory():

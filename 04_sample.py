@@ -263,7 +263,7 @@ def check_folder(out, record, overwrite):
     return 0
 
 def sample_all(sampler, out, batch_size, rank, world):
-    """Generate what is missing; batches are the same whoever computes them."""
+    """Generate what is missing, and return its batches, which are the same whoever computes them."""
     batches = data.in_parts(range(len(sampler.labels)), batch_size)[rank::world]
     todo = [batch for batch in batches if not all(is_whole(file_of(out, i)) for i in batch)]
 
@@ -278,6 +278,7 @@ def sample_all(sampler, out, batch_size, rank, world):
             writing = pool.map(write, batch, images)
             bar.update(len(batch))
         list(writing)
+    return todo
 
 def save_npz(out, labels, size):
     """samples.npz as ADM's evaluator reads it: arr_0 uint8 (N,H,W,3), arr_1 labels; memory holds an image at a time."""
@@ -303,7 +304,7 @@ def write_samples(options, sampler, record, folder, rank, world):
                 file_of(out, i).unlink(missing_ok=True)
             data.save_json(out / "samples.json", record)
         wait()
-        sample_all(sampler, out, options.batch_size, rank, world)
+        made = sample_all(sampler, out, options.batch_size, rank, world)
         wait()
         if rank == 0:
             grid = out.with_name(f"{out.name}-grid.png") if options.out else folder / "grid.png"
@@ -311,13 +312,14 @@ def write_samples(options, sampler, record, folder, rank, world):
             if options.npz:
                 save_npz(out, sampler.labels, record["size"])
             print(f"{out}: {record['num']} images, {record['solver']} {record['steps']} steps, "
-                  f"shift {record['shift']:g}, w {record['cfg']}, seed {options.seed}: {grid}")
+                  f"shift {record['shift']:g}, w {record['cfg']}, seed {options.seed}: {grid}"
+                  f"{'' if made else ' (they were there; --overwrite makes them anew)'}")
 
 # ---- A picture of the way from noise to image ------------------------------------------------------------------------
 def draw_trajectory(sampler, path):
     """For four images the state z_t, divided by k, in a row, in the next the predicted image: nine steps and result."""
     *way, (_, result) = sampler.states(range(4))
-    shown = [way[i] for i in np.unique(np.linspace(0, len(way) - 1, 9).astype(int))]
+    shown = way[::-(-len(way) // 9)]                      # every n-th, nine at most
     columns = []
     how = sampler.settings
     for t, z in shown:
@@ -349,7 +351,7 @@ class Options:
     experiment: str = option("", "of a run with an experiment file of your own: its path")
     ema: int = option(0, "which averaged weights, 0 = the first; -1 = the raw ones", "[-1, inf)")
     num: int = option(1000, "number of images", "[1, 10000000]")
-    labels: str = option(None, "ids or names, which take turns, as 3,7 or star (default: all)")
+    labels: str = option(None, "ids, names (which come first), or id:3, and take turns: 3,7 or star (default: all)")
     seed: int = option(0, "image i is a function of (seed, i)", "[0, 1e18]")
     out: Path = option(None, "folder of images; of --trajectory the picture (default: in the run's folder)",
                        group="output")

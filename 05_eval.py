@@ -620,6 +620,8 @@ def evaluate(options, device):
               "samples": str(path), "reference": str(real.path), "reference_id": real.record.get("id"),
               "split": real.split, "sampling": samples.record}
     result |= score(samples, real, net.to(device), options, digest, device)
+    if samples.record and ImageSet(path).record != samples.record:             # an .npz, which is large, has none
+        raise ValueError(f"{path} was made anew in the meantime: score it again")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         data.save_json(out, result)

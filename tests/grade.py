@@ -175,7 +175,10 @@ def judge(head):
             with open(Path(temporary) / "runs" / run / "log.csv", newline="") as file:
                 return min(float(row["aux"]) for row in csv.DictReader(file))
         script("01_data.py", *PACK)
-        return lowest("my_head.py", "seeing"), lowest("my_head.py,blind.py", "blind")
+        sees = lowest("my_head.py", "seeing")
+        if not sees:
+            raise ValueError(f"{head}: the column aux of the log is 0: does SETTINGS name a head, as {{'aux': 'mine'}}?")
+        return sees, lowest("my_head.py,blind.py", "blind")
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
 def refuse_foreign(path):

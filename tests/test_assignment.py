@@ -291,6 +291,11 @@ def test_a_head_is_judged(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(grade, "TRAIN", [*TINY_FLAGS, "--steps", "100", "--lr", "6e-3"])
     sees, blind = grade.judge(ROOT / "tests/experiments/mean_colour.py")
     assert 0.1 < sees < 0.75 * blind < 0.3                # the variance of a patch's mean colour here is about 0.2
+    with monkeypatch.context() as patch:
+        patch.setattr(grade, "TRAIN", [*TINY_FLAGS, "--steps", "2"])
+        (tmp_path / "my_ffn.py").write_text("SETTINGS = {'ffn': 'bottleneck'}")
+        with pytest.raises(ValueError, match="my_ffn.py: the column aux of the log is 0"):
+            grade.judge(tmp_path / "my_ffn.py")
     for numbers, code, word in (((0.3, 1.0), 0, "accepted"), ((0.4, 1.0), 1, "not accepted"), ((0.0, 0.0), 1, "not accepted")):
         monkeypatch.setattr(grade, "judge", lambda head: numbers)
         assert grade.main(["--head", "my_head.py"]) == code and f": {word}: " in capsys.readouterr().out

@@ -840,7 +840,7 @@ def test_the_line_of_a_bar_off_a_terminal(capsys):
 
 def test_a_fraction_that_leaves_a_class_empty_is_said(there, capsys):
     folder(there / "in")
-    assert pack("--fraction", 0.05) == 1 and "class cat has no readable image; --fraction and hold-out left 0: []" in capsys.readouterr().err
+    assert pack("--fraction", 0.05) == 1 and "class cat has no readable image to train on; --fraction and hold-out left 0" in capsys.readouterr().err
 
 def test_memory_that_is_used_up_is_one_line(capsys):
     def main():
@@ -1218,7 +1218,7 @@ def test_the_class_that_is_empty_names_a_file_of_its_own(there, capsys):
         file.write_bytes(b"x")
     assert pack() == 1
     error = capsys.readouterr().err
-    assert "class c has no readable image; --fraction and hold-out left " in error and ': ["in/c/' in error and "is not a readable image" in error and "in/a/bad.png" not in error and error.count("\n") == 1
+    assert "class c has no readable image to train on; --fraction and hold-out left " in error and " in/c/" in error and "is not a readable image" in error and "in/a/bad.png" not in error and error.count("\n") == 1
 
 def test_a_list_of_names_in_another_form_is_seen_to_say_nothing(there, capsys):
     folder(Path("in"), ("0", "1"), splits=None)
@@ -1293,7 +1293,7 @@ def test_the_first_of_the_files_left_out_is_named(there, capsys):
     assert pack() == 0 and "3 unreadable images left out, listed in skipped.txt; first: in/train/cat/1.png: " in capsys.readouterr().out
     for file in Path("in/train/dog").iterdir():
         file.write_bytes(b"x")
-    assert pack("--name", "b") == 1 and "class dog has no readable image; --fraction and hold-out left 6: [" in (error := capsys.readouterr().err) and "in/train/dog/0.png is not a readable image" in error
+    assert pack("--name", "b") == 1 and "class dog has no readable image to train on; --fraction and hold-out left 6 in/train/dog/0.png: " in (error := capsys.readouterr().err) and "in/train/dog/0.png is not a readable image" in error
 
 def test_what_texts_of_options_state():
     """Facts that the code decides."""

@@ -302,6 +302,18 @@ def test_a_score_of_the_packed_samples_is_no_foreign_file(scored):
     assert call(sample, *again) == 0 and call(evaluate, "--samples", "runs/shapes/samples/samples.npz", "--reference", "shapes", "--metrics", "fd") == 0
     assert call(sample, *again) == 0 == call(sample, *again, "--overwrite")
 
+def test_samples_made_anew_while_they_are_scored_have_no_score(scored, monkeypatch, capsys):
+    """As by 04_sample.py --overwrite: half of the images would be the old ones, half the new ones."""
+    def score(*given, real=evaluate.score):
+        assert call(sample, "--num", 30, "--steps", 3, "--amp", "off", "--overwrite") == 0
+        return real(*given)
+    opened, real = [], evaluate.read_npz
+    monkeypatch.setattr(evaluate, "read_npz", lambda path: opened.append(path) or real(path))
+    np.savez("few.npz", arr_0=images_of(9))               # has no record, and is not read again
+    assert call(evaluate, "--samples", "few.npz", "--reference", "shapes", "--metrics", "fd") == 0 and len(opened) == 1
+    monkeypatch.setattr(evaluate, "score", score)
+    assert call(evaluate, "--metrics", "fd") == 1 and "samples was made anew in the meantime" in capsys.readouterr().err and not Path("runs/shapes/metrics.json").exists()
+
 def test_the_result_lies_beside_the_samples_also_from_within(scored, monkeypatch):
     monkeypatch.chdir("runs/shapes/samples")
     assert call(evaluate, "--samples", ".", "--reference", "../../../data/shapes", "--metrics", "fd") == 0

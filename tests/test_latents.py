@@ -258,7 +258,8 @@ def test_a_coder_that_is_missing_or_another_is_refused_in_one_line(work, capsys)
     assert call(train, *LATENT_FLAGS, "--data", "latents/vae", "--run", "z") == 0
     coder = Path("latents/vae/coder.pt")
     kept, _ = coder.read_bytes(), capsys.readouterr()
-    for content, words in ((Path("latents/other/coder.pt").read_bytes(), "is not the coder that made"), (b"junk", "cannot read"), (None, "cannot read"), ("nan", "NaN or infinity")):
+    for content, words in ((Path("latents/other/coder.pt").read_bytes(), "is not the coder that made"), (b"junk", "cannot read"), (None, "cannot read"),
+                           (kept[:len(kept) // 2] + bytes([kept[len(kept) // 2] ^ 64]) + kept[len(kept) // 2 + 1:], "cannot read"), ("nan", "NaN or infinity")):
         coder.write_bytes(kept if content == "nan" else content) if content else coder.unlink()
         if content == "nan":
             state = torch.load(coder, weights_only=True)
@@ -270,6 +271,11 @@ def test_a_coder_that_is_missing_or_another_is_refused_in_one_line(work, capsys)
             assert error.count("\n") == 1 and words in error and not Path("runs/z/samples").exists()
     coder.write_bytes(kept)
     assert call(sample, "--run", "z", "--num", 4, "--steps", 1) == 0
+    meta = Path("latents/vae/meta.json")
+    good = json.loads(meta.read_text())
+    for spoiled in ({}, *({name: value for name, value in good["coder"].items() if name != missing} for missing in ("experiment", "id", "pixels", "pixels_id", "size"))):
+        meta.write_text(json.dumps(good | {"coder": spoiled}))
+        assert call(train, *LATENT_FLAGS, "--data", "latents/vae", "--run", "new") == 1 and " is not of the type " in capsys.readouterr().err and not Path("runs/new").exists()
 
 def test_what_makes_no_sense_for_latents_is_refused_in_one_line(work, capsys):
     assert make("vae") == 0

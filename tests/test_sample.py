@@ -301,7 +301,7 @@ def test_without_a_trained_null_class_there_is_no_guidance(work, capsys):
     assert call(sample, "--num", 3, "--steps", 2) == 0 and ", w 1.0, " in capsys.readouterr().out
 
 def test_pictures_of_the_process(work, monkeypatch, capsys):
-    """Columns are spread over all steps, the last among them; rows have names; --out is honoured."""
+    """Columns are spread over all steps; rows have names; --out is honoured."""
     assert call(train, *TINY_FLAGS, "--steps", 6, "--snapshots", 3, "--noise-scale", 2, "--run", "p") == 0
     drawn, real = [], data.picture
     monkeypatch.setattr(data, "picture", lambda rows, titles=(), names=(): drawn.append((rows, list(titles), list(names))) or real(rows, titles, names))
@@ -309,7 +309,7 @@ def test_pictures_of_the_process(work, monkeypatch, capsys):
     rows, titles, names = drawn.pop()
     start = sample.noise_for(range(4), (3, 16, 16), 0, 2.0) / 2              # at k = 2, shown in the range of pictures
     assert all(np.array_equal(row[0], picture) for row, picture in zip(rows[::2], model.to_pictures(start)))
-    assert titles[0] == "t = 0.00" and titles[-2:] == ["t = 0.98", "result"] and len(titles) == len(rows[0]) == 10 and names == ["z", "x_pred"] * 4
+    assert titles[0] == "t = 0.00" and titles[-2:] == ["t = 0.96", "result"] and len(titles) == len(rows[0]) == 10 and names == ["z", "x_pred"] * 4
     assert call(sample, "--run", "p", "--steps", 2, "--trajectory", "--out", "here.png") == 0
     assert Image.open("runs/p/trajectory.png").width > 100 and Image.open("here.png").width > 100
     assert drawn.pop()[1] == ["t = 0.00", "t = 0.25", "result"]                # each step once: --shift 3 of two steps
@@ -477,6 +477,8 @@ def test_the_grid_names_its_classes(run, monkeypatch):
 def test_the_last_line_says_what_was_made(run, capsys):
     draw("a", "--seed", 5, num=4)
     assert capsys.readouterr().out == "a: 4 images, heun 4 steps, shift 1, w 2.0, seed 5: a-grid.png\n"
+    draw("a", "--seed", 5, num=4)
+    assert capsys.readouterr().out == "a: 4 images, heun 4 steps, shift 1, w 2.0, seed 5: a-grid.png (they were there; --overwrite makes them anew)\n"
 
 def test_all_that_the_network_is_given_lies_on_its_device():
     net, seen = torch.nn.Identity(), []

@@ -12,6 +12,7 @@ L1 loss alone (LDM's and RAE's have perceptual and adversarial losses, RAE's is 
 import math
 import sys
 import uuid
+import zipfile
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -75,8 +76,11 @@ def load_coder(kinds, folder, made_by):
 
     made_by: what the data set's meta.json says of it, {"kind", "id", ...}.
     """
+    data.expect(made_by, id=str, pixels=str, pixels_id=str, size=int)
     path = Path(folder) / "coder.pt"
     try:
+        if bad := zipfile.ZipFile(path).testzip():        # torch does not look at the checksums
+            raise ValueError(f"{bad} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
         coder = kinds[state["kind"]](**state["arguments"])
         coder.load_state_dict(state["weights"])
