@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from conftest import ROOT, TINY, TINY_FLAGS, call, data, evaluate, model, sample, shell, train
 from test_train import torchrun, weights
@@ -780,7 +781,8 @@ def test_the_main_of_width_and_of_one_step(work, capsys):
 TEMPLATES = re.findall(r"```python\n(.*?)```", (ROOT / "tests" / "experiments" / "README.md").read_text(), re.S)
 
 @pytest.mark.parametrize("number", range(len(TEMPLATES)))
-def test_templates(work, capsys, number):
+def test_templates(work, capsys, monkeypatch, number):
+    monkeypatch.setattr(sample, "SOLVERS", dict(sample.SOLVERS))
     Path("mine.py").write_text(TEMPLATES[number])
     if "data.SOURCES" in TEMPLATES[number]:
         done = subprocess.run([sys.executable, "mine.py", "--source", "noise", "--size", "16"], cwd=work, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -791,6 +793,10 @@ def test_templates(work, capsys, number):
     for steps in (2, 4):
         assert call(train, *TINY_FLAGS, "--experiment", "mine.py", "--save-minutes", 0, "--run", "mine", "--steps", steps, *(["--resume"] if steps == 4 else [])) == 0, capsys.readouterr().err
     assert call(sample, "--run", "mine", "--experiment", "mine.py", "--num", 2, "--steps", 2) == 0, capsys.readouterr().err
+    if "sample.SOLVERS" in TEMPLATES[number]:             # Euler without the clamp is DDIM
+        assert call(sample, "--run", "mine", "--solver", "ddim", "--out", "ddim", "--num", 2, "--steps", 2, "--experiment", "mine.py") == 0
+        for name in ("0000000.png", "0000001.png"):
+            assert np.abs(np.array(Image.open(f"ddim/{name}")).astype(int) - np.array(Image.open(f"runs/mine/samples/{name}"))).max() <= 1
 
 def test_the_tangent_is_the_velocity_and_the_log_has_the_times_used(monkeypatch):
     net, batch, seen, real = shaken(config_with(**PAIR)), small_batch(None), [], one_step.mean_flow_target
