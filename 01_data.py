@@ -101,7 +101,6 @@ def open_data(folder):
     try:
         meta = load_json(folder / "meta.json", id=str, size=int, classes=list, counts=dict, recipe=dict)
         side = meta["size"]
-        classes = len(meta["classes"])
         "".join(meta["classes"])                          # TypeError, unless all of them are texts
         kind = np.float16 if "coder" in meta else np.uint8
         arrays = {}
@@ -111,8 +110,8 @@ def open_data(folder):
             shape = (meta["counts"][split], side, side, meta.get("channels", 3))
             if (images.shape, images.dtype, labels.shape, labels.dtype) != (shape, kind, shape[:1], np.int64):
                 raise ValueError(f"the {split} arrays do not fit meta.json")
-            if len(labels) and not 0 <= labels.min() <= labels.max() < max(1, classes):
-                raise ValueError(f"a label in {split}_labels.npy is outside 0..{classes - 1}")
+            if len(labels) and not 0 <= labels.min() <= labels.max() < max(1, len(meta["classes"])):
+                raise ValueError(f"a label in {split}_labels.npy is outside 0..{len(meta['classes']) - 1}")
             arrays[split] = images, labels
     except Exception as error:                            # numpy raises many kinds
         raise ValueError(f"the data set at {folder} cannot be read ({error}): if it is damaged or outdated, delete the "
@@ -264,7 +263,10 @@ def list_images(folder):
                   and not any(part.startswith(HIDDEN) for part in Path(file).relative_to(folder).parts))
 
 def list_classes(folder):
-    """Class folders -> (names, [(file, label)]).  A folder without sub-folders is unlabelled: no names, label 0."""
+    """Class folders -> (names, [(file, label)]).  A folder without sub-folders is unlabelled: no names, label 0.
+
+    Raises ValueError, also in doubt: a single folder of folders is often what an archive was unpacked into.
+    """
     entries = folders_in(folder)
     names = [entry.name for entry in entries]
     loose = [file for file in list_images(folder) if Path(file).parent == folder]
@@ -276,7 +278,7 @@ def list_classes(folder):
         files = list_images(place)
         if len(names) == 1 and folders_in(place):
             raise ValueError(f"{folder} holds one folder only, which holds folders: are those the classes? Then give "
-                             f"{place} as --root, or move them up")
+                             f"{place} as --root, or move them up; if not, put the images themselves into it")
         if not files:
             raise ValueError(f"{place} holds no images ({', '.join(FORMATS)}): fill it or remove it")
         pairs += [(file, label) for file in files]
@@ -317,9 +319,10 @@ def split_folders(root):
     """
     folders = {folder.name: re.fullmatch(SPLIT, folder.name) for folder in folders_in(root)}
     found = {"train" if match["train"] else "val": root / name for name, match in folders.items() if match}
-    if len(found) < 2 and not any(match and match["word"] == name for name, match in folders.items()):
+    plain = [match and match["word"] == name for name, match in folders.items()]
+    if len(found) < 2 and not any(plain):
         return {}
-    if None in folders.values() or "train" not in found:
+    if not all(plain) and len(found) < len(folders) or "train" not in found:
         raise ValueError(f"{root} holds {', '.join(folders)}: are they classes, or splits? Rename a class that is "
                          "called like a split; of splits, leave train/ and one of val/ and test/ there, nothing else")
     return found
@@ -348,9 +351,10 @@ ARCHIVES = {  # source: size in pixels, address, md5
 def file_hash(path, kind):
     return hashlib.new(kind, path.read_bytes()).hexdigest()
 
-def fetch(source, folder):
-    """Path of the source's archive in `folder`, downloaded if it is not there.  Raises ValueError."""
-    _, url, md5 = ARCHIVES[source]
+def fetch(options):
+    """Path of the source's archive, downloaded if it is not there.  Raises ValueError."""
+    folder = options.root or options.out / "downloads"
+    _, url, md5 = ARCHIVES[options.source]
     path = folder / Path(url).name
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -421,12 +425,12 @@ def called(names, text):
 
 def cifar10_source(options):
     refuse(options.size != 32, "--size: cifar10 is 32 pixels")
-    archive = fetch("cifar10", options.root or options.out / "downloads")
+    archive = fetch(options)
     train = read_cifar10(archive, [f"data_batch_{i}" for i in range(1, 6)])
     return CIFAR_CLASSES, np.asarray, {"train": train, "val": read_cifar10(archive, ["test_batch"])}
 
 def imagenette_source(options):
-    archive = fetch(options.source, options.root or options.out / "downloads")
+    archive = fetch(options)
     options.root = unpack(archive, archive.with_name(options.source)) / archive.stem
     names, make, splits = folder_source(options)
     return called(names, IMAGENETTE_CLASSES), make, splits
@@ -578,14 +582,14 @@ def load_json(path, **kinds):
     try:
         record = json.loads(path.read_text())
         expect(record, **kinds)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, AttributeError) as error:
         raise ValueError(f"{path} is damaged, or not ours ({error})")
     return record
 
 def expect(record, **kinds):
-    """Raise ValueError unless it is a dict whose entries named here have these types."""
+    """Raise ValueError unless the entries of a dict that are named here have these types."""
     for name, kind in kinds.items():
-        if not isinstance(record, dict) or not isinstance(record.get(name), kind):
+        if not isinstance(record.get(name), kind):
             raise ValueError(f"{name} is not of the type {kind.__name__}")
 
 def save_json(path, value):

@@ -489,7 +489,7 @@ class RotationHead(PooledHead):
     """By how many quarter turns was this image rotated?  Cross-entropy over four classes (RotNet).
 
     departure: Improved JiT's code rotates only the input of a second pass; we follow its text, in which the diffusion
-    loss is taken on the rotated images too.
+    loss is taken on the rotated images too.  Latents are turned as they are: that is not the latent of a turned image.
     """
     outputs = 4
 
@@ -757,8 +757,9 @@ def device_and_processes(name=None):
         dist.barrier()                                    # subtle: one that leaves early would cut others' connections
     with torchs_errors():
         yield device, rank, world
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if launched:                                          # subtle: the last tensors that went round may still be freed
+        data.time.sleep(0.1)                              # by Gloo's threads, for which they need Python's lock; ending
+        dist.destroy_process_group()                      # the group keeps that, and waits for them: for ever
 
 @contextmanager
 def torchs_errors():

@@ -228,14 +228,14 @@ def parse_labels(text, num, classes, num_classes):
     return [ids[i % len(ids)] for i in range(num)]
 
 # ---- Writing: a folder of PNG files that knows its settings ----------------------------------------------------------
-SAMPLE_FILES = ("[0-9][0-9][0-9][0-9][0-9][0-9][0-9].png", "samples.json", "samples.npz",
-                "samples.npz-metrics.json", "arr_0.npy", ".DS_Store", ".*.lock", "*.jit-part")  # the metrics are 05's
+SAMPLE_FILES = ("[0-9][0-9][0-9][0-9][0-9][0-9][0-9].png", "samples.json", "samples.npz*", "arr_0.npy", ".DS_Store",
+                ".*.lock", "*.jit-part")
 
 def file_of(out, i):
     return out / f"{i:07d}.png"
 
 def is_whole(path):
-    """A PNG file that is there, whose parts fit their checksums, to the last."""
+    """A PNG file that is there, whose parts fit their checksums."""
     try:
         with Image.open(path) as image:
             image.verify()
@@ -249,7 +249,7 @@ def image_of(out, i):
 def check_folder(out, record, overwrite):
     """Raise ValueError if the folder holds anything but samples made with these settings, or others to overwrite.
 
-    Returns how many images are to be removed.
+    Returns how many numbers of images are to be cleared.
     """
     ours = (out / "samples.json").exists()
     if out.exists():
@@ -258,7 +258,7 @@ def check_folder(out, record, overwrite):
         return 0
     old = asdict(Settings()) | data.load_json(out / "samples.json", weights=str, labels=list)  # may lack a setting
     if overwrite:
-        return len(old["labels"])
+        return len(old["labels"] + record["labels"])
     data.refuse_other(old, record, out, "pass --overwrite to replace them, or --out")
     return 0
 
@@ -313,11 +313,11 @@ def write_samples(options, sampler, record, folder, rank, world):
                 save_npz(out, sampler.labels, record["size"])
             print(f"{out}: {record['num']} images, {record['solver']} {record['steps']} steps, "
                   f"shift {record['shift']:g}, w {record['cfg']}, seed {options.seed}: {grid}"
-                  f"{'' if made else ' (they were there; --overwrite makes them anew)'}")
+                  f"{'' if made else ' (nothing was missing; --overwrite makes all anew)'}")
 
 # ---- A picture of the way from noise to image ------------------------------------------------------------------------
 def draw_trajectory(sampler, path):
-    """For four images the state z_t, divided by k, in a row, in the next the predicted image: nine steps and result."""
+    """For four images the state z_t, scaled, in a row, below it the predicted image: nine steps at most, the result."""
     *way, (_, result) = sampler.states(range(4))
     shown = way[::-(-len(way) // 9)]                      # every n-th, nine at most
     columns = []

@@ -530,7 +530,7 @@ def print_table(files, out):
     """--table: a line per result, with the settings in which they differ; with --out a curve over the first of them."""
     results = [data.load_json(Path(file), score=str, n_generated=int, sampling=dict) for file in files]
     judges = {f"{r['score']} {r.get('n_real')} {r.get('reference_id')} {r.get('split', 'train')}" for r in results}
-    refuse(len(judges) > 1, f"{', '.join(files)} cannot be compared: they differ in features or reference")
+    refuse(len(judges) > 1, f"{', '.join(files)} cannot be compared: they differ in features, reference or split")
     rows = [{"file": file} | result["sampling"] | result for file, result in zip(files, results)]
     varied = [k for k in rows[0]["sampling"] if k != "weights" and len({str(row.get(k)) for row in rows}) > 1]
     columns = ["file", *varied, "n_generated", *SCORES, "class_accuracy"]

@@ -63,7 +63,7 @@ def read_script(submission, name):
         raise ValueError(f"{name} is larger than {LARGEST} bytes")
     try:
         text.decode(tokenize.detect_encoding(io.BytesIO(text).readline)[0])
-    except (SyntaxError, UnicodeDecodeError) as error:
+    except (SyntaxError, LookupError, UnicodeError) as error:
         raise ValueError(f"{name} is not a text that Python reads: {error}")
     return text
 

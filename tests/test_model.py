@@ -514,13 +514,14 @@ def test_a_second_machine_counts_its_own_gpus(monkeypatch):
     monkeypatch.setattr(model.dist, "init_process_group", lambda backend, **more: asked.append(backend))
     monkeypatch.setattr(model.dist, "barrier", lambda: asked.append("barrier"))
     monkeypatch.setattr(model.signal, "signal", lambda *how: asked.append(how))
+    monkeypatch.setattr(model.dist, "destroy_process_group", lambda: asked.append("ended")), monkeypatch.setattr(data.time, "sleep", asked.append)
     for name, value in (("RANK", "9"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "16")):
         monkeypatch.setenv(name, value)
     with model.device_and_processes() as (device, rank, world):
         assert (device, rank, world) == (torch.device("cuda", 1), 9, 16)
         assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-    assert asked == [torch.device("cuda", 1), (signal.SIGTERM, signal.SIG_DFL), "cpu:gloo,cuda:nccl", "barrier"]           # while it waits a signal ends it
+    assert asked == [torch.device("cuda", 1), (signal.SIGTERM, signal.SIG_DFL), "cpu:gloo,cuda:nccl", "barrier", 0.1, "ended"]           # while it waits a signal ends it
 
 def test_a_c_library_without_mallopt_is_left_alone(monkeypatch):
     """macOS has none, and Windows no library without a name."""

@@ -1,5 +1,6 @@
 """Sampling as a user sees it: the same pictures whatever the batches, processes, order or interruption; nothing overwritten."""
 import json
+import shutil
 from dataclasses import asdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -478,7 +479,7 @@ def test_the_last_line_says_what_was_made(run, capsys):
     draw("a", "--seed", 5, num=4)
     assert capsys.readouterr().out == "a: 4 images, heun 4 steps, shift 1, w 2.0, seed 5: a-grid.png\n"
     draw("a", "--seed", 5, num=4)
-    assert capsys.readouterr().out == "a: 4 images, heun 4 steps, shift 1, w 2.0, seed 5: a-grid.png (they were there; --overwrite makes them anew)\n"
+    assert capsys.readouterr().out == "a: 4 images, heun 4 steps, shift 1, w 2.0, seed 5: a-grid.png (nothing was missing; --overwrite makes all anew)\n"
 
 def test_all_that_the_network_is_given_lies_on_its_device():
     net, seen = torch.nn.Identity(), []
@@ -601,6 +602,8 @@ def test_a_lock_that_was_left_inside_does_no_harm(run, capsys):
 def test_an_image_beyond_ours_is_not_removed(run):
     """Called as ours are, and beside them."""
     draw("a", num=4)
+    shutil.copy("a/0000000.png", "a/0000004.png")         # not ours by the record; as many are asked for, it is replaced
+    assert not np.array_equal(draw("a", "--overwrite", "--seed", 7, "--batch-size", 1, num=5)[4], pictures("a")[0]) and np.array_equal(pictures("a"), draw("b", "--seed", 7, "--batch-size", 1, num=5))
     Path("a/0000009.png").write_bytes(b"mine")
     assert call(sample, "--run", "r", "--num", 3, "--amp", "off", "--out", "a", "--overwrite") == 0
     assert sorted(file.name for file in Path("a").glob("*.png")) == [f"000000{i}.png" for i in (0, 1, 2, 9)] and Path("a/0000009.png").read_bytes() == b"mine"

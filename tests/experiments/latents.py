@@ -76,9 +76,9 @@ def load_coder(kinds, folder, made_by):
 
     made_by: what the data set's meta.json says of it, {"kind", "id", ...}.
     """
-    data.expect(made_by, id=str, pixels=str, pixels_id=str, size=int)
     path = Path(folder) / "coder.pt"
     try:
+        data.expect(made_by, id=str, pixels=str, pixels_id=str, size=int)
         if bad := zipfile.ZipFile(path).testzip():        # torch does not look at the checksums
             raise ValueError(f"{bad} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
