@@ -489,7 +489,7 @@ class RotationHead(PooledHead):
     """By how many quarter turns was this image rotated?  Cross-entropy over four classes (RotNet).
 
     departure: Improved JiT's code rotates only the input of a second pass; we follow its text, in which the diffusion
-    loss is taken on the rotated images too.  Latents are turned as they are: that is not the latent of a turned image.
+    loss is taken on the rotated images too.
     """
     outputs = 4
 
@@ -659,7 +659,7 @@ def load_network(path, ema=0, experiment=""):
             info |= state.get("info", {})
             data.expect(info, sampling=dict, classes=list, experiments=list)
             json.dumps(info)                              # plain values only, whoever edited it
-            "".join(info["classes"])
+            "".join(info["classes"])                      # TypeError, unless all of them are texts
             load_recorded(info["experiments"], path, experiment)
         if info.get("step") == 0:
             raise ValueError("it has not been trained for a step")

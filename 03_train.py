@@ -183,7 +183,7 @@ class Trainer:
         """Move every average towards the weights: ema += (1 - decay) (weights - ema).  Biases and norms, too.
 
         0.998 averages over about 1 / (1 - 0.998) = 500 steps, but over a ninth of those done as long as that is less:
-        until step 4,500 of the shapes' 4,600.
+        until step 4,490 of the shapes' 4,600.
         """
         for decay, average in zip(self.options.ema, self.ema):
             decay = min(decay, (1 + self.step) / (10 + self.step))
@@ -494,8 +494,7 @@ class Recorder:
         step = trainer.step
         sums = over_processes(trainer.log.sums, trainer.world)
         trainer.log.sums.zero_()
-        seconds = time.perf_counter() - self.line_at
-        speed = (step - self.line_step) * options.batch_size / seconds
+        speed = (step - self.line_step) * options.batch_size / (time.perf_counter() - self.line_at)
         self.line_at = time.perf_counter()
         self.line_step = step
         if trainer.rank:
@@ -694,9 +693,10 @@ def settle(settings, meta, device, world):
     size = meta["size"]
     found = {"image_size": size, "in_channels": meta.get("channels", 3), "num_classes": len(meta["classes"]),
              "noise_scale": max(1.0, size / 256), "shift": meta.get("shift", 1.0)}
-    if "coder" in meta:                                   # a latent's mirror image is not a latent
+    if "coder" in meta:                                   # a latent, mirrored or turned, is not a latent
         found |= {"patch_size": 1, "bottleneck_dim": 0}
         settings = settings | {"flip": False}
+        refuse(settings.get("aux") == "rotation", "--aux rotation is for images, not for latents")
     elif "patch_size" not in settings:
         found["patch_size"] = nearest_patch(row, size)
     settings = row | found | settings | {"classes": meta["classes"], "data_id": meta["id"], "coder": meta.get("coder")}

@@ -78,8 +78,9 @@ def heun_step(z, t, t_next, velocity, *_):
 def walk(net, noise, labels, *, solver="heun", steps=50, cfg=1.0, interval=(0.0, 1.0), t_eps=model.T_EPS, shift=1.0,
          step_noise=None):
     """Yield (t, z) at every point of the time grid, from (0.0, noise) to (1.0, images).  See generate()."""
-    refuse(solver not in solvers_of(net) or steps < 1, f"solver {solver!r}, {steps} steps: give one of "
-           f"{', '.join(solvers_of(net))}, and at least 1 step")
+    # a network may know fewer solvers
+    refuse(solver not in getattr(net, "solvers", SOLVERS) or steps < 1, f"solver {solver!r}, {steps} steps: give one "
+           f"of {', '.join(getattr(net, 'solvers', SOLVERS))}, and at least 1 step")
     asked_for, step = SOLVERS[solver]                     # "v" or "x", and the function
     config = config_of(net)
 
@@ -145,10 +146,6 @@ SOLVERS = {"heun": ("v", heun_step), "euler": ("v", euler_step),               #
 # ======================================================================================================================
 # first reading ends here: what follows gives every image its own noise, and writes files
 # ======================================================================================================================
-
-def solvers_of(net):
-    """A network may know fewer."""
-    return getattr(net, "solvers", SOLVERS)
 
 def config_of(net):
     """A function without a configuration is taken for a JiT's forward."""
@@ -249,7 +246,7 @@ def image_of(out, i):
 def check_folder(out, record, overwrite):
     """Raise ValueError if the folder holds anything but samples made with these settings, or others to overwrite.
 
-    Returns how many numbers of images are to be cleared.
+    Returns how many images are to be cleared away: those of its record, and where the new ones will lie.
     """
     ours = (out / "samples.json").exists()
     if out.exists():
@@ -258,7 +255,7 @@ def check_folder(out, record, overwrite):
         return 0
     old = asdict(Settings()) | data.load_json(out / "samples.json", weights=str, labels=list)  # may lack a setting
     if overwrite:
-        return len(old["labels"] + record["labels"])
+        return max(len(old["labels"]), record["num"])
     data.refuse_other(old, record, out, "pass --overwrite to replace them, or --out")
     return 0
 
@@ -370,7 +367,7 @@ def settings_of(given, info, net):
     settings = asdict(Settings(**model.settings_for(Settings, info["sampling"]) | flags))
     refuse(len(settings["interval"]) != 2 or settings["interval"][0] >= settings["interval"][1],
            "--interval: give two times from 0 to 1, the lower first, as in 0.1,1")
-    data.check("--solver", settings["solver"], choices=lambda: solvers_of(net))
+    data.check("--solver", settings["solver"], choices=lambda: getattr(net, "solvers", SOLVERS))
     unguided = not (net.config.num_classes and info.get("label_drop", True))
     refuse(flags.get("cfg", 1) != 1 and unguided, "--cfg: trained without classes, or with --label-drop 0, it has "
            "nothing to guide away from")

@@ -618,8 +618,8 @@ def evaluate(options, device):
         net, name, digest = load_classifier(real.path, device)
     result = {"score": name, "features": options.features, "weights": digest,
               "samples": str(path), "reference": str(real.path), "reference_id": real.record.get("id"),
-              "split": real.split, "sampling": samples.record}
-    result |= score(samples, real, net.to(device), options, digest, device)
+              "split": real.split, "sampling": samples.record} | score(
+                  samples, real, net.to(device), options, digest, device)
     if samples.record and ImageSet(path).record != samples.record:             # an .npz, which is large, has none
         raise ValueError(f"{path} was made anew in the meantime: score it again")
     try:

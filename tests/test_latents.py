@@ -284,7 +284,8 @@ def test_what_makes_no_sense_for_latents_is_refused_in_one_line(work, capsys):
             (1, "holds latents", lambda: make("rae", root="latents/vae")),
             (2, "is the data set of the pixels", lambda: call(vae, "--data", "shapes", "--name", "shapes", "--overwrite")),
             (1, "holds latents", lambda: call(evaluate, "--samples", "latents/vae", "--reference", "latents/vae")),
-            (1, "other settings", lambda: make("rae", name="vae"))):
+            (1, "other settings", lambda: make("rae", name="vae")),
+            (2, "is for images, not for latents", lambda: call(train, *LATENT_FLAGS, "--data", "latents/vae", "--run", "z", "--aux", "rotation"))):
         assert run() == code, words
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and words in error, error

@@ -604,9 +604,9 @@ def test_an_image_beyond_ours_is_not_removed(run):
     draw("a", num=4)
     shutil.copy("a/0000000.png", "a/0000004.png")         # not ours by the record; as many are asked for, it is replaced
     assert not np.array_equal(draw("a", "--overwrite", "--seed", 7, "--batch-size", 1, num=5)[4], pictures("a")[0]) and np.array_equal(pictures("a"), draw("b", "--seed", 7, "--batch-size", 1, num=5))
-    Path("a/0000009.png").write_bytes(b"mine")
+    Path("a/0000005.png").write_bytes(b"mine")
     assert call(sample, "--run", "r", "--num", 3, "--amp", "off", "--out", "a", "--overwrite") == 0
-    assert sorted(file.name for file in Path("a").glob("*.png")) == [f"000000{i}.png" for i in (0, 1, 2, 9)] and Path("a/0000009.png").read_bytes() == b"mine"
+    assert sorted(file.name for file in Path("a").glob("*.png")) == [f"000000{i}.png" for i in (0, 1, 2, 5)] and Path("a/0000005.png").read_bytes() == b"mine"
 
 def test_grids_of_names_with_a_dot(run):
     draw("w-1.25", num=3), draw("w-1.5", num=3)

@@ -1458,6 +1458,7 @@ def test_whole_lines_about_settings(there):
                         ("odd.py", "--experiment odd.py: lr -1: give a number in (0, inf)")):
         assert said(lambda: list(train.experiment_settings(f"exp3,{last}"))) == words
     assert said(settled, META, "--num-classes", 5) == "--num-classes 5: the data set has 2 (is it another, or was it packed anew?); 0: without classes"
+    assert said(settled, META | {"size": 16, "channels": 4, "coder": {}}, "--aux", "rotation") == "--aux rotation is for images, not for latents"
     assert said(settled, META | {"size": 58}, "--preset", "photos") == "images of 58 pixels cannot be cut into about 16 x 16 patches: pack them at --size 64, or give a --patch-size"
     assert said(settled, META | {"size": 256}, "--preset", "photos", "--batch-size", 257) == "--batch-size 257 cannot be cut into micro-batches of 16 for 1 process(es): give a multiple of 16, or another --micro-batch"
     assert said(settled, META, "--batch-size", 7, world=2) == "--batch-size 7 cannot be cut into micro-batches of 3 for 2 process(es): give a multiple of 6, or another --micro-batch"
