@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)                                  # tiny tensors: threads only wait for each other
+torch.cuda.is_available()                                 # asked before `exact` hides the GPU: a process is told once what it has
 data, model, train, sample, evaluate = (import_module(name) for name in ("01_data", "02_model", "03_train", "04_sample", "05_eval"))
 
 TINY = dict(image_size=16, patch_size=4, hidden_size=32, depth=4, num_heads=2, num_classes=3, bottleneck_dim=8, in_context_len=2,
