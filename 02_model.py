@@ -857,8 +857,11 @@ def count_macs(config):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
     size = config.image_size
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        build(config).eval()(torch.empty(1, config.in_channels, size, size), torch.empty(1), torch.zeros(1).long())
+    with torch.device("meta"):
+        net = build(config).eval()
+        batch = torch.empty(1, config.in_channels, size, size), torch.empty(1), torch.zeros(1).long()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        net(*batch)
     return counter.get_total_flops() // 2
 
 def count_parameters(config):
@@ -871,8 +874,8 @@ def print_table():
     print("model     image  patch hidden  depth  heads     parameters    GMAC  paper")
     for name, row in MODELS.items():
         config = JiTConfig(**row)
-        sizes = " ".join(f"{value:6d}" for value in list(row.values())[:5])
-        print(f"{name:9s}{sizes} {count_parameters(config):14,d} {count_macs(config) / 1e9:7.2f} "
+        print(f"{name:9s}{config.image_size:6d} {config.patch_size:6d} {config.hidden_size:6d} {config.depth:6d} "
+              f"{config.num_heads:6d} {count_parameters(config):14,d} {count_macs(config) / 1e9:7.2f} "
               f"{PAPER_GMAC.get(name, '-'):>6}")
 
 def print_shapes(config):

@@ -9,8 +9,10 @@ import re
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import grade
+import make_assignment
 import pytest
 from conftest import ROOT, TINY_FLAGS, shell
 from make_assignment import DAYS, EXERCISES, NEEDED, answers, choose, find, make, message, mistaken, source, tracked
@@ -110,16 +112,17 @@ def test_choose():
         with pytest.raises(ValueError, match="--exercises"):
             choose(wrong)
 
-def test_kit_on_the_command_line(there):
+def test_kit_on_the_command_line(there, capsys):
     done = shell("tests/make_assignment.py", "out", "--exercises", "4-5", cwd=there)
     assert done.returncode == 0 and "2 exercises" in done.stdout and "rotate" in (there / "out/tests/EXERCISES.md").read_text(), done.stderr
     assert "NotImplementedError" not in (there / "out/03_train.py").read_text().replace("OSError, NotImplementedError", "")
-    again = shell("tests/make_assignment.py", "out", cwd=there)
-    assert again.returncode == 1 and again.stderr.count("\n") == 1
-    assert shell("tests/make_assignment.py", cwd=there).returncode == 2 == shell("tests/make_assignment.py", "out", "--gradescope", "gs", cwd=there).returncode
-    assert shell("tests/make_assignment.py", "--solutions", "sheet.md", "--exercises", "heun", cwd=there).returncode == 0
-    done = shell("tests/make_assignment.py", "--solutions", "no/sheet.md", "--exercises", "heun", cwd=there)
-    assert done.returncode == 1 and done.stderr.endswith("error: --solutions no/sheet.md: there is no folder no\n")
+    assert make_assignment.main(["out"]) == 1 and capsys.readouterr().err.count("\n") == 1
+    for wrong in ([], ["out", "--gradescope", "gs"]):
+        with pytest.raises(SystemExit, match="2"):
+            make_assignment.main(wrong)
+    assert make_assignment.main(["--solutions", "sheet.md", "--exercises", "heun"]) == 0
+    assert make_assignment.main(["--solutions", "no/sheet.md", "--exercises", "heun"]) == 1
+    assert capsys.readouterr().err.endswith("error: --solutions no/sheet.md: there is no folder no\n")
     sheet = (there / "sheet.md").read_text()
     assert source((ROOT / "04_sample.py").read_text(), "heun_step") in sheet
     assert "- `if False:` for `if t_next == 1:` (2.5 points): heun_step: at t = 1 the velocity is not defined" in sheet
@@ -286,14 +289,22 @@ def test_gradescope(tmp_path):
     done = subprocess.run([script], cwd="/", capture_output=True, text=True)
     assert json.loads((place / "results/results.json").read_text())["score"] == 4, done.stderr
 
+def run_without_a_head(command, cwd, **_):
+    """In place of subprocess.run: what 03_train.py writes when SETTINGS name no head."""
+    folder = Path(cwd) / "runs" / "seeing"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "log.csv").write_text("step,aux\n50,0.0\n")
+    return subprocess.CompletedProcess(command, 0)
+
 def test_a_head_is_judged(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(grade, "PACK", ["--size", "16", "--count", "200", "--workers", "1"])
     monkeypatch.setattr(grade, "TRAIN", [*TINY_FLAGS, "--steps", "100", "--lr", "6e-3"])
     sees, blind = grade.judge(ROOT / "tests/experiments/mean_colour.py")
     assert 0.1 < sees < 0.75 * blind < 0.3                # the variance of a patch's mean colour here is about 0.2
     with monkeypatch.context() as patch:
-        patch.setattr(grade, "TRAIN", [*TINY_FLAGS, "--steps", "2"])
         (tmp_path / "my_ffn.py").write_text("SETTINGS = {'ffn': 'bottleneck'}")
+        patch.setattr(grade.subprocess, "run", run_without_a_head)
         with pytest.raises(ValueError, match="my_ffn.py: the column aux of the log is 0"):
             grade.judge(tmp_path / "my_ffn.py")
     for numbers, code, word in (((0.3, 1.0), 0, "accepted"), ((0.4, 1.0), 1, "not accepted"), ((0.0, 0.0), 1, "not accepted")):

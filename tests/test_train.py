@@ -146,10 +146,6 @@ def test_a_gpu_learns_what_a_cpu_does(work):
     assert float(rows[1][3]["loss"]) == pytest.approx(float(rows[0][3]["loss"]), rel=0.3)
     assert float(rows[1][-1]["held_out"]) == pytest.approx(float(rows[0][-1]["held_out"]), rel=0.2)
 
-def test_a_rank_that_fails_ends_the_run(work):
-    done = torchrun("03_train.py", *TINY_FLAGS, "--steps", 5, "--data", "nowhere", cwd=work)
-    assert done.returncode != 0 and done.stderr.count("no data set at data/nowhere") == 1
-
 def test_a_process_that_fails_alone_speaks(work, monkeypatch, capsys):
     def main():
         raise ValueError("out of luck")
@@ -211,15 +207,16 @@ def test_the_log_goes_on_within_a_window(work):
     train.restore(other, train.training_state(first), "a run")
     assert other.log.sums.abs().sum() == 0                    # they are those of all processes: one of them takes them
 
-def test_a_kill_before_the_first_checkpoint_begins_again(work):
+def test_a_kill_before_the_first_checkpoint_begins_again(work, capsys):
     child = subprocess.Popen([sys.executable, ROOT / "03_train.py", *TINY_FLAGS, "--steps", "100000", "--log-every", "1"], cwd=work,
                              env={**os.environ, "OMP_NUM_THREADS": "1"})
     while child.poll() is None and not Path("runs/shapes/log.csv").exists():
         time.sleep(0.02)
-    again = shell("03_train.py", *TINY_FLAGS, "--steps", "100000", cwd=work)            # two at once
-    assert again.returncode == 1 and again.stderr.count("\n") == 1 and "another process is writing to runs/shapes" in again.stderr
+    assert call(train, *TINY_FLAGS, "--steps", "100000") == 1                  # two at once
+    said = capsys.readouterr().err
     child.kill()
     child.wait()
+    assert said.count("\n") == 1 and "another process is writing to runs/shapes" in said
     assert model.read_checkpoint("runs/shapes/checkpoint.pt")["info"]["step"] == 0       # it marks the folder as a run's
     with pytest.raises(ValueError, match="has not been trained"):
         model.load_network("runs/shapes/checkpoint.pt")
@@ -335,7 +332,7 @@ def test_torchrun_restart_goes_on(work, monkeypatch, capsys):
 def test_random_kills(work):
     """The short form of tests/kill_test.py."""
     import kill_test
-    assert kill_test.torture(work, kills=1, steps=100, seed=1) == 0
+    assert kill_test.torture(work, kills=1, steps=70, seed=2) == 0
 
 def test_non_finite_steps_are_skipped_and_counted(work, capsys, monkeypatch):
     options, config, arrays = settings("--steps", 10)
