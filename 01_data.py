@@ -96,8 +96,9 @@ def open_data(folder):
     """
     folder = Path(folder)
     if not (folder / "meta.json").is_file():
-        raise ValueError(f"no data set at {folder}: make it first (python 01_data.py --name {folder.name} ...; "
-                         "python 01_data.py alone draws data/shapes; latents: tests/experiments/), or give its place")
+        raise ValueError(f"no data set at {folder}: make it first (python 01_data.py --name {folder.name} "
+                         f"--out {folder.parent} ...; python 01_data.py alone draws data/shapes; latents: "
+                         "tests/experiments/), or give its place: NAME means data/NAME, with a slash it is a path")
     try:
         meta = load_json(folder / "meta.json", id=str, size=int, classes=list, counts=dict, recipe=dict)
         side = meta["size"]
@@ -296,36 +297,37 @@ def list_folder(root, val_fraction, seed):
     for place in no_pictures(root):
         if root.resolve() in place.parents and place.exists():
             print(f"{place} is not looked into: these scripts write there")
-    folders = split_folders(root)
-    names, pairs = list_classes(folders.get("train", root))
+    train, val = split_folders(root)
+    names, pairs = list_classes(train)
     found = hold_out(pairs, val_fraction, seed)
-    if "val" in folders:
-        val_names, found["val"] = list_classes(folders["val"])
+    if val:
+        val_names, found["val"] = list_classes(val)
         found["train"] = pairs
         if names != val_names:
-            raise ValueError(f"{folders['train']} and {folders['val']} must hold the same class folders; "
+            raise ValueError(f"{train} and {val} must hold the same class folders; "
                              f"{min({*names} ^ {*val_names})} is in one only (ImageNet's val/ comes without: sort it)")
     left_out = {*every_file(root)} - {file for file, _ in sum(found.values(), [])} - {str(root / "classes.txt")}
     if left_out:
         print(f"{len(left_out)} files are left out, of other kinds, hidden, or in other folders, as {max(left_out)}")
     return names, found
 
-SPLIT = "(?i)(.*[^a-z])?(?P<word>(?P<train>train)(ing)?|test(ing)?|val(id|idation)?)(set|data|images|.)?([^a-z].*)?"
+SPLIT = "(?i)(.*[^a-z])?(?P<word>train(ing)?|test(ing)?|val(id|idation)?)(set|data|images|.)?([^a-z].*)?"
 
 def split_folders(root):
-    """{"train": folder, "val": folder} if folders are called so, in any case, else {}; in doubt raises ValueError.
+    """(folder of training, folder of held-out images or None), by their names; in doubt raises ValueError.
 
-    In a pair also test_set, valid-images, seg_train, train2017 and the like: by itself that may be a class.
+    train/, val/ and test/ in any case; in a pair also test_set, valid-images, seg_train, train2017 and the like, which
+    by itself may be a class.  Of val/ and test/ the former is taken.  Without splits it is root itself.
     """
     folders = {folder.name: re.fullmatch(SPLIT, folder.name) for folder in folders_in(root)}
-    found = {"train" if match["train"] else "val": root / name for name, match in folders.items() if match}
+    found = {match["word"][:3].lower(): root / name for name, match in folders.items() if match}
     plain = [match and match["word"] == name for name, match in folders.items()]
-    if len(found) < 2 and not any(plain):
-        return {}
-    if not all(plain) and len(found) < len(folders) or "train" not in found:
+    if not any(plain) and not {"tra"} < found.keys():
+        return root, None
+    if len(found) < len(folders) or "tra" not in found:
         raise ValueError(f"{root} holds {', '.join(folders)}: are they classes, or splits? Rename a class that is "
                          "called like a split; of splits, leave train/ and one of val/ and test/ there, nothing else")
-    return found
+    return found["tra"], found.get("val", found.get("tes"))
 
 # ---- Downloads: whole and with the right checksum, or not there at all -----------------------------------------------
 CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -781,7 +783,7 @@ def build(options, folder, names, make, splits, pool):
             "id": uuid.uuid4().hex, "size": options.size, "classes": names, "counts": counts,
             "recipe": recipe_of(options, names, splits)})
         images, labels = open_data(part)[1]["train"]
-        class_picture(labels, names, lambda i: np.array(images[i])).save(part / "preview.png")
+        class_picture(labels, names, lambda i: images[i]).save(part / "preview.png")
     return counts
 
 def already_packed(folder, recipe, overwrite):

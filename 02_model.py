@@ -578,8 +578,7 @@ def experiment_name(name):
 def load_experiment(name):
     """Import tests/experiments/NAME.py, or a file by its path; returns the module.  Raises UsageError, ValueError."""
     path = EXPERIMENTS_FOLDER / f"{experiment_name(name).removesuffix('.py')}.py"          # an absolute path stays
-    known = ", ".join(sorted(file.stem for file in EXPERIMENTS_FOLDER.glob("[a-z]*.py")))
-    refuse(not path.is_file(), f"--experiment {name}: there is no {path}; known are {known}, "
+    refuse(not path.is_file(), f"--experiment {name}: there is no {path}; known are the files of {EXPERIMENTS_FOLDER}, "
            "and to 03_train.py the rows that its --help names")
     if path not in LOADED:
         spec = importlib.util.spec_from_file_location(f"experiment {path}", path)
@@ -596,7 +595,7 @@ def load_recorded(names, place, given=""):
     """Import the experiments that a file names.  Those from elsewhere must be given again: data never chooses code."""
     for name in names:
         plain = "/" not in name and (EXPERIMENTS_FOLDER / f"{name}.py").is_file()
-        refuse(not plain and Path(name).stem not in [Path(path).stem for path in filter(None, given.split(","))],
+        refuse(not plain and Path(name).stem not in [Path(path).stem for path in given.split(",")],
                f"{place} was made with an experiment of your own: pass --experiment {name} again (04_sample.py also "
                "takes it from a new place; a file never makes us run code from outside the project)")
         if plain:
@@ -856,10 +855,10 @@ def count_macs(config):
     """Multiply-adds of one forward pass of one image, counted by torch on tensors without storage."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    size = config.image_size
     with torch.device("meta"):
         net = build(config).eval()
-        batch = torch.empty(1, config.in_channels, size, size), torch.empty(1), torch.zeros(1).long()
+        z = torch.empty(1, config.in_channels, config.image_size, config.image_size)
+        batch = z, torch.empty(1), torch.zeros(1).long()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         net(*batch)
     return counter.get_total_flops() // 2

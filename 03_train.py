@@ -704,7 +704,8 @@ def settle(settings, meta, device, world):
     training = model.settings_for(Options, settings)
     network = model.settings_for(kind, settings)
     unknown = settings.keys() - training.keys() - network.keys() | settings["sampling"].keys() - OF_SAMPLING
-    refuse(unknown, f"there is no setting {', '.join(map(str, unknown))}")
+    refuse(unknown, f"there is no setting {', '.join(map(str, unknown))}: is it misspelt, or another network's, whose "
+           "--experiment is not given?")
     options = Options(**training)
     config = kind(**network)
     refuse(config.num_classes not in (0, found["num_classes"]), f"--num-classes {config.num_classes}: the data set "
@@ -813,6 +814,8 @@ def refuse_other_settings(state, options, config, folder):
     free = WITH_RESUME if options.resume else MAY_DIFFER
     new = {name: value for name, value in (asdict(options) | asdict(config)).items() if name not in free}
     old = asdict(Options()) | asdict(type(config)()) | state["options"] | state["config"]      # it may lack a setting
+    for settings in (old, new):                           # the file of an experiment may have been moved
+        settings["experiment"] = run_name({"experiment": settings["experiment"]})
     data.refuse_other(old, new, folder, "pass --run NAME for a new run, --overwrite, or, to go on with other steps, "
                       "epochs, lr or amp, --resume")
 
@@ -826,14 +829,14 @@ def open_init(name, state, experiment):
 
 def announce(options, config, folder, step, counts, device):
     """Say what begins."""
-    how = " compiled" * options.compile + " as CUDA graphs" * options.record
     windows = [f"{min(1 / (1 - d), (10 + options.steps) / 9):.0f}" for d in options.ema]
     need = 24 * model.count_parameters(config)            # weights, gradients, two moments, two averages
     need += (50 if options.compile else 130) * options.micro_batch * size_of(config)           # as measured
     print(f"{folder}: {'as --init' if options.init else options.model} with {model.count_parameters(config):,} "
           f"parameters, patch {config.patch_size}, {config.in_context_len} context tokens; {counts['train']} images, "
           f"{counts['val']} held out; step {step} to {options.steps}, batch {options.batch_size}, "
-          f"lr {options.lr:.2g}, {options.amp}, {device}{how}; micro-batches of {options.micro_batch}, "
+          f"lr {options.lr:.2g}, {options.amp}, {device}{' compiled' * options.compile}"
+          f"{' as CUDA graphs' * options.record}; micro-batches of {options.micro_batch}, "
           f"about {need / 2**30:.1f} GiB; EMA over {' and '.join(windows)} steps", flush=True)
 
 def next_command(options):
@@ -853,9 +856,10 @@ def train_run(given, device, rank, world):
     """Begin a run, or go on with it."""
     folder, resume = model.folder_of(run_name(given), "runs"), given.get("resume")
     state = checkpoint_of(folder, resume, given.get("overwrite", False))
+    own = ",".join(files_of(given.get("experiment", "")))
     if resume:
-        model.load_recorded(state["info"]["experiments"], folder, given.get("experiment", ""))
-    weights, init, classes = open_init(given.get("init"), state, given.get("experiment", ""))
+        model.load_recorded(state["info"]["experiments"], folder, own)
+    weights, init, classes = open_init(given.get("init"), state, own)
     settings = gather(given, state if resume else None, init)
     if state:
         settings.setdefault("amp", state["options"]["amp"])            # another machine's default is no other setting

@@ -384,8 +384,8 @@ class ImageSet:
         else:
             files = data.list_images(path) if path.is_dir() else []
             if not files:
-                raise ValueError(f"no images at {path}: make samples (python 04_sample.py) or data first, or pass "
-                                 "--reference")
+                raise ValueError(f"no images at {path}: make samples (python 04_sample.py) or data first, or give "
+                                 "another --samples, --run or --reference")
             self.images = ImageFiles(files)
             if (path / "samples.json").exists():
                 self.record = data.load_json(path / "samples.json", labels=list, classes=list)
@@ -532,14 +532,15 @@ def print_table(files, out):
     judges = {f"{r['score']} {r.get('n_real')} {r.get('reference_id')} {r.get('split', 'train')}" for r in results}
     refuse(len(judges) > 1, f"{', '.join(files)} cannot be compared: they differ in features, reference or split")
     rows = [{"file": file} | result["sampling"] | result for file, result in zip(files, results)]
-    varied = [k for k in rows[0]["sampling"] if k != "weights" and len({str(row.get(k)) for row in rows}) > 1]
+    most = max((result["sampling"] for result in results), key=len)            # foreign samples have none
+    varied = [k for k in most if k != "weights" and len({str(row[k]) for row in rows if k in row}) > 1]
     columns = ["file", *varied, "n_generated", *SCORES, "class_accuracy"]
     print(" | ".join(columns))
     for row in rows:
         values = [row.get(column, "") for column in columns]
         print(" | ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
     if out:
-        name = next((name for name in varied if isinstance(rows[0][name], (int, float))), None)
+        name = next((name for name in varied if isinstance(most[name], (int, float))), None)
         curve = sorted((row[name], row["fd"]) for row in rows
                        if isinstance(row.get("fd"), float) and isinstance(row.get(name), (int, float)))
         refuse(not curve, "--out: the results differ in no number to draw fd over")
@@ -576,7 +577,8 @@ def open_sets(options):
     if samples.images is None:
         raise ValueError(f"{samples.path} holds statistics only: they serve as --reference")
     if not isinstance(name, str):
-        raise ValueError(f"{samples.path} does not say which data set it imitates: pass --reference")
+        raise ValueError(f"{samples.path} does not say which data set it imitates: pass --reference, or, of a run, "
+                         "--run")
     real = ImageSet(name if name.endswith(".npz") else model.folder_of(name, "data"), options.split)
     if not options.reference and made.get("data_id") != real.record.get("id"):
         raise ValueError(f"{real.path} was packed anew since the network of {samples.path} was trained: pass "
@@ -586,7 +588,7 @@ def open_sets(options):
     size = samples.images[np.arange(1)].shape[1:3]
     if "size" in real.record and {*size} != {real.record["size"]}:
         raise ValueError(f"{samples.path} has images of {size[0]} x {size[1]} pixels, {real.path} of others: is it the "
-                         "right --reference?")
+                         "right --reference, and are they samples (a run's lie in its samples/)?")
     classes = real.record.get("classes")
     if made and made.get("classes", []) != classes:
         samples.labels = None                             # labels of other classes say nothing to this classifier

@@ -317,7 +317,7 @@ def test_splits_are_known_by_their_names_in_any_case(there, splits):
     folder(Path("in"), splits=splits)
     assert pack() == 0 and {k: len(v[1]) for k, v in data.open_data("data/set")[1].items()} == {"train": 12, "val": 12}
 
-@pytest.mark.parametrize("classes", [("bus", "car", "train"), ("Test", "cat"), ("val", "test"), ("cat", "seg_train", "seg_test"), ("train", "train_extra", "val"),
+@pytest.mark.parametrize("classes", [("bus", "car", "train"), ("Test", "cat"), ("val", "test"), ("cat", "seg_train", "seg_test"), ("train", "train_extra", "val"), ("train", "training", "val"),
                                      ("trainA", "trainB", "testA", "testB"), ("model train", "test print", "test rig")], ids="-".join)
 def test_a_class_that_is_called_like_a_split_is_asked_about(there, capsys, classes):
     folder(Path("in"), classes, splits=None)
@@ -917,9 +917,10 @@ def test_with_splits_what_is_left_out_is_said(there, capsys):
     assert pack("--name", "more") == 0 and "1 files are left out, of other kinds, hidden, or in other folders, as in/val/cat/notes.txt" in capsys.readouterr().out
 
 def test_of_val_and_test_val_is_held_out(there, capsys):
-    folder(Path("in"), splits=("train", "val", "test"))
-    assert data.split_folders(Path("in")) == {"train": Path("in/train"), "val": Path("in/val")}
-    assert pack() == 0 and "12 files are left out" in capsys.readouterr().out
+    for train, val, test in (("train", "val", "test"), ("Train", "Val", "test"), ("train2017", "val2017", "TEST2017")):
+        folder(Path("of", train), splits=(train, val, test))
+        assert data.split_folders(Path("of", train)) == (Path("of", train, train), Path("of", train, val))
+    assert pack("--root", "of/train") == 0 and "12 files are left out" in capsys.readouterr().out
 
 def test_a_class_of_one_split_is_named(there, capsys):
     folder(Path("in"))
@@ -1019,7 +1020,7 @@ def test_nothing_pickled_is_opened(there, monkeypatch):
     monkeypatch.setattr(np, "load", lambda path, **how: asked.append(how["allow_pickle"]) or real(path, **how))
     data.open_data("data/shapes")
     assert asked == [False] * 4
-    with pytest.raises(ValueError, match=r"no data set at data/cats: make it first \(python 01_data.py --name cats \.\.\.;"):
+    with pytest.raises(ValueError, match=r"no data set at data/cats: make it first \(python 01_data.py --name cats --out data \.\.\.;"):
         data.open_data("data/cats")
 
 def test_a_refusal_is_a_line_of_some_length():
@@ -1228,7 +1229,7 @@ def test_a_list_of_names_in_another_form_is_seen_to_say_nothing(there, capsys):
 
 # ---- What refusals say, whole ----------------------------------------------------------------------------------------
 def test_whole_lines_about_data_sets(there, capsys):
-    assert said(data.open_data, "data/cats") == ("no data set at data/cats: make it first (python 01_data.py --name cats ...; python 01_data.py alone draws data/shapes; latents: tests/experiments/), or give its place")
+    assert said(data.open_data, "data/cats") == ("no data set at data/cats: make it first (python 01_data.py --name cats --out data ...; python 01_data.py alone draws data/shapes; latents: tests/experiments/), or give its place: NAME means data/NAME, with a slash it is a path")
     assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--name", "set") == 0
     assert capsys.readouterr().out == "data/set: 100 training and 100 held-out images, 16 x 16, 10 classes (circle, square, triangle, star, heart, cross, moon, arrow, ring, drop); look at data/set/preview.png\n"
     assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--name", "set") == 0

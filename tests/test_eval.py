@@ -939,7 +939,8 @@ def test_tables_of_results_made_elsewhere(there, monkeypatch, capsys):
     for name in ("of_val", "list"):
         assert call(evaluate, "--table", "a.json", f"{name}.json") == 2 and "cannot be compared" in capsys.readouterr().err
     assert call(evaluate, "--table", "a.json", "b.json", "none.json", "text.json", "odd.json", "--out", "c.png") == 0
-    assert titles == [("FD (x)", "cfg", {"score": [(1.0, 2.0), (2.0, 1.0)]})]
+    assert call(evaluate, "--table", "none.json", "b.json", "a.json", "--out", "d.png") == 0 and "file | solver | interval | cfg | n_generated" in capsys.readouterr().out
+    assert titles == [("FD (x)", "cfg", {"score": [(1.0, 2.0), (2.0, 1.0)]})] * 2
     assert call(evaluate, "--table", "a.json", "old.json") == 1 and "sampling is not of the type dict" in capsys.readouterr().err
     Path("no_n.json").write_text(json.dumps({"score": "FD (x)", "sampling": {}}))
     assert call(evaluate, "--table", "a.json", "no_n.json") == 1 and "n_generated is not of the type int" in capsys.readouterr().err

@@ -772,7 +772,7 @@ def test_names_of_files_and_folders(tmp_path, monkeypatch):
     assert model.load_experiment("lab/bad.py").SETTINGS == {"depth": 5}
     with pytest.raises(data.UsageError) as error:
         model.load_experiment("nope")
-    assert "mean_colour" in str(error.value) and "_compare" not in str(error.value) and "and to 03_train.py the rows that its --help names" in str(error.value)
+    assert f"known are the files of {model.EXPERIMENTS_FOLDER}" in str(error.value) and "and to 03_train.py the rows that its --help names" in str(error.value)
 
 # ---- What refusals say, whole ----------------------------------------------------------------------------------------
 def test_whole_lines_about_configurations():
@@ -782,7 +782,7 @@ def test_whole_lines_about_configurations():
 
 def test_whole_lines_about_experiments(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert said(model.load_experiment, "nope").startswith(f"--experiment nope: there is no {model.EXPERIMENTS_FOLDER / 'nope.py'}; known are both_ffn, collapse, ")
+    assert said(model.load_experiment, "nope").startswith(f"--experiment nope: there is no {model.EXPERIMENTS_FOLDER / 'nope.py'}; known are the files of {model.EXPERIMENTS_FOLDER}, and to 03_train.py the rows")
     Path("own.py").write_text("1 / 0\n")
     assert said(model.load_experiment, "own.py") == f"--experiment own.py: ZeroDivisionError: division by zero ({tmp_path.resolve() / 'own.py'}, line 1)"
     assert said(model.load_recorded, ["/lab/x"], "runs/r") == ("runs/r was made with an experiment of your own: pass --experiment /lab/x again (04_sample.py also takes it from a new place; "

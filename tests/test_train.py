@@ -801,6 +801,20 @@ def test_init_takes_the_averaged_weights(work):
     name = "blocks.0.attn.qkv.weight"
     assert torch.equal(net[name], state["ema"][0][name]) and not torch.equal(net[name], state["model"][name])
 
+def test_an_experiments_file_may_be_moved_but_is_no_other(work, capsys):
+    for name in ("one/my.py", "two/my.py", "two/other.py"):
+        Path(name).parent.mkdir(exist_ok=True), Path(name).write_text("SETTINGS = {'weight_decay': 0.1}")
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--experiment", "one/my.py") == 0
+    Path("one/my.py").unlink()
+    for name, code, words in (("two/my.py", 0, "step 2 to 4"), ("two/other.py", 2, "pass --experiment"), ("two/my.py,two/other.py", 1, "(experiment shapes-my, now shapes-my-other)"), ("two/my.py,exp3", 1, "now shapes-my-exp3")):
+        assert call(train, *TINY_FLAGS, "--steps", 4, "--experiment", name, "--run", "shapes-my", "--resume") == code and words in "".join(capsys.readouterr())
+
+def test_init_goes_with_a_row_of_experiments(work, capsys):
+    """And the advice when the other run had an experiment's network."""
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "a") == 0 == call(train, *TINY_FLAGS, "--steps", 2, "--run", "d", "--experiment", "ddt")
+    assert call(train, "--init", "a", "--run", "b", "--experiment", "exp3,ddt", "--dry-run") == 0
+    assert call(train, "--init", "d", "--run", "b", "--dry-run") == 2 and "another network's, whose --experiment is not given" in capsys.readouterr().err
+
 def test_init_keeps_the_label_table_of_the_same_classes_only(work, capsys):
     assert call(train, *TINY_FLAGS, "--steps", 5, "--run", "jit") == 0
     path = Path("data/shapes/meta.json")
