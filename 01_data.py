@@ -281,7 +281,7 @@ def list_classes(folder):
             raise ValueError(f"{folder} holds one folder only, which holds folders: are those the classes? Then give "
                              f"{place} as --root, or move them up; if not, put the images themselves into it")
         if not files:
-            raise ValueError(f"{place} holds no images ({', '.join(FORMATS)}): fill it or remove it")
+            raise ValueError(f"{place} holds no images ({', '.join(FORMATS)}): put some there, or move it away")
         pairs += [(file, label) for file in files]
     return names, pairs
 
@@ -619,8 +619,9 @@ def in_parts(rows, size):
 def locked(path):
     """Keep other processes of this machine from writing to the same path.  Raises ValueError if one does."""
     refuse(not path.name, f"{path}: give this folder by its name, as ../NAME")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "a") as file:          # freed by the system, whatever ends us
+    real = path.resolve()                                 # a folder and a link to it are one
+    real.parent.mkdir(parents=True, exist_ok=True)
+    with open(real.with_name(f".{real.name}.lock"), "a") as file:          # freed by the system, whatever ends us
         try:
             if flock:
                 flock(file, LOCK_EX | LOCK_NB)
@@ -735,7 +736,8 @@ def recipe_of(options, names, splits):
 @contextmanager
 def new_set(folder):
     """with new_set(folder) as part: fill the empty folder `part`.  At the end it takes the place of `folder`."""
-    part = folder.with_name(f".{folder.name}.partial")    # no data set can be called so
+    real = folder.resolve()                               # a link stays, what it leads to is replaced
+    part = real.with_name(f".{real.name}.partial")        # no data set can be called so
 
     def look():
         for place in (part, folder):
@@ -749,8 +751,8 @@ def new_set(folder):
         look()                                            # hours may have passed
         for file in folder.glob("[!m]*"):                 # meta.json last: by it the next command knows what this is
             file.unlink()
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
+        shutil.rmtree(real, ignore_errors=True)
+        os.replace(part, real)
     except BaseException:
         shutil.rmtree(part)
         raise
@@ -759,7 +761,7 @@ def build(options, folder, names, make, splits, pool):
     """Pack all splits, check them, and draw the preview; returns how many images each has."""
     shape = (options.size, options.size, 3)
     need = sum(map(len, splits.values())) * math.prod(shape)
-    free = shutil.disk_usage(folder.parent).free
+    free = shutil.disk_usage(folder.resolve().parent).free
     if need > free:
         raise ValueError(f"{folder} needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: make room, or pass --out")
     with new_set(folder) as part:
@@ -801,7 +803,6 @@ def already_packed(folder, recipe, overwrite):
 def main(argv=None):
     options = Options(**parse(argv, "Pack images into memory-mapped arrays.", Options))
     folder = options.out / options.name
-    folder = folder.resolve() if folder.is_symlink() else folder
     names, make, splits = SOURCES[options.source](options)
     splits["train"] = keep_fraction(splits["train"], options.fraction, options.seed)
     with locked(folder), ThreadPoolExecutor(options.workers) as pool:

@@ -602,12 +602,10 @@ def load_recorded(names, place, given=""):
             load_experiment(name)
 
 def load_coder(folder, made_by):
-    """experiment: what turns the latents of a packed data set into pixels and back; None where it holds pixels.
+    """experiment: what turns the latents of a packed data set into pixels and back.  Raises ValueError.
 
-    made_by: what the data set's meta.json says of its coder, or None.  Raises ValueError.
+    made_by: what the data set's meta.json says of its coder.
     """
-    if made_by is None:
-        return None
     data.expect(made_by, experiment=str)
     load_recorded([made_by["experiment"]], folder)
     return load_experiment(made_by["experiment"]).load_coder(folder, made_by)

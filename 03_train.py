@@ -753,8 +753,8 @@ def micro_batch_of(options, config, device, world):
 
     By default a GPU takes 128 images of JiT-B/16, 17 GiB, a CPU 16 of JiT-S/16.  Raises UsageError.
     """
-    most = (3.1e8 if device.type == "cuda" else 2e7) // size_of(config)
-    largest = options.micro_batch or max(1, min(int(most), options.batch_size // world))
+    most = (310_000_000 if device.type == "cuda" else 20_000_000) // size_of(config)
+    largest = options.micro_batch or max(1, min(most, options.batch_size // world))
     candidates = [largest] if options.micro_batch else range(largest, largest // 4, -1)
     micro = next((m for m in candidates if options.batch_size % (m * world) == 0), None)
     refuse(micro is None, f"--batch-size {options.batch_size} cannot be cut into micro-batches of {largest} for "
@@ -877,7 +877,7 @@ def train_run(given, device, rank, world):
         weights.pop("y_embedder.embedding_table.weight", None)
     if not config.num_classes:
         arrays = {split: (images, labels * 0) for split, (images, labels) in arrays.items()}
-    coder = model.load_coder(place, options.coder)
+    coder = options.coder and model.load_coder(place, options.coder)           # of latents, else None
     if rank == 0:
         announce(options, config, folder, step, meta["counts"], device)
     if options.dry_run:
@@ -886,6 +886,7 @@ def train_run(given, device, rank, world):
         state = checkpoint_of(folder, resume, options.overwrite)               # another process may have gone on
         trainer = Trainer(options, config, device, rank, world, weights)
         if state:
+            refuse_other_settings(state, options, config, folder)
             restore(trainer, state, folder)
         if rank == 0 and options.overwrite and folder.exists():
             move_aside(folder)

@@ -304,7 +304,7 @@ def write_samples(options, sampler, record, folder, rank, world):
         made = sample_all(sampler, out, options.batch_size, rank, world)
         wait()
         if rank == 0:
-            grid = out.with_name(f"{out.name}-grid.png") if options.out else folder / "grid.png"
+            grid = Path(f"{out}-grid.png") if options.out else folder / "grid.png"
             model.save_picture(grid, data.class_picture(sampler.labels, record["classes"], lambda i: image_of(out, i)))
             if options.npz:
                 save_npz(out, sampler.labels, record["size"])

@@ -51,7 +51,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     R = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     squares = torch.linalg.eigvalsh(R @ torch.from_numpy(sigma2.astype(float)) @ R)
     trace_of_root = squares.clamp_min(0).sqrt().sum().item()
-    distance = ((mu1 - mu2)**2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root
+    distance = ((mu1 - mu2)**2).sum() + np.trace(sigma1 + sigma2) - 2 * trace_of_root
     return max(float(distance), 0.0)                      # subtle: in this order a nan stays one
 
 # ---- Inception score: is each image of one class, and the set of all? ------------------------------------------------
@@ -335,9 +335,9 @@ def load_classifier(folder, device):
 
     def use(weights):
         net = Classifier(classes).eval()
-        net.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+        model.load_weights(net, {name: torch.from_numpy(value) for name, value in weights.items()})
         return net
-    net = remembered(Path(folder) / f"classifier-{meta['id'][:8]}.{classes}.npz", make, use)
+    net = remembered(Path(f"{folder}/classifier-{meta['id'][:8]}.{classes}.npz"), make, use)
     return net, "FD (classifier features)", model.fingerprint(net)
 
 # ---- Image sets: a folder of image files, an npz batch, a packed data set, or statistics alone -----------------------
@@ -405,8 +405,8 @@ def read_npz(path):
         raise ValueError(f"{path} is not a readable npz file ({error})")
     images = content.pop("arr_0", None)
     labels = content.pop("arr_1", None)
-    if images is None and not {"mu", "sigma"} <= content.keys():
-        raise ValueError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")
+    if (images is None or content) and not {"mu", "sigma"} <= content.keys():
+        raise ValueError(f"{path} holds no images (arr_0), or of statistics (mu, sigma) a part")
     shape = np.shape(images)
     if images is not None and (images.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not shape[0]):
         raise ValueError(f"{path}: arr_0 is {images.dtype} {shape}; it must be uint8 (N,H,W,3)")
@@ -421,8 +421,8 @@ def check_statistic(path, name, content):
     value = content[name]
     mean = content.get(name.replace("sigma", "mu"))
     shape = {"n": (), "m": (value.size,), "s": np.shape(mean) * 2}[name[0]]
-    good = value.shape == shape and value.dtype.kind in "fiu" and np.isfinite(value).all()
-    good = good and (name != "n" or value >= 0)
+    good = value.shape == shape and value.dtype.kind in "fiu" and np.isfinite(value).all() and (
+        name != "n" or value >= 0)
     if good and name[0] == "s":
         spread = np.linalg.norm(value.astype(float), "nuc")                    # the trace, if no variance is negative
         good = np.allclose(value, value.T) and spread <= 1.001 * np.trace(value)

@@ -222,7 +222,8 @@ def grade_class(folder, exercises, limit, out):
         failed = {test["name"]: test["output"] for test in results["tests"] if test["status"] == "failed"}
         said = set(failed.values())
         reason = said.pop().partition("\n")[0] if len(said) == 1 else ", ".join(failed)
-        print(f"{name:<24}{results['score']:>6g} of {sum(exercise.points for exercise in exercises)}   {reason}".rstrip(), flush=True)
+        line = f"{name:<24}{results['score']:>6g} of {sum(exercise.points for exercise in exercises)}   {reason}".rstrip()
+        print(line.encode(errors="replace").decode(), flush=True)
     (out / "points.csv.jit-part").unlink(missing_ok=True)
     with open(out / "points.csv.jit-part", "w", newline="") as file:
         csv.writer(file).writerows([["name", "total", *(exercise.name for exercise in exercises)], *sorted(rows)])

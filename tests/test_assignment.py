@@ -192,6 +192,7 @@ def test_a_class(tmp_path, monkeypatch, capsys):
     hand_in(students / "edited", **empty)
     (students / "edited/tests").mkdir()
     (students / "edited/tests/test_exercises.py").write_text("".join(f"def test_exercise_{e.number:02d}_mine(): pass\n" for e in chosen))
+    (students / "M\udcfcller.zip").write_text("x")         # a name of another encoding, of a file that cannot be read
     hand_in(students / "missing")
     (students / "missing/03_train.py").unlink()
     (students / "missing/04_sample.py").unlink()
@@ -206,13 +207,13 @@ def test_a_class(tmp_path, monkeypatch, capsys):
     full = {"total": 21, "mix": 4, "step": 12, "heun": 5}
     none = dict.fromkeys(full, 0)
     assert points == {
-        "right": full, "zipped.zip": full, "deep": full, "empty": none, "edited": none, "damaged.zip": none, "endless": full | {"total": 16, "heun": 0},
+        "right": full, "zipped.zip": full, "deep": full, "empty": none, "edited": none, "damaged.zip": none, "M?ller.zip": none, "endless": full | {"total": 16, "heun": 0},
         "broken": full | {"total": 16, "heun": 0}, "missing": none | {"total": 4, "mix": 4}, "half": {"total": 12.4, "mix": 4, "step": 8.4, "heun": 0}}
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert f"04_sample.py, line {len(solved.splitlines()) + 2}: SyntaxError" in lines["broken"]
     assert "endless loop?" in lines["endless"] and "cannot be read: File is not a zip file" in lines["damaged.zip"] and "step, heun" in lines["half"]
     assert lines["right"].split() == ["right", "21", "of", "21"]
-    assert {path.name for path in (tmp_path / "marks").iterdir()} == {"points.csv", *(f"{name}.json" for name in points)}
+    assert {path.name for path in (tmp_path / "marks").iterdir()} == {"points.csv", *(f"{name}.json" for name in points)} - {"M?ller.zip.json"} | {"M\udcfcller.zip.json"}
     assert json.loads((tmp_path / "marks/missing.json").read_text())["tests"][1]["output"] == "03_train.py is missing"
     (tmp_path / "marks/right.json").write_text("mine")    # a foreign file stays
     assert grade.main(["submissions", "--exercises", "euler", "--out", "marks"]) == 1 and (tmp_path / "marks/right.json").read_text() == "mine"

@@ -39,6 +39,7 @@ def test_frechet_distance_closed_forms():
     a, b = np.diag([1.0, 4.0, 9.0]), np.diag([4.0, 4.0, 1.0])
     assert evaluate.frechet_distance(np.zeros(3), a, np.zeros(3), b) == pytest.approx(1 + 0 + 4)       # sum of (std1 - std2)^2
     assert evaluate.frechet_distance(np.zeros(3), a.astype(np.float32), np.zeros(3), b.astype(int)) == pytest.approx(5)       # other tools' files
+    assert evaluate.frechet_distance(np.zeros(300), np.eye(300) * 300, np.zeros(300), np.eye(300, dtype=np.float16) * 300) < 1e-6      # its trace is beyond float16
     s1, s2 = moments(features(40, 6, 1))[1], moments(features(40, 6, 2))[1]
     roots = np.sqrt(np.linalg.eigvals(s1 @ s2).real).sum()                              # the general definition, not symmetric
     assert evaluate.frechet_distance(np.zeros(6), s1, np.zeros(6), s2) == pytest.approx(np.trace(s1 + s2) - 2 * roots)
@@ -472,7 +473,7 @@ def bad_sets():
     Path("cut.npz").write_bytes(Path("few.npz").read_bytes()[:-500])
 
 @pytest.mark.parametrize("flags,words,code", [
-    (["--samples", "mixed"], "must have one size", 1), (["--samples", "void"], "no images at void", 1), (["--samples", "float.npz"], "float.npz: arr_0 is float32 (3, 8, 8, 3); it must be uint8 (N,H,W,3)", 1), (["--samples", "nothing.npz"], "neither images", 1),
+    (["--samples", "mixed"], "must have one size", 1), (["--samples", "void"], "no images at void", 1), (["--samples", "float.npz"], "float.npz: arr_0 is float32 (3, 8, 8, 3); it must be uint8 (N,H,W,3)", 1), (["--samples", "nothing.npz"], "holds no images (arr_0), or of statistics", 1),
     (["--samples", "none.npz"], "must be uint8", 1), (["--samples", "onehot.npz"], "one class id per image", 1), (["--samples", "short.npz"], "one class id per image", 1), (["--samples", "cut.npz"], "not a readable npz", 1),
     (["--samples", "list"], "samples.json is damaged", 1), (["--samples", "nolabels"], "labels is not of the type list", 1), (["--samples", "cutjson"], "samples.json is damaged", 1), (["--samples", "far.npz"], "labels outside 0..9", 1), (["--samples", "far8.npz"], "labels outside 0..9", 1), (["--samples", "one_far.npz"], "labels outside 0..9", 1), (["--samples", "big.npz"], "the right --reference", 1),
     (["--samples", "few.npz", "--reference", "nan.npz", "--features", "inception", "--inception-weights", "gone.pth"], "all of them finite", 1), (["--samples", "few.npz", "--reference", "odd.npz", "--features", "inception", "--inception-weights", "gone.pth"], "all of them finite", 1),
@@ -480,7 +481,7 @@ def bad_sets():
     (["--samples", "few.npz", "--reference", "small.npz"], "is not a packed data set", 1), (["--samples", "small.npz"], "statistics only", 1), (["--device", "gpu"], "give cuda or cpu", 2),
     (["--samples", "pickled.npz"], "not a readable npz", 1), (["--samples", "broken.npz"], "not a readable npz", 1), (["--samples", "few.npz", "--reference", ""], "an argument is empty", 2),
     (["--samples", "wide.npz"], "images of 16 x 40 pixels", 1), (["--samples", "a.npy"], "no images at a.npy", 1),
-    (["--samples", "nowhere"], "no images at nowhere", 1), (["--metrics", "psnr"], "unknown", 2), (["--features", "clip"], "is unknown", 2), (["--metrics", "fd,class_accuracy"], "is unknown", 2), (["--samples", "few.npz", "--reference", "mean.npz"], "neither images", 1), (["--split", "test"], "is unknown", 2),
+    (["--samples", "nowhere"], "no images at nowhere", 1), (["--metrics", "psnr"], "unknown", 2), (["--features", "clip"], "is unknown", 2), (["--metrics", "fd,class_accuracy"], "is unknown", 2), (["--samples", "few.npz", "--reference", "mean.npz"], "holds no images (arr_0), or of statistics", 1), (["--split", "test"], "is unknown", 2),
     (["--samples", "grey.npz"], "must be uint8", 1), (["--samples", "minus.npz"], "labels outside 0..9", 1), (["--run", "nope"], "no images at runs/nope/samples: make samples (python 04_sample.py) or data first", 1), (["--table", "gone.json"], "gone.json", 1),
     (["--features", "inception", "--inception-weights", "gone.pth", "--samples", "few.npz", "--reference", "few.npz"], "gone.pth", 1)])
 def test_wrong_sets(work, capsys, flags, words, code):
@@ -509,6 +510,13 @@ def test_statistics_are_cached_by_weights_and_data(work):
     assert np.array_equal(first["mu"], same["mu"]) and np.allclose(other["mu"], 2 * first["mu"])
     real.record["id"] = "packed anew"
     assert np.allclose(evaluate.describe_reference(real, nets[1], "a", "cpu", 50)["mu"], 2 * first["mu"])
+
+def test_a_cached_classifier_whose_weights_are_none_is_trained_again(work, capsys):
+    evaluate.load_classifier("data/shapes", "cpu")
+    [path] = Path("data/shapes").glob("classifier-*")
+    weights = dict(np.load(path))
+    np.savez(path, **weights | {"head.bias": weights["head.bias"] * np.nan})
+    assert evaluate.load_classifier("data/shapes", "cpu")[0].head.bias.isfinite().all() and "is damaged, or of another version" in capsys.readouterr().err
 
 def test_a_cache_that_cannot_be_written_is_only_said(work, monkeypatch, capsys):
     monkeypatch.setattr(evaluate.np, "savez", lambda *args, **more: (_ for _ in ()).throw(OSError("read-only")))
@@ -1003,7 +1011,7 @@ def test_the_network_that_judges_moves_and_the_result_is_where_the_last_line_say
 
 def test_refusals_name_the_set_that_is_meant(work, capsys):
     np.savez("wide.npz", arr_0=np.zeros((9, 16, 40, 3), np.uint8)), np.savez("far.npz", arr_0=images_of(9, 16), arr_1=np.full(9, 77))
-    for name, words in (("wide.npz", "wide.npz has images of 16 x 40 pixels, data/shapes of others: is it the right --reference?"),
+    for name, words in (("wide.npz", "wide.npz has images of 16 x 40 pixels, data/shapes of others: is it the right --reference, and are they samples (a run's lie in its samples/)?"),
                         ("far.npz", "far.npz has labels outside 0..9, the classes of data/shapes")):
         assert call(evaluate, "--samples", name, "--reference", "shapes") == 1 and f"error: {words}\n" in capsys.readouterr().err
 
@@ -1019,16 +1027,16 @@ def test_whole_lines_about_image_sets(work, capsys):
     Path("deep/mixed").mkdir(parents=True), Path("deep/void").mkdir()
     Image.new("RGB", (16, 16)).save("deep/mixed/a.png"), Image.new("RGB", (17, 16)).save("deep/mixed/b.png")
     np.savez("deep/few.npz", arr_0=images_of(9, 16), arr_1=np.zeros((9, 2))), np.savez("deep/stats.npz", mu=np.zeros(3), sigma=np.eye(3)), np.savez("deep/other.npz", x=np.zeros(3))
-    np.savez("deep/good.npz", arr_0=images_of(9, 16)), Path("deep/cut.npz").write_bytes(b"PK")
+    np.savez("deep/good.npz", arr_0=images_of(9, 16)), Path("deep/cut.npz").write_bytes(b"PK"), np.savez("deep/half.npz", arr_0=images_of(9, 16), mu=np.zeros(3))
     shutil.copytree("deep/mixed", "deep/made"), Path("deep/made/samples.json").write_text('{"labels": [1, 2, 0], "classes": []}')
     for name, words in (("mixed", "deep/mixed/b.png has the shape (16, 17, 3), others have (16, 16, 3): all images of a set must have one size"),
-                        ("void", "no images at deep/void: make samples (python 04_sample.py) or data first, or pass --reference"),
+                        ("void", "no images at deep/void: make samples (python 04_sample.py) or data first, or give another --samples, --run or --reference"),
                         ("few.npz", "deep/few.npz: arr_1 is float64 (9, 2); it must hold one class id per image"), ("stats.npz", "deep/stats.npz holds statistics only: they serve as --reference"),
-                        ("other.npz", "deep/other.npz holds neither images (arr_0) nor statistics (mu, sigma)"), ("cut.npz", "deep/cut.npz is not a readable npz file ("),
+                        ("other.npz", "deep/other.npz holds no images (arr_0), or of statistics (mu, sigma) a part"), ("half.npz", "deep/half.npz holds no images (arr_0), or of statistics (mu, sigma) a part"), ("cut.npz", "deep/cut.npz is not a readable npz file ("),
                         ("made", "deep/made holds 2 images and labels for 3: finish it by the same 04_sample.py command, and leave no other images there")):
         assert call(evaluate, "--samples", f"deep/{name}", "--reference", "shapes") == 1
         assert f"error: {words}" in capsys.readouterr().err
-    assert call(evaluate, "--samples", "deep/good.npz") == 1 and "error: deep/good.npz does not say which data set it imitates: pass --reference\n" in capsys.readouterr().err
+    assert call(evaluate, "--samples", "deep/good.npz") == 1 and "error: deep/good.npz does not say which data set it imitates: pass --reference, or, of a run, --run\n" in capsys.readouterr().err
 
 def test_whole_lines_about_results(scored, capsys):
     record = json.loads(Path("runs/shapes/samples/samples.json").read_text())

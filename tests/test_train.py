@@ -801,6 +801,13 @@ def test_init_takes_the_averaged_weights(work):
     name = "blocks.0.attn.qkv.weight"
     assert torch.equal(net[name], state["ema"][0][name]) and not torch.equal(net[name], state["model"][name])
 
+def test_a_run_that_another_process_began_meanwhile_is_looked_at_again(work, capsys, monkeypatch):
+    """Between the first look and the lock: in the first look nothing is there."""
+    assert call(train, *TINY_FLAGS, "--steps", 3, "--seed", 1) == 0
+    looks, look = [], train.checkpoint_of
+    monkeypatch.setattr(train, "checkpoint_of", lambda *args: looks.append(1) or (look(*args) if len(looks) > 1 else None))
+    assert call(train, *TINY_FLAGS, "--steps", 3, "--seed", 2) == 1 and "made with other settings (seed 1, now 2)" in capsys.readouterr().err
+
 def test_an_experiments_file_may_be_moved_but_is_no_other(work, capsys):
     for name in ("one/my.py", "two/my.py", "two/other.py"):
         Path(name).parent.mkdir(exist_ok=True), Path(name).write_text("SETTINGS = {'weight_decay': 0.1}")
@@ -972,7 +979,7 @@ def test_what_another_process_did_meanwhile_is_not_undone(work, monkeypatch):
         monkeypatch.setattr(train, "announce", real)
         assert call(train, "--resume", "--steps", 10) == 0
     monkeypatch.setattr(train, "announce", meanwhile)
-    assert call(train, "--resume", "--steps", 8) == 0 and model.read_checkpoint("runs/shapes/checkpoint.pt")["info"]["step"] == 10
+    assert call(train, "--resume", "--steps", 8) == 2 and model.read_checkpoint("runs/shapes/checkpoint.pt")["info"]["step"] == 10
 
 def test_the_next_command_names_the_run(work, capsys):
     assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "mine") == 0 and "then run 04_sample.py --run mine" in capsys.readouterr().out
