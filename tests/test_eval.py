@@ -280,7 +280,11 @@ def test_parts_of_a_set_hold_every_class(monkeypatch, order):
     whole = evaluate.describe(images, net, "cpu", 7, "")
     assert whole["n"] == len(whole["seen"]) == 120 and np.unique(whole["features"][:, 0] // 60).tolist() == [0, 1, 2, 3] and len(whole["features"]) == 40
     monkeypatch.setattr(evaluate, "NEIGHBOURS", 30)
-    assert evaluate.compare(whole, whole, ["precision"], False)[0]["precision"] > 0.8       # the first 30 alone hold one class
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "share_inside", lambda x, y: seen.append((len(x), np.unique(y[:, 0] // 60).tolist(), len(y))) or 0.5)
+        evaluate.compare(whole, whole, ["precision", "recall"], False)
+    assert seen == [(40, [0, 1, 2, 3], 30), (30, [0, 1, 2, 3], 40)]            # of the real ones 30, of every class
     part = evaluate.describe(images, net, "cpu", 7, "", evaluate.random_subset(12, 120))
     assert part["n"] == 12 and np.unique(part["features"][:, 0] // 60).tolist() == [0, 1, 2, 3]
 
