@@ -324,7 +324,7 @@ def split_folders(root):
     plain = [match and match["word"] == name for name, match in folders.items()]
     if not any(plain) and not {"tra"} < found.keys():
         return root, None
-    if len(found) < len(folders) or "tra" not in found:
+    if len(found) < len(folders) or len(folders) > 2 and not all(plain) or "tra" not in found:
         raise ValueError(f"{root} holds {', '.join(folders)}: are they classes, or splits? Rename a class that is "
                          "called like a split; of splits, leave train/ and one of val/ and test/ there, nothing else")
     return found["tra"], found.get("val", found.get("tes"))
@@ -470,7 +470,7 @@ def option(default, text, within="(-inf, inf)", choices=None, group=None):
 def check(name, value, within="(-inf, inf)", choices=None, **_):
     """Raise UsageError unless value is one of the choices, and its numbers are finite and in the interval."""
     if choices:
-        refuse(value not in [*choices()], f"{name} {value!r} is unknown: one of {', '.join(choices())}")
+        refuse(value not in choices(), f"{name} {value!r} is unknown: one of {', '.join(choices())}")
     low, high = map(float, within[1:-1].split(","))
     for number in value if isinstance(value, tuple) else [value]:
         if isinstance(number, (int, float)):
@@ -619,9 +619,8 @@ def in_parts(rows, size):
 def locked(path):
     """Keep other processes of this machine from writing to the same path.  Raises ValueError if one does."""
     refuse(not path.name, f"{path}: give this folder by its name, as ../NAME")
-    real = path.resolve()                                 # a folder and a link to it are one
-    real.parent.mkdir(parents=True, exist_ok=True)
-    with open(real.with_name(f".{real.name}.lock"), "a") as file:          # freed by the system, whatever ends us
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "a") as file:          # freed by the system, whatever ends us
         try:
             if flock:
                 flock(file, LOCK_EX | LOCK_NB)
@@ -761,7 +760,7 @@ def build(options, folder, names, make, splits, pool):
     """Pack all splits, check them, and draw the preview; returns how many images each has."""
     shape = (options.size, options.size, 3)
     need = sum(map(len, splits.values())) * math.prod(shape)
-    free = shutil.disk_usage(folder.resolve().parent).free
+    free = shutil.disk_usage(folder.parent).free
     if need > free:
         raise ValueError(f"{folder} needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: make room, or pass --out")
     with new_set(folder) as part:
@@ -785,7 +784,7 @@ def build(options, folder, names, make, splits, pool):
             "id": uuid.uuid4().hex, "size": options.size, "classes": names, "counts": counts,
             "recipe": recipe_of(options, names, splits)})
         images, labels = open_data(part)[1]["train"]
-        class_picture(labels, names, lambda i: images[i]).save(part / "preview.png")
+        class_picture(labels, names, images.__getitem__).save(part / "preview.png")
     return counts
 
 def already_packed(folder, recipe, overwrite):
@@ -803,6 +802,7 @@ def already_packed(folder, recipe, overwrite):
 def main(argv=None):
     options = Options(**parse(argv, "Pack images into memory-mapped arrays.", Options))
     folder = options.out / options.name
+    folder = folder.resolve() if folder.is_symlink() else folder
     names, make, splits = SOURCES[options.source](options)
     splits["train"] = keep_fraction(splits["train"], options.fraction, options.seed)
     with locked(folder), ThreadPoolExecutor(options.workers) as pool:

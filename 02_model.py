@@ -595,17 +595,19 @@ def load_recorded(names, place, given=""):
     """Import the experiments that a file names.  Those from elsewhere must be given again: data never chooses code."""
     for name in names:
         plain = "/" not in name and (EXPERIMENTS_FOLDER / f"{name}.py").is_file()
-        refuse(not plain and Path(name).stem not in [Path(path).stem for path in given.split(",")],
+        refuse(not plain and Path(name).stem not in [Path(path).stem for path in filter(None, given.split(","))],
                f"{place} was made with an experiment of your own: pass --experiment {name} again (04_sample.py also "
                "takes it from a new place; a file never makes us run code from outside the project)")
         if plain:
             load_experiment(name)
 
 def load_coder(folder, made_by):
-    """experiment: what turns the latents of a packed data set into pixels and back.  Raises ValueError.
+    """experiment: what turns the latents of a packed data set into pixels and back; None where it holds pixels.
 
-    made_by: what the data set's meta.json says of its coder.
+    made_by: what the data set's meta.json says of its coder, or None.  Raises ValueError.
     """
+    if made_by is None:
+        return None
     data.expect(made_by, experiment=str)
     load_recorded([made_by["experiment"]], folder)
     return load_experiment(made_by["experiment"]).load_coder(folder, made_by)

@@ -814,8 +814,6 @@ def refuse_other_settings(state, options, config, folder):
     free = WITH_RESUME if options.resume else MAY_DIFFER
     new = {name: value for name, value in (asdict(options) | asdict(config)).items() if name not in free}
     old = asdict(Options()) | asdict(type(config)()) | state["options"] | state["config"]      # it may lack a setting
-    for settings in (old, new):                           # the file of an experiment may have been moved
-        settings["experiment"] = run_name({"experiment": settings["experiment"]})
     data.refuse_other(old, new, folder, "pass --run NAME for a new run, --overwrite, or, to go on with other steps, "
                       "epochs, lr or amp, --resume")
 
@@ -877,7 +875,7 @@ def train_run(given, device, rank, world):
         weights.pop("y_embedder.embedding_table.weight", None)
     if not config.num_classes:
         arrays = {split: (images, labels * 0) for split, (images, labels) in arrays.items()}
-    coder = options.coder and model.load_coder(place, options.coder)           # of latents, else None
+    coder = model.load_coder(place, options.coder)
     if rank == 0:
         announce(options, config, folder, step, meta["counts"], device)
     if options.dry_run:

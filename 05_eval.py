@@ -405,7 +405,7 @@ def read_npz(path):
         raise ValueError(f"{path} is not a readable npz file ({error})")
     images = content.pop("arr_0", None)
     labels = content.pop("arr_1", None)
-    if (images is None or content) and not {"mu", "sigma"} <= content.keys():
+    if ("mu" in content) != ("sigma" in content) or images is None and "mu" not in content:
         raise ValueError(f"{path} holds no images (arr_0), or of statistics (mu, sigma) a part")
     shape = np.shape(images)
     if images is not None and (images.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not shape[0]):
@@ -425,7 +425,7 @@ def check_statistic(path, name, content):
         name != "n" or value >= 0)
     if good and name[0] == "s":
         spread = np.linalg.norm(value.astype(float), "nuc")                    # the trace, if no variance is negative
-        good = np.allclose(value, value.T) and spread <= 1.001 * np.trace(value)
+        good = np.allclose(value, value.T) and spread <= 1.001 * np.trace(value, dtype=float)
     if not good:
         raise ValueError(f"{path}: {name} is {value.dtype} {value.shape}; mu must be (D,), sigma (D,D), symmetric "
                          "and without negative variances, n one number, all of them finite")

@@ -117,6 +117,7 @@ def test_kit_on_the_command_line(there, capsys):
     assert done.returncode == 0 and "2 exercises" in done.stdout and "rotate" in (there / "out/tests/EXERCISES.md").read_text(), done.stderr
     assert "NotImplementedError" not in (there / "out/03_train.py").read_text().replace("OSError, NotImplementedError", "")
     assert make_assignment.main(["out"]) == 1 and capsys.readouterr().err.count("\n") == 1
+    assert shell("tests/make_assignment.py", "out", cwd=there).returncode == 1
     for wrong in ([], ["out", "--gradescope", "gs"]):
         with pytest.raises(SystemExit, match="2"):
             make_assignment.main(wrong)

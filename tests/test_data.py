@@ -317,7 +317,7 @@ def test_splits_are_known_by_their_names_in_any_case(there, splits):
     folder(Path("in"), splits=splits)
     assert pack() == 0 and {k: len(v[1]) for k, v in data.open_data("data/set")[1].items()} == {"train": 12, "val": 12}
 
-@pytest.mark.parametrize("classes", [("bus", "car", "train"), ("Test", "cat"), ("val", "test"), ("cat", "seg_train", "seg_test"), ("train", "train_extra", "val"), ("train", "training", "val"),
+@pytest.mark.parametrize("classes", [("bus", "car", "train"), ("Test", "cat"), ("val", "test"), ("cat", "seg_train", "seg_test"), ("train", "train_extra", "val"), ("train", "training", "val"), ("train station", "test tube", "val gardena"), ("train", "test rig", "val"),
                                      ("trainA", "trainB", "testA", "testB"), ("model train", "test print", "test rig")], ids="-".join)
 def test_a_class_that_is_called_like_a_split_is_asked_about(there, capsys, classes):
     folder(Path("in"), classes, splits=None)
@@ -686,9 +686,6 @@ def test_a_set_behind_a_link_is_packed_where_it_lies(there):
     with data.new_set(Path("data/shapes")) as part:       # as tests/experiments/latents.py calls it
         (part / "meta.json").write_text("{}")
     assert Path("data/shapes").is_symlink() and [path.name for path in Path("disk/shapes").iterdir()] == ["meta.json"]
-    with data.locked(Path("disk/shapes")), pytest.raises(ValueError, match="another process is writing to data/shapes"):
-        with data.locked(Path("data/shapes")):
-            pass
 
 def test_a_transparent_colour_of_a_palette_is_white(there):
     image = Image.new("P", (8, 8))
@@ -923,7 +920,7 @@ def test_with_splits_what_is_left_out_is_said(there, capsys):
     assert pack("--name", "more") == 0 and "1 files are left out, of other kinds, hidden, or in other folders, as in/val/cat/notes.txt" in capsys.readouterr().out
 
 def test_of_val_and_test_val_is_held_out(there, capsys):
-    for train, val, test in (("train", "val", "test"), ("Train", "Val", "test"), ("train2017", "val2017", "TEST2017")):
+    for train, val, test in (("train", "val", "test"), ("Train", "Val", "test"), ("training", "VALID", "testing")):
         folder(Path("of", train), splits=(train, val, test))
         assert data.split_folders(Path("of", train)) == (Path("of", train, train), Path("of", train, val))
     assert pack("--root", "of/train") == 0 and "12 files are left out" in capsys.readouterr().out
@@ -1040,7 +1037,7 @@ def test_the_space_is_that_of_the_place(there, capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(data.shutil, "disk_usage", lambda path: asked.append(path) or type("Usage", (), {"free": 2.5e9})())
     Path("big").mkdir()
-    assert call(data, "--size", 4096, "--count", 100, "--out", "big") == 1 and asked == [Path("big").resolve()]
+    assert call(data, "--size", 4096, "--count", 100, "--out", "big") == 1 and asked == [Path("big")]
     assert "big/shapes needs 10.1 GB, 2.5 GB are free: make room, or pass --out" in capsys.readouterr().err
 
 class Stream(io.StringIO):
@@ -1114,7 +1111,7 @@ def test_threads_and_locks_are_those_asked_for(there, monkeypatch):
     monkeypatch.setattr(data, "locked", lambda path: places.append(path) or lock(path))
     assert pack("--workers", 3) == 0 and (threads, places) == ([(3,)], [Path("data/set")])
     Path("data/set").rename("disk/set"), Path("data/set").symlink_to("../disk/set")
-    assert pack("--overwrite") == 0 and places[1] == Path("data/set") and Path("disk/.set.lock").exists()
+    assert pack("--overwrite") == 0 and places[1] == there.resolve() / "disk/set"
     assert data.Options().workers == os.cpu_count() and next(entry for entry in data.fields(data.Options) if entry.name == "workers").default == os.cpu_count()
 
 def test_a_disk_without_locks_is_named_as_such(there, monkeypatch, capsys):

@@ -952,7 +952,7 @@ def test_tables_of_results_made_elsewhere(there, monkeypatch, capsys):
         assert call(evaluate, "--table", "a.json", f"{name}.json") == 2 and "cannot be compared" in capsys.readouterr().err
     assert call(evaluate, "--table", "a.json", "b.json", "none.json", "text.json", "odd.json", "--out", "c.png") == 0
     assert call(evaluate, "--table", "none.json", "b.json", "a.json", "--out", "d.png") == 0 and "file | solver | interval | cfg | n_generated" in capsys.readouterr().out
-    assert titles == [("FD (x)", "cfg", {"score": [(1.0, 2.0), (2.0, 1.0)]})] * 2
+    assert call(evaluate, "--table", "none.json", "none.json") == 0
     assert call(evaluate, "--table", "a.json", "old.json") == 1 and "sampling is not of the type dict" in capsys.readouterr().err
     Path("no_n.json").write_text(json.dumps({"score": "FD (x)", "sampling": {}}))
     assert call(evaluate, "--table", "a.json", "no_n.json") == 1 and "n_generated is not of the type int" in capsys.readouterr().err
@@ -1027,11 +1027,17 @@ def test_infinity_is_no_statistic(there, name):
     with pytest.raises(ValueError, match=f"s.npz: {name} is float64 .* all of them finite"):
         evaluate.read_npz(Path("s.npz"))
 
+def test_a_negative_variance_is_none_in_float16_either(there):
+    """The sum of its variances is beyond what float16 holds."""
+    np.savez("s.npz", mu=np.zeros(300), sigma=np.diag([300.0] * 299 + [-300.0]).astype(np.float16))
+    with pytest.raises(ValueError, match="without negative variances"):
+        evaluate.read_npz(Path("s.npz"))
+
 def test_whole_lines_about_image_sets(work, capsys):
     Path("deep/mixed").mkdir(parents=True), Path("deep/void").mkdir()
     Image.new("RGB", (16, 16)).save("deep/mixed/a.png"), Image.new("RGB", (17, 16)).save("deep/mixed/b.png")
     np.savez("deep/few.npz", arr_0=images_of(9, 16), arr_1=np.zeros((9, 2))), np.savez("deep/stats.npz", mu=np.zeros(3), sigma=np.eye(3)), np.savez("deep/other.npz", x=np.zeros(3))
-    np.savez("deep/good.npz", arr_0=images_of(9, 16)), Path("deep/cut.npz").write_bytes(b"PK"), np.savez("deep/half.npz", arr_0=images_of(9, 16), mu=np.zeros(3))
+    np.savez("deep/good.npz", arr_0=images_of(9, 16)), Path("deep/cut.npz").write_bytes(b"PK"), np.savez("deep/half.npz", arr_0=images_of(9, 16), mu=np.zeros(3)), np.savez("deep/n.npz", arr_0=images_of(9, 16), n=9)
     shutil.copytree("deep/mixed", "deep/made"), Path("deep/made/samples.json").write_text('{"labels": [1, 2, 0], "classes": []}')
     for name, words in (("mixed", "deep/mixed/b.png has the shape (16, 17, 3), others have (16, 16, 3): all images of a set must have one size"),
                         ("void", "no images at deep/void: make samples (python 04_sample.py) or data first, or give another --samples, --run or --reference"),
@@ -1040,6 +1046,7 @@ def test_whole_lines_about_image_sets(work, capsys):
                         ("made", "deep/made holds 2 images and labels for 3: finish it by the same 04_sample.py command, and leave no other images there")):
         assert call(evaluate, "--samples", f"deep/{name}", "--reference", "shapes") == 1
         assert f"error: {words}" in capsys.readouterr().err
+    assert len(evaluate.read_npz(Path("deep/n.npz"))[0]) == 9
     assert call(evaluate, "--samples", "deep/good.npz") == 1 and "error: deep/good.npz does not say which data set it imitates: pass --reference, or, of a run, --run\n" in capsys.readouterr().err
 
 def test_whole_lines_about_results(scored, capsys):
