@@ -346,8 +346,8 @@ n03888257 parachute
 FAST_AI = "https://s3.amazonaws.com/fast-ai-imageclas/"
 ARCHIVES = {  # source: size in pixels, address, md5
     "cifar10": (32, "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
-    "imagenette-160": (160, FAST_AI + "imagenette2-160.tgz", "e793b78cc4c9e9a4ccc0c1155377a412"),
-    "imagenette-320": (320, FAST_AI + "imagenette2-320.tgz", "3df6f0d01a2c9592104656642f5e78a3"),
+    "imagenette-160": (160, f"{FAST_AI}imagenette2-160.tgz", "e793b78cc4c9e9a4ccc0c1155377a412"),
+    "imagenette-320": (320, f"{FAST_AI}imagenette2-320.tgz", "3df6f0d01a2c9592104656642f5e78a3"),
 }
 
 def file_hash(path, kind):
@@ -735,8 +735,7 @@ def recipe_of(options, names, splits):
 @contextmanager
 def new_set(folder):
     """with new_set(folder) as part: fill the empty folder `part`.  At the end it takes the place of `folder`."""
-    real = folder.resolve()                               # a link stays, what it leads to is replaced
-    part = real.with_name(f".{real.name}.partial")        # no data set can be called so
+    part = folder.with_name(f".{folder.name}.partial")    # no data set can be called so
 
     def look():
         for place in (part, folder):
@@ -750,8 +749,8 @@ def new_set(folder):
         look()                                            # hours may have passed
         for file in folder.glob("[!m]*"):                 # meta.json last: by it the next command knows what this is
             file.unlink()
-        shutil.rmtree(real, ignore_errors=True)
-        os.replace(part, real)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
     except BaseException:
         shutil.rmtree(part)
         raise

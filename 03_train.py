@@ -692,14 +692,16 @@ def settle(settings, meta, device, world):
     row = model.MODELS[settings.get("model", Options.model)]
     size = meta["size"]
     found = {"image_size": size, "in_channels": meta.get("channels", 3), "num_classes": len(meta["classes"]),
-             "noise_scale": max(1.0, size / 256), "shift": meta.get("shift", 1.0)}
+             "noise_scale": max(1.0, size / 256)}
     if "coder" in meta:                                   # a latent, mirrored or turned, is not a latent
         found |= {"patch_size": 1, "bottleneck_dim": 0}
         settings = settings | {"flip": False}
         refuse(settings.get("aux") == "rotation", "--aux rotation is for images, not for latents")
     elif "patch_size" not in settings:
         found["patch_size"] = nearest_patch(row, size)
-    settings = row | found | settings | {"classes": meta["classes"], "data_id": meta["id"], "coder": meta.get("coder")}
+    settings = row | found | settings | {
+        "shift": settings.get("shift") or meta.get("shift", 1.0),              # None is as good as nothing
+        "classes": meta["classes"], "data_id": meta["id"], "coder": meta.get("coder")}
     kind, _ = model.NETWORKS[settings.get("network", "jit")]
     training = model.settings_for(Options, settings)
     network = model.settings_for(kind, settings)
@@ -822,7 +824,7 @@ def open_init(name, state, experiment):
     if not name or state:
         return None, name and state["config"], None
     path = model.folder_of(name, "runs") / "checkpoint.pt"
-    net, info = model.load_network(path if path.exists() else name, experiment=experiment)
+    net, info = model.load_network(path if path.exists() else name, experiment=",".join(files_of(experiment)))
     return net.state_dict(), asdict(net.config), info["classes"]
 
 def announce(options, config, folder, step, counts, device):
@@ -854,10 +856,9 @@ def train_run(given, device, rank, world):
     """Begin a run, or go on with it."""
     folder, resume = model.folder_of(run_name(given), "runs"), given.get("resume")
     state = checkpoint_of(folder, resume, given.get("overwrite", False))
-    own = ",".join(files_of(given.get("experiment", "")))
     if resume:
-        model.load_recorded(state["info"]["experiments"], folder, own)
-    weights, init, classes = open_init(given.get("init"), state, own)
+        model.load_recorded(state["info"]["experiments"], folder, given.get("experiment", ""))
+    weights, init, classes = open_init(given.get("init"), state, given.get("experiment", ""))
     settings = gather(given, state if resume else None, init)
     if state:
         settings.setdefault("amp", state["options"]["amp"])            # another machine's default is no other setting
@@ -868,9 +869,8 @@ def train_run(given, device, rank, world):
     if state:
         refuse_other_settings(state, options, config, folder)
     if step == options.steps:
-        if rank == 0:
-            print(f"{folder} is finished (step {step}); nothing to do (longer: --resume --steps N; anew: --overwrite)")
-        return
+        return None if rank else print(f"{folder} is finished (step {step}); nothing to do (longer: --resume "
+                                       "--steps N; anew: --overwrite)")
     if config.num_classes and classes and classes != options.classes:          # official weights do not name theirs
         weights.pop("y_embedder.embedding_table.weight", None)
     if not config.num_classes:

@@ -620,7 +620,7 @@ def test_the_last_experiment_wins(work):
     assert (settings["p_mean"], settings["p_std"]) == (-2.0, 0.5)
 
 def test_an_integer_is_a_float_too(work):
-    Path("own.py").write_text("SETTINGS = {'p_mean': -1, 'sampling': {'cfg': 2}}")
+    Path("own.py").write_text("SETTINGS = {'p_mean': -1, 'shift': None, 'sampling': {'cfg': 2}}")
     assert call(train, *TINY_FLAGS, "--experiment", "./own.py", "--steps", 2) == 0
 
 def test_two_networks_do_not_combine(work, capsys):

@@ -29,6 +29,14 @@ def make(coder, *more, name=None, root="data/shapes"):
     script = vae if coder == "vae" else rae
     return call(script, "--data", root, "--steps", 3, "--name", name or coder, "--out", "latents", *more)
 
+def test_latents_behind_a_link_are_packed_where_they_lie(work):
+    """On another disk, say."""
+    assert make("vae") == 0
+    Path("disk").mkdir(), Path("latents/vae").rename("disk/vae"), Path("latents/vae").symlink_to("../disk/vae")
+    before = data.open_data("latents/vae")[0]["id"]
+    assert make("vae", "--overwrite") == 0
+    assert Path("latents/vae").is_symlink() and data.open_data("disk/vae")[0]["id"] != before and Path("disk/vae/coder.pt").exists()
+
 # ---- DINOv2 ----------------------------------------------------------------------------------------------------------
 def test_dinov2_agrees_with_the_original(weights):
     sizes, state = rae.read_dinov2(weights)
