@@ -699,9 +699,8 @@ def settle(settings, meta, device, world):
         refuse(settings.get("aux") == "rotation", "--aux rotation is for images, not for latents")
     elif "patch_size" not in settings:
         found["patch_size"] = nearest_patch(row, size)
-    settings = row | found | settings | {
-        "shift": settings.get("shift") or meta.get("shift", 1.0),              # None is as good as nothing
-        "classes": meta["classes"], "data_id": meta["id"], "coder": meta.get("coder")}
+    settings = row | found | settings | {"shift": settings.get("shift") or meta.get("shift", 1.0),
+                                         "classes": meta["classes"], "data_id": meta["id"], "coder": meta.get("coder")}
     kind, _ = model.NETWORKS[settings.get("network", "jit")]
     training = model.settings_for(Options, settings)
     network = model.settings_for(kind, settings)

@@ -418,7 +418,7 @@ def read_npz(path):
 
 def check_statistic(path, name, content):
     """Raise ValueError unless it is a mean (D,), a covariance (D,D), or a number n."""
-    value = content[name]
+    value = np.asarray(content[name])
     mean = content.get(name.replace("sigma", "mu"))
     shape = {"n": (), "m": (value.size,), "s": np.shape(mean) * 2}[name[0]]
     good = value.shape == shape and value.dtype.kind in "fiu" and np.isfinite(value).all() and (
@@ -440,7 +440,9 @@ def describe_reference(real, net, digest, device, batch_size):
         return make()
 
     def use(found):
-        return {"n": found["n"], "mu": found["mu"], **found}                   # KeyError: it is something else
+        for name in ("n", "mu", "sigma"):                 # KeyError: it is something else
+            check_statistic(f"statistics of {real.path}", name, found)
+        return {**found}
     return remembered(real.path / f"statistics-{real.split}-{digest}-{real.record['id'][:8]}.npz", make, use)
 
 # ---- From two image sets to a result ---------------------------------------------------------------------------------
@@ -532,7 +534,7 @@ def print_table(files, out):
     judges = {f"{r['score']} {r.get('n_real')} {r.get('reference_id')} {r.get('split', 'train')}" for r in results}
     refuse(len(judges) > 1, f"{', '.join(files)} cannot be compared: they differ in features, reference or split")
     rows = [{"file": file} | result["sampling"] | result for file, result in zip(files, results)]
-    most = max((result["sampling"] for result in results), key=len)            # foreign samples have none
+    most = max(rows, key=len)["sampling"]                 # foreign samples have none
     varied = [k for k in most if k != "weights" and len({str(row[k]) for row in rows if k in row}) > 1]
     columns = ["file", *varied, "n_generated", *SCORES, "class_accuracy"]
     print(" | ".join(columns))
