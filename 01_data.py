@@ -281,7 +281,7 @@ def list_classes(folder):
             raise ValueError(f"{folder} holds one folder only, which holds folders: are those the classes? Then give "
                              f"{place} as --root, or move them up; if not, put the images themselves into it")
         if not files:
-            raise ValueError(f"{place} holds no images ({', '.join(FORMATS)}): put some there, or move it away")
+            raise ValueError(f"{place} holds no images ({', '.join(FORMATS)}, and not hidden): add some, or move it")
         pairs += [(file, label) for file in files]
     return names, pairs
 

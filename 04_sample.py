@@ -350,7 +350,7 @@ class Options:
     num: int = option(1000, "number of images", "[1, 10000000]")
     labels: str = option(None, "ids, names (which come first), or id:3, and take turns: 3,7 or star (default: all)")
     seed: int = option(0, "image i is a function of (seed, i)", "[0, 1e18]")
-    out: Path = option(None, "folder of images; of --trajectory the picture (default: in the run's folder)",
+    out: Path = option(None, "folder of images; of --trajectory the PNG picture (default: in the run's folder)",
                        group="output")
     npz: bool = option(False, "also pack samples.npz (arr_0 uint8 NHWC, arr_1 labels), as ADM's evaluator reads it")
     trajectory: bool = option(False, "only draw z_t over time and what the network predicts")

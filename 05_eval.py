@@ -560,7 +560,7 @@ class Options:
     metrics: str = option(",".join(SCORES), "scores, with commas between")
     features: str = option("classifier", "see the head of this file", choices=lambda: ("classifier", "inception"))
     inception_weights: Path = option(None, "the weights file, where it cannot be downloaded")
-    table: list = option(None, "only compare results made before; with --out PICTURE also a curve")
+    table: list = option(None, "only compare results made before; with --out PICTURE.png also a curve")
     out: Path = option(None, "result (default: metrics.json in the run's folder; SAMPLES-metrics.json with --samples)",
                        group="output and hardware")
     batch_size: int = option(100, "images at a time", "[1, inf)")
@@ -585,7 +585,7 @@ def open_sets(options):
     if not options.reference and made.get("data_id") != real.record.get("id"):
         raise ValueError(f"{real.path} was packed anew since the network of {samples.path} was trained: pass "
                          f"--reference {name} to compare them all the same")
-    if options.features == "classifier" and "classes" not in real.record:
+    if options.features == "classifier" and "counts" not in real.record:
         raise ValueError(f"{name} is not a packed data set, the classifier is trained on one: use --features inception")
     size = samples.images[np.arange(1)].shape[1:3]
     if "size" in real.record and {*size} != {real.record["size"]}:

@@ -1256,7 +1256,7 @@ def test_whole_lines_about_data_sets(there, capsys):
 def test_whole_lines_about_folders(there, capsys):
     folder(Path("in"), ("cat", "dog"), count=2)
     Path("in/train/eel").mkdir()
-    assert said(data.list_classes, Path("in/train")) == "in/train/eel holds no images (JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM): put some there, or move it away"
+    assert said(data.list_classes, Path("in/train")) == "in/train/eel holds no images (JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM, and not hidden): add some, or move it"
     photo().save("in/train/a.png")
     assert said(data.list_classes, Path("in/train")) == "in/train holds class folders and 1 loose images (in/train/a.png, ...): put them into a class, or elsewhere"
     assert said(data.list_folder, Path("gone/x"), 0.1, 0) == "--root gone/x is not a folder"

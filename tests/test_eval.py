@@ -929,6 +929,9 @@ def test_what_is_no_number_or_no_class(there, content, words):
 def test_what_refusals_advise(work, capsys):
     np.savez("small.npz", arr_0=images_of(9))
     assert call(evaluate, "--samples", "small.npz", "--reference", "./small.npz") == 1 and "error: ./small.npz is not a packed data set, the classifier is trained on one: use --features inception" in capsys.readouterr().err
+    Path("other").mkdir(), Image.fromarray(images_of(1)[0]).save("other/0000000.png")
+    Path("other/samples.json").write_text(json.dumps({"labels": [0], "classes": ["a", "b"]}))                  # samples, and what they are compared with
+    assert call(evaluate, "--samples", "small.npz", "--reference", "./other") == 1 and "error: ./other is not a packed data set, the classifier is trained on one" in capsys.readouterr().err
     assert call(evaluate, "--samples", "gone.npz", "--reference", "shapes") == 1 and "no images at gone.npz: make samples (python 04_sample.py) or data first" in capsys.readouterr().err
     Path("made").mkdir(), Image.fromarray(images_of(1)[0]).save("made/0000000.png")
     Path("made/samples.json").write_text('{"labels": [1]}')
