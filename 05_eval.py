@@ -531,7 +531,8 @@ def report(result):
 def print_table(files, out):
     """--table: a line per result, with the settings in which they differ; with --out a curve over the first of them."""
     results = [data.load_json(Path(file), score=str, n_generated=int, sampling=dict) for file in files]
-    judges = {f"{r['score']} {r.get('n_real')} {r.get('reference_id')} {r.get('split', 'train')}" for r in results}
+    judges = {f"{r['score']} {r.get('n_real')} {r.get('reference_id') or r.get('reference')} {r.get('split', 'train')}"
+              for r in results}
     refuse(len(judges) > 1, f"{', '.join(files)} cannot be compared: they differ in features, reference or split")
     rows = [{"file": file} | result["sampling"] | result for file, result in zip(files, results)]
     most = max(rows, key=len)["sampling"]                 # foreign samples have none

@@ -963,6 +963,10 @@ def test_tables_of_results_made_elsewhere(there, monkeypatch, capsys):
         Path(f"{name}.json").write_text(json.dumps(record | more))
     Path("odd.json").write_text(json.dumps(record | {"fd": 5.0, "sampling": {"solver": "heun", "interval": [0, 1], "cfg": "high"}}))
     Path("of_val.json").write_text(json.dumps(record | {"fd": 1.0, "sampling": {}, "split": "val"})), Path("list.json").write_text(json.dumps(record | {"n_real": [1], "sampling": {}}))
+    for name in ("c", "d"):                               # image folders have no id
+        Path(f"to_{name}.json").write_text(json.dumps(record | {"reference_id": None, "reference": name, "sampling": {}}))
+    assert call(evaluate, "--table", "to_c.json", "to_d.json") == 2 and call(evaluate, "--table", "to_c.json", "to_c.json") == 0
+    assert "cannot be compared" in capsys.readouterr().err
     for name in ("of_val", "list"):
         assert call(evaluate, "--table", "a.json", f"{name}.json") == 2 and "cannot be compared" in capsys.readouterr().err
     assert call(evaluate, "--table", "a.json", "b.json", "none.json", "text.json", "odd.json", "--out", "c.png") == 0
