@@ -101,14 +101,16 @@ def open_data(folder):
                          "tests/experiments/), or give its place: NAME means data/NAME, with a slash it is a path")
     try:
         meta = load_json(folder / "meta.json", id=str, size=int, classes=list, counts=dict, recipe=dict)
-        side = meta["size"]
         "".join(meta["classes"])                          # TypeError, unless all of them are texts
-        kind = np.float16 if "coder" in meta else np.uint8
+        kind = np.uint8
+        if "coder" in meta:                               # latents
+            expect(meta["coder"], experiment=str, pixels=str)
+            kind = np.float16
         arrays = {}
         for split in ("train", "val"):
             images = np.load(folder / f"{split}_images.npy", mmap_mode="r", allow_pickle=False)
             labels = np.load(folder / f"{split}_labels.npy", allow_pickle=False)
-            shape = (meta["counts"][split], side, side, meta.get("channels", 3))
+            shape = (meta["counts"][split], *[meta["size"]] * 2, meta.get("channels", 3))
             if (images.shape, images.dtype, labels.shape, labels.dtype) != (shape, kind, shape[:1], np.int64):
                 raise ValueError(f"the {split} arrays do not fit meta.json")
             if len(labels) and not 0 <= labels.min() <= labels.max() < max(1, len(meta["classes"])):
@@ -294,9 +296,6 @@ def hold_out(pairs, fraction, seed):
 def list_folder(root, val_fraction, seed):
     """A folder of images -> (class names, {"train": [(file, label)], "val": [(file, label)]}).  Raises ValueError."""
     refuse(not root.is_dir(), f"--root {root} is not a folder")
-    for place in no_pictures(root):
-        if root.resolve() in place.parents and place.exists():
-            print(f"{place} is not looked into: these scripts write there")
     train, val = split_folders(root)
     names, pairs = list_classes(train)
     found = hold_out(pairs, val_fraction, seed)
@@ -411,8 +410,9 @@ def folder_source(options):
     if file.is_file():
         print(f"names of classes are read from {file}, a text in UTF-8")
         names = called(names, file.read_text(encoding="utf-8-sig"))
-    print(f"folders in {options.root}, or in its train/, are classes, with all that lies in them; every image is "
-          f"cropped and scaled to {options.size} x {options.size}, small ones enlarged")
+    print(f"folders in {options.root}, or in its train/, are classes, with all that lies in them (but not data/ and "
+          "runs/ of the working directory, where these scripts write); every image is cropped and scaled to "
+          f"{options.size} x {options.size}, small ones enlarged")
     return names, lambda path: decode(path, options.size), splits
 
 def called(names, text):
@@ -471,7 +471,7 @@ def check(name, value, within="(-inf, inf)", choices=None, **_):
     """Raise UsageError unless value is one of the choices, and its numbers are finite and in the interval."""
     if choices:
         refuse(value not in choices(), f"{name} {value!r} is unknown: one of {', '.join(choices())}")
-    low, high = map(float, within[1:-1].split(","))
+    low, high = numbers(within[1:-1])
     for number in value if isinstance(value, tuple) else [value]:
         if isinstance(number, (int, float)):
             at_an_end = (within[0], number) == ("[", low) or (within[-1], number) == ("]", high)
@@ -582,16 +582,17 @@ def whole(path):
 def load_json(path, **kinds):
     """The dict in a JSON file, whose entries named here have these types.  Raises ValueError."""
     try:
+        refuse(not path.is_file(), "it is not there, or no file")              # a pipe's reading might never end
         record = json.loads(path.read_text())
         expect(record, **kinds)
-    except (ValueError, RecursionError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or not ours ({error})")
     return record
 
 def expect(record, **kinds):
-    """Raise ValueError unless the entries of a dict that are named here have these types."""
+    """Raise ValueError unless it is a dict whose entries named here have these types."""
     for name, kind in kinds.items():
-        if not isinstance(record.get(name), kind):
+        if not isinstance(record, dict) or not isinstance(record.get(name), kind):
             raise ValueError(f"{name} is not of the type {kind.__name__}")
 
 def save_json(path, value):
@@ -617,8 +618,12 @@ def in_parts(rows, size):
 
 @contextmanager
 def locked(path):
-    """Keep other processes of this machine from writing to the same path.  Raises ValueError if one does."""
+    """Keep other processes of this machine from writing to the same path.  Raises ValueError if one does.
+
+    Yields the path; if it is a link, that of what it leads to.
+    """
     refuse(not path.name, f"{path}: give this folder by its name, as ../NAME")
+    path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "a") as file:          # freed by the system, whatever ends us
         try:
@@ -626,7 +631,7 @@ def locked(path):
                 flock(file, LOCK_EX | LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing to {path}: wait for it, or stop it")
-        yield
+        yield path
 
 def only_ours(folder, patterns, way):
     """Raise ValueError if a folder that is about to be replaced holds more than files of these names."""
@@ -800,11 +805,9 @@ def already_packed(folder, recipe, overwrite):
 
 def main(argv=None):
     options = Options(**parse(argv, "Pack images into memory-mapped arrays.", Options))
-    folder = options.out / options.name
-    folder = folder.resolve() if folder.is_symlink() else folder
     names, make, splits = SOURCES[options.source](options)
     splits["train"] = keep_fraction(splits["train"], options.fraction, options.seed)
-    with locked(folder), ThreadPoolExecutor(options.workers) as pool:
+    with locked(options.out / options.name) as folder, ThreadPoolExecutor(options.workers) as pool:
         if already_packed(folder, recipe_of(options, names, splits), options.overwrite):
             return print(f"{folder} is there, made with these settings of files with these names; nothing to do "
                          "(--overwrite packs it again)")

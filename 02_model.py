@@ -674,11 +674,11 @@ def load_network(path, ema=0, experiment=""):
         raise ValueError(f"{path} cannot be used: {kind}{str(error).strip().splitlines()[-1].strip()[:300]}")
     return net.eval(), info
 
-def fingerprint(net):
-    """Eight hex digits of a network's weights: samples of other weights are other samples."""
+def fingerprint(arrays):
+    """Eight hex digits of {name: tensor or array}, as of a network's weights: samples of others are other samples."""
     crc = 0
-    for value in net.state_dict().values():
-        crc = zlib.crc32(value.cpu().numpy(), crc)
+    for value in arrays.values():
+        crc = zlib.crc32(torch.as_tensor(value).cpu().numpy(), crc)
     return f"{crc:08x}"
 
 def load_weights(net, weights):
@@ -812,7 +812,7 @@ def save_picture(path, image):
     """Write a PNG file with our mark; what it replaces must have it, too.  Raises ValueError."""
     mark = PngInfo()
     mark.add_text("Software", "JiT scripts")
-    if path.exists() and b"Software\0JiT scripts" not in path.read_bytes():
+    if path.exists() and not (path.is_file() and b"Software\0JiT scripts" in path.read_bytes()):
         raise ValueError(f"{path} is there, and was not drawn by these scripts: move it away")
     with data.whole(path) as part:
         image.save(part, "png", pnginfo=mark)

@@ -303,7 +303,7 @@ def restore(trainer, state, folder):
                 getattr(trainer, name).load_state_dict(state[key])
         for average, saved in zip(trainer.ema, state["ema"], strict=True):
             for name, value in average.items():
-                value.copy_(saved[name])
+                value.copy_(saved[name].reshape(value.shape))
         if trainer.rank == 0:                             # they are those of all processes
             trainer.log.sums.copy_(state["sums"])
         trainer.log.rows = state["rows"]

@@ -394,8 +394,8 @@ def main(argv=None):
         record = settings | {
             "interval": list(settings["interval"]),       # as JSON gives it back
             "seed": options.seed, "amp": amp, "num": len(labels), "step": info.get("step"),
-            "ema": options.ema, "weights": model.fingerprint(net), "data": source, "data_id": info.get("data_id"),
-            "size": net.config.image_size, "classes": classes, "labels": labels}
+            "ema": options.ema, "weights": model.fingerprint(net.state_dict()), "data": source,
+            "data_id": info.get("data_id"), "size": net.config.image_size, "classes": classes, "labels": labels}
         if made_by:                                       # scored against the pixels that the latents were made of
             record |= {"data": made_by["pixels"], "data_id": made_by["pixels_id"], "size": made_by["size"],
                        "coder": made_by["id"]}

@@ -15,6 +15,7 @@ be a .npz of statistics (mu, sigma).  FID is biased upwards at small N: every nu
 """
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -302,24 +303,24 @@ def train_classifier(images, labels, classes, device):
             bar.update()
     return net.eval()
 
-def remembered(path, make, use):
-    """use(the arrays in an .npz file); without it, or if that fails, use(what make() returns), which the file gets.
+def remembered(path, make):
+    """The arrays that make() returned once, {name: array}, kept in an .npz file with their fingerprint.
 
-    Files that save time and nothing else: where one cannot be written, a warning will do.
+    Files that save time and nothing else: one that does not fit is made again; where it cannot be, a warning will do.
     """
     if path.exists():
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                return use(file)
-        except Exception:                                 # zip, zlib, numpy and torch each have their own
-            model.warn(f"{path} is damaged, or of another version; making it again")
+        with suppress(Exception), np.load(path, allow_pickle=False) as file:   # zip, zlib, numpy have their own errors
+            arrays = dict(file)
+            if arrays.pop("fingerprint") == model.fingerprint(arrays):
+                return arrays
+        model.warn(f"{path} is damaged, or of another version; making it again")
     arrays = make()
     try:
         with data.whole(path) as part, open(part, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays, fingerprint=model.fingerprint(arrays))
     except OSError as error:
         model.warn(f"{path} is not kept ({error})")
-    return use(arrays)
+    return arrays
 
 def load_classifier(folder, device):
     """(network, name of its score, digest) of the data set's classifier, trained once and cached beside the data."""
@@ -332,13 +333,10 @@ def load_classifier(folder, device):
     def make():
         trained = train_classifier(*arrays["train"], classes, device)
         return {name: value.cpu().numpy() for name, value in trained.state_dict().items()}
-
-    def use(weights):
-        net = Classifier(classes).eval()
-        model.load_weights(net, {name: torch.from_numpy(value) for name, value in weights.items()})
-        return net
-    net = remembered(Path(f"{folder}/classifier-{meta['id'][:8]}.{classes}.npz"), make, use)
-    return net, "FD (classifier features)", model.fingerprint(net)
+    weights = remembered(Path(f"{folder}/classifier-{meta['id'][:8]}.{classes}.npz"), make)
+    net = Classifier(classes).eval()
+    net.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+    return net, "FD (classifier features)", model.fingerprint(weights)
 
 # ---- Image sets: a folder of image files, an npz batch, a packed data set, or statistics alone -----------------------
 class ImageFiles:
@@ -438,10 +436,7 @@ def describe_reference(real, net, digest, device, batch_size):
         return real.statistics
     if "id" not in real.record:
         return make()
-
-    def use(found):
-        return {"n": found["n"], "mu": found["mu"], **found}                   # KeyError: it is something else
-    return remembered(real.path / f"statistics-{real.split}-{digest}-{real.record['id'][:8]}.npz", make, use)
+    return remembered(real.path / f"statistics-{real.split}-{digest}-{real.record['id'][:8]}.npz", make)
 
 # ---- From two image sets to a result ---------------------------------------------------------------------------------
 def frechet(suffix):

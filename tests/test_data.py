@@ -421,8 +421,7 @@ def test_the_scripts_own_folders_are_no_classes(there, capsys):
     capsys.readouterr()
     assert call(data, "--source", "folder", "--root", ".", "--size", 16, "--name", "mine") == 0
     assert data.open_data("data/mine")[0]["classes"] == ["cat", "dog"]
-    said = [line for line in capsys.readouterr().out.splitlines() if "not looked into" in line]
-    assert sorted(said) == [f"{there / name} is not looked into: these scripts write there" for name in ("data", "runs")]
+    assert "(but not data/ and runs/ of the working directory, where these scripts write)" in capsys.readouterr().out
 
 def test_classes_have_the_names_of_classes_txt(there, capsys):
     folder(Path("in"), ("n01", "n02", "n03"), splits=None)
@@ -954,17 +953,6 @@ def test_links_to_the_scripts_folders_and_to_the_root(there, capsys):
     names, splits = data.list_folder(Path("."), 0.1, 0)
     assert names == ["cat"] and len(splits["train"] + splits["val"]) == 6
 
-def test_what_is_not_looked_into_is_said_where_it_is(there, capsys):
-    folder(Path("cat"), ("a", "b"), splits=None)
-    Path("project/data").mkdir(parents=True)
-    os.chdir("project")
-    data.list_folder(Path("../cat"), 0.1, 0)
-    assert "not looked into" not in capsys.readouterr().out
-    photo().save("../project/0.png")
-    data.list_folder(Path(".."), 0.1, 0)
-    said = capsys.readouterr().out
-    assert f"{(there / 'project/data').resolve()} is not looked into" in said and f"{there / 'project/runs'} is" not in said
-
 # ---- Images, in particular ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape,size", [((300, 200), 16), ((1500, 1000), 64)])
 def test_large_photographs_are_halved_again_and_again(shape, size):
@@ -1108,7 +1096,11 @@ def test_threads_and_locks_are_those_asked_for(there, monkeypatch):
     monkeypatch.setattr(data, "locked", lambda path: places.append(path) or lock(path))
     assert pack("--workers", 3) == 0 and (threads, places) == ([(3,)], [Path("data/set")])
     Path("data/set").rename("disk/set"), Path("data/set").symlink_to("../disk/set")
-    assert pack("--overwrite") == 0 and places[1] == there.resolve() / "disk/set"
+    assert pack("--overwrite") == 0 and Path("data/set").is_symlink() and data.open_data("disk/set")[0]["recipe"]["source"] == "folder"
+    with lock(Path("data/set")) as path, pytest.raises(ValueError, match="another process is writing"):
+        assert path == there.resolve() / "disk/set"
+        with lock(Path("disk/set")):                      # the same folder
+            pass
     assert data.Options().workers == os.cpu_count() and next(entry for entry in data.fields(data.Options) if entry.name == "workers").default == os.cpu_count()
 
 def test_a_disk_without_locks_is_named_as_such(there, monkeypatch, capsys):
@@ -1248,7 +1240,8 @@ def test_whole_lines_about_data_sets(there, capsys):
     assert capsys.readouterr().err.endswith("error: data/set exists and is not a packed data set: nothing is touched; choose --name or --out\n")
     assert said(data.refuse_other, {}, {"seed": 0}, "data/x", "choose --name") == "data/x was made with other settings (seed None, now 0): choose --name"
     Path("deep").mkdir(), Path("deep/a.json").write_text("[]")
-    assert pytest.raises(ValueError, data.load_json, Path("deep/a.json"), a=int).value.args[0] == "deep/a.json is damaged, or not ours ('list' object has no attribute 'get')"
+    assert pytest.raises(ValueError, data.load_json, Path("deep/a.json"), a=int).value.args[0] == "deep/a.json is damaged, or not ours (a is not of the type int)"
+    assert said(data.load_json, Path(os.devnull)) == "/dev/null is damaged, or not ours (it is not there, or no file)"
     with pytest.raises(data.UsageError, match=r"^\.: give this folder by its name, as \.\./NAME$"):
         with data.locked(Path(".")):
             pass
@@ -1267,7 +1260,8 @@ def test_whole_lines_about_folders(there, capsys):
                                                          "of splits, leave train/ and one of val/ and test/ there, nothing else")
     capsys.readouterr()
     data.folder_source(data.Options(source="folder", root=Path("in/val"), size=16))
-    assert capsys.readouterr().out == "folders in in/val, or in its train/, are classes, with all that lies in them; every image is cropped and scaled to 16 x 16, small ones enlarged\n"
+    assert capsys.readouterr().out == ("folders in in/val, or in its train/, are classes, with all that lies in them (but not data/ and runs/ of the working directory, "
+                                       "where these scripts write); every image is cropped and scaled to 16 x 16, small ones enlarged\n")
     for name, root, words in (("folder", None, "--source folder needs --root, its folder"), ("shapes", Path("in"), "--root: shapes are drawn, they have no folder")):
         assert said(data.SOURCES[name], data.Options(source=name, root=root)) == words
     assert said(data.cifar10_source, data.Options(source="cifar10", size=16)) == "--size: cifar10 is 32 pixels" and said(lambda: data.Options(name="a/b")) == "--name a/b: give a name, not a path"

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from conftest import ROOT, TINY_FLAGS, call, data, evaluate, images_of, sample, train
+from conftest import ROOT, TINY_FLAGS, call, data, evaluate, images_of, model, sample, train
 
 def features(n, d, seed=0, shift=0.0):
     return np.random.default_rng(seed).standard_normal((n, d)) + shift
@@ -262,6 +262,7 @@ def test_offline_score(scored, capsys):
         assert call(evaluate) == 0 and f"{cache} is damaged, or of another version" in capsys.readouterr().err
     state = dict(np.load(classifier))
     state["head.bias"] += 1                               # another classifier has statistics of its own
+    state["fingerprint"] = model.fingerprint({name: value for name, value in state.items() if name != "fingerprint"})
     np.savez(classifier, **state)
     before = len(list(Path("data/shapes").glob("statistics-*.npz")))
     assert call(evaluate) == 0 and len(list(Path("data/shapes").glob("statistics-*.npz"))) == before + 1
@@ -533,6 +534,17 @@ def test_a_cached_classifier_whose_weights_are_none_is_trained_again(work, capsy
     weights = dict(np.load(path))
     np.savez(path, **weights | {"head.bias": weights["head.bias"] * np.nan})
     assert evaluate.load_classifier("data/shapes", "cpu")[0].head.bias.isfinite().all() and "is damaged, or of another version" in capsys.readouterr().err
+
+@pytest.mark.parametrize("change", [dict(sigma=-np.eye(3)), dict(features=np.zeros((200, 3), np.float32)), dict(n=np.array(7)), dict(mu="three")])
+def test_cached_statistics_that_were_edited_are_made_again(work, change, capsys):
+    real, net = evaluate.ImageSet("data/shapes"), lambda x: {"features": x.float().mean(dim=(1, 2)), "logits": x[:, 0, 0].float()}
+    first, path = evaluate.describe_reference(real, net, "edited", "cpu", 50), next(Path("data/shapes").glob("statistics-train-edited-*"))
+    again = evaluate.describe_reference(real, None, "edited", "cpu", 50)       # read: no network is asked
+    assert all(np.array_equal(first[name], again[name]) for name in first) and first.keys() == again.keys() and not capsys.readouterr().err
+    np.savez(path, **dict(np.load(path)) | change)
+    again = evaluate.describe_reference(real, net, "edited", "cpu", 50)
+    assert all(np.array_equal(first[name], again[name]) for name in first) and "edited" in (err := capsys.readouterr().err) and "damaged" in err
+    path.unlink()
 
 def test_a_cache_that_cannot_be_written_is_only_said(work, monkeypatch, capsys):
     monkeypatch.setattr(evaluate.np, "savez", lambda *args, **more: (_ for _ in ()).throw(OSError("read-only")))
@@ -998,11 +1010,11 @@ def test_scores_at_their_limits():
 
 def test_a_cache_with_code_in_it_is_made_again(there, capsys):
     np.savez("c.npz", a=np.array([{}], dtype=object))
-    assert evaluate.remembered(Path("c.npz"), lambda: {"a": np.ones(3)}, dict)["a"].tolist() == [1, 1, 1] and "c.npz is damaged" in capsys.readouterr().err
+    assert evaluate.remembered(Path("c.npz"), lambda: {"a": np.ones(3)})["a"].tolist() == [1, 1, 1] and "c.npz is damaged" in capsys.readouterr().err
 
 def test_a_classifier_trained_on_a_gpu_is_kept_as_numbers(work, monkeypatch):
     asked, real = [], torch.Tensor.cpu
-    monkeypatch.setattr(evaluate, "remembered", lambda path, make, use: use(make()))
+    monkeypatch.setattr(evaluate, "remembered", lambda path, make: make())
     monkeypatch.setattr(evaluate, "train_classifier", lambda images, labels, classes, device: evaluate.Classifier(classes))
     monkeypatch.setattr(torch.Tensor, "cpu", lambda value: asked.append(1) or real(value))
     net, *_ = evaluate.load_classifier("data/shapes", torch.device("cpu"))

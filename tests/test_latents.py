@@ -281,7 +281,7 @@ def test_a_coder_that_is_missing_or_another_is_refused_in_one_line(work, capsys)
     assert call(sample, "--run", "z", "--num", 4, "--steps", 1) == 0
     meta = Path("latents/vae/meta.json")
     good = json.loads(meta.read_text())
-    for spoiled in ({}, *({name: value for name, value in good["coder"].items() if name != missing} for missing in ("experiment", "id", "pixels", "pixels_id", "size"))):
+    for spoiled in (None, "vae", {}, *({name: value for name, value in good["coder"].items() if name != missing} for missing in ("experiment", "id", "pixels", "pixels_id", "size"))):
         meta.write_text(json.dumps(good | {"coder": spoiled}))
         assert call(train, *LATENT_FLAGS, "--data", "latents/vae", "--run", "new") == 1 and "is not of the type" in capsys.readouterr().err and not Path("runs/new").exists()
 

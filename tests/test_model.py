@@ -2,6 +2,7 @@
 import argparse
 import importlib.util
 import math
+import os
 import pickle
 import signal
 import sys
@@ -623,7 +624,7 @@ def test_pixels_and_pictures_go_where_they_must(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cpu", lambda value: asked.append(1) or real(value))
     model.to_pictures(torch.zeros(1, 3, 4, 4))
     assert len(asked) == 1
-    model.fingerprint(torch.nn.Linear(2, 2))
+    model.fingerprint(torch.nn.Linear(2, 2).state_dict())
     assert len(asked) == 3
 
 def test_the_papers_cost_and_the_headings(capsys, monkeypatch):
@@ -808,6 +809,7 @@ def test_whole_lines_about_checkpoints(tmp_path, monkeypatch):
     assert said(model.save, {}, Path("deep/b.pt")) == "cannot write deep/b.pt (No space left on device); what was there is intact: make room, and give the same command again"
     Path("deep/mine.png").write_bytes(b"x")
     assert said(model.save_picture, Path("deep/mine.png"), None) == "deep/mine.png is there, and was not drawn by these scripts: move it away"
+    assert said(model.save_picture, Path(os.devnull), None) == "/dev/null is there, and was not drawn by these scripts: move it away"
 
 def test_whole_lines_about_devices(monkeypatch):
     def out_of_memory():

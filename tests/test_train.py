@@ -1496,6 +1496,8 @@ def test_whole_lines_about_runs(work, capsys):
     assert said(train.restore, trainer, train.training_state(trainer) | {"rows": None, "skipped": "x"}, "runs/r").startswith("the checkpoint of runs/r is damaged, or of an older version (")
     state = train.training_state(trainer)                 # an average more, or less
     assert "version (zip() argument" in said(train.restore, trainer, state | {"ema": []}, "runs/r") and "version (zip() argument" in said(train.restore, trainer, state | {"ema": state["ema"] * 2}, "runs/r")
+    short = [{name: value.flatten()[:1] for name, value in state["ema"][0].items()}]                     # it would fill any shape
+    assert "of an older version (shape '[" in said(train.restore, trainer, state | {"ema": short * len(state["ema"])}, "runs/r")
     recorder = recorder_of(trainer, arrays)
     trainer.bad.fill_(10)
     trainer.step = 10
