@@ -625,7 +625,7 @@ def evaluate(options, device):
         data.save_json(out, result)
     finally:
         report(result)                                    # also if the disk is full
-    print(f"{out}: all of this, and how the samples were made")
+    print(f"{out}: all of this, and how the samples were made; training step {samples.record.get('step') or 'unknown'}")
 
 if __name__ == "__main__":
     sys.exit(data.run(main))

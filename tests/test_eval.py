@@ -233,7 +233,7 @@ def test_offline_score(scored, capsys):
     assert "kid                                left out   (KID draws subsets of 1000 images, one side has 30)" in out.out
     assert result["score"] == "FD (classifier features)" and result["fd_floor"] < result["fd"] and result["n_generated"] == result["n_floor"] == 30
     assert 0 <= result["class_accuracy"] <= 1 and result["class_accuracy_real"] > 0.3 and result["sampling"]["steps"] == 2 and result["sampling"]["weights"]
-    assert "FID" not in out.out and "30 images are few" in out.err
+    assert "FID" not in out.out and "30 images are few" in out.err and out.out.endswith("and how the samples were made; training step 4\n")
     first = Path("runs/shapes/metrics.json").read_text()
     assert call(evaluate) == 0 and Path("runs/shapes/metrics.json").read_text() == first                    # computed again, and the same
     Image.new("RGB", (16, 16)).save("runs/shapes/samples/0000003.png")
@@ -1042,7 +1042,7 @@ def test_the_network_that_judges_moves_and_the_result_is_where_the_last_line_say
     for flags, result in ((["few.npz"], "few.npz-metrics.json"), (["link.npz"], "link.npz-metrics.json"), (["few.npz", "--out", "mine.json"], "mine.json")):
         assert call(evaluate, "--reference", "shapes", "--samples", *flags) == 0
         assert json.loads(Path(result).read_text())["net"] == "on cpu"
-        assert capsys.readouterr().out.splitlines()[-1].endswith(f"{result}: all of this, and how the samples were made")
+        assert capsys.readouterr().out.splitlines()[-1].endswith(f"{result}: all of this, and how the samples were made; training step unknown")
 
 def test_refusals_name_the_set_that_is_meant(work, capsys):
     np.savez("wide.npz", arr_0=np.zeros((9, 16, 40, 3), np.uint8)), np.savez("far.npz", arr_0=images_of(9, 16), arr_1=np.full(9, 77))
