@@ -274,8 +274,8 @@ def list_classes(folder):
     names = [entry.name for entry in entries]
     loose = [file for file in list_images(folder) if Path(file).parent == folder]
     if names and loose:
-        raise ValueError(f"{folder} holds class folders and {len(loose)} loose images ({loose[0]}, ...): "
-                         "put them into a class, or elsewhere")
+        raise ValueError(f"{folder} holds class folders ({names[0]}, ...) and {len(loose)} loose images ({loose[0]}, "
+                         "...): put them into a class, or elsewhere")
     pairs = []
     for label, place in enumerate(entries or [folder]):
         files = list_images(place)
@@ -283,7 +283,8 @@ def list_classes(folder):
             raise ValueError(f"{folder} holds one folder only, which holds folders: are those the classes? Then give "
                              f"{place} as --root, or move them up; if not, put the images themselves into it")
         if not files:
-            raise ValueError(f"{place} holds no images ({', '.join(FORMATS)}, and not hidden): add some, or move it")
+            raise ValueError(f"{place} holds no images ({', '.join(FORMATS)}; what is hidden, packed data sets, data/ "
+                             "and runs/ of the working directory do not count): add some, or move it")
         pairs += [(file, label) for file in files]
     return names, pairs
 
@@ -421,8 +422,8 @@ def called(names, text):
     print(f"{len(known.keys() & set(names))} of {len(names)} classes are named by a line FOLDER NAME of the list "
           "(of two for one folder the last counts)")
     names = [known.get(name, name) for name in names]
-    refuse(len(set(names)) < len(names), f"classes.txt: two classes are called {max(names, key=names.count)}: "
-           "change or remove the line of one")
+    refuse(len(set(names)) < len(names), f"classes.txt: two classes are called "
+           f"{max(names, key=names.count, default=None)}: change or remove the line of one")
     return names
 
 def cifar10_source(options):
@@ -747,6 +748,7 @@ def new_set(folder):
             if place.exists():
                 only_ours(place, SET_FILES, "nothing is touched; move it away, or choose --name or --out")
     look()
+    refuse(os.path.ismount(folder), f"{folder} cannot be replaced, a disk is mounted there: choose --name or --out")
     shutil.rmtree(part, ignore_errors=True)               # left there by a kill
     part.mkdir(parents=True)
     try:

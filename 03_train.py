@@ -268,13 +268,13 @@ def fill_in(net, weights):
     """Copy the weights of another run into net, and say which parts begin anew, of other classes, say."""
     own = net.state_dict()
     fitting = {name: value for name, value in weights.items() if name in own and value.shape == own[name].shape}
-    foreign = weights.keys() - fitting.keys() - {"y_embedder.embedding_table.weight"}
+    foreign = weights.keys() - fitting.keys() - {"y_embedder.embedding_table.weight", "pos_embed"}
     refuse(foreign, f"--init: its weights do not fit this network ({', '.join(sorted(foreign)[:1])}): is it of "
            "another size, or are the images?")
     net.load_state_dict(fitting, strict=False)
     anew = own.keys() - fitting.keys()
     if anew:
-        print(f"--init: {', '.join(sorted(anew))} have no weights there, or of other classes; they begin anew")
+        print(f"--init: {', '.join(sorted(anew))} begin anew: it has none, or of other classes or sizes")
 
 def sampling_state(trainer):
     """What sampling needs of a run: tensors and plain Python values."""
@@ -474,7 +474,8 @@ class Recorder:
         if done or stop:
             self.bar.close()
         if stop and not done:
-            raise KeyboardInterrupt(f"stopped at step {step}; the same command, without --overwrite, goes on there")
+            raise KeyboardInterrupt(f"stopped at step {step}; the same command, without --overwrite, goes on "
+                                    f"{'there' if self.is_good() else 'from before numbers ceased to be finite'}")
 
     def is_good(self):
         """What is saved is good: a step that was finite came last, and the weights that it made have a finite loss."""
@@ -831,7 +832,7 @@ def announce(options, config, folder, step, counts, device):
     windows = [f"{min(1 / (1 - d), (10 + options.steps) / 9):.0f}" for d in options.ema]
     need = 24 * model.count_parameters(config)            # weights, gradients, two moments, two averages
     need += (50 if options.compile else 130) * options.micro_batch * size_of(config)           # as measured
-    print(f"{folder}: {'as --init' if options.init else options.model} with {model.count_parameters(config):,} "
+    print(f"{folder}: {'sizes as --init' if options.init else options.model} with {model.count_parameters(config):,} "
           f"parameters, patch {config.patch_size}, {config.in_context_len} context tokens; {counts['train']} images, "
           f"{counts['val']} held out; step {step} to {options.steps}, batch {options.batch_size}, "
           f"lr {options.lr:.2g}, {options.amp}, {device}{' compiled' * options.compile}"

@@ -220,7 +220,7 @@ def parse_labels(text, num, classes, num_classes):
         as_id = number.isdecimal() and (number != name or not any(map(str.isdecimal, classes)))
         label = classes.index(name) if name in classes else int(number) if as_id else -1
         refuse(not 0 <= label < num_classes, f"--labels: {name!r} is not a class; ids: id:0 to id:{num_classes - 1}, "
-               f"names are {', '.join(classes[:12]) or 'not known'}")
+               f"names are {', '.join(classes[:12]) or 'not known'} (one with a comma in quotes)")
         ids.append(label)
     return [ids[i % len(ids)] for i in range(num)]
 
@@ -250,7 +250,7 @@ def check_folder(out, record, overwrite):
     """
     ours = (out / "samples.json").exists()
     if out.exists():
-        data.only_ours(out, SAMPLE_FILES if ours else ("*.jit-part",), "choose another --out")
+        data.only_ours(out, SAMPLE_FILES if ours else ("*.jit-part", ".*.lock"), "choose another --out")
     if not ours:
         return 0
     old = asdict(Settings()) | data.load_json(out / "samples.json", weights=str, labels=list)  # may lack a setting

@@ -304,20 +304,20 @@ def train_classifier(images, labels, classes, device):
     return net.eval()
 
 def remembered(path, make):
-    """The arrays that make() returned once, {name: array}, kept in an .npz file with their fingerprint.
+    """The arrays that make() returned once, {name: array}, kept in an .npz file with its name and their fingerprint.
 
     Files that save time and nothing else: one that does not fit is made again; where it cannot be, a warning will do.
     """
     if path.exists():
         with suppress(Exception), np.load(path, allow_pickle=False) as file:   # zip, zlib, numpy have their own errors
             arrays = dict(file)
-            if arrays.pop("fingerprint") == model.fingerprint(arrays):
+            if arrays.pop("fingerprint") == path.name + model.fingerprint(arrays):
                 return arrays
         model.warn(f"{path} is damaged, or of another version; making it again")
     arrays = make()
     try:
         with data.whole(path) as part, open(part, "wb") as file:
-            np.savez(file, **arrays, fingerprint=model.fingerprint(arrays))
+            np.savez(file, **arrays, fingerprint=path.name + model.fingerprint(arrays))
     except OSError as error:
         model.warn(f"{path} is not kept ({error})")
     return arrays
@@ -383,7 +383,7 @@ class ImageSet:
             files = data.list_images(path) if path.is_dir() else []
             if not files:
                 raise ValueError(f"no images at {path}: make samples (python 04_sample.py) or data first, or give "
-                                 "another --samples, --run or --reference")
+                                 "another --samples, --run or --reference: a folder of images or a file NAME.npz")
             self.images = ImageFiles(files)
             if (path / "samples.json").exists():
                 self.record = data.load_json(path / "samples.json", labels=list, classes=list)
@@ -422,8 +422,8 @@ def check_statistic(path, name, content):
     good = value.shape == shape and value.dtype.kind in "fiu" and np.isfinite(value).all() and (
         name != "n" or value >= 0)
     if good and name[0] == "s":
-        spread = np.linalg.norm(value.astype(float), "nuc")                    # the trace, if no variance is negative
-        good = np.allclose(value, value.T) and spread <= 1.001 * np.trace(value, dtype=float)
+        variances = np.linalg.eigvalsh(value.astype(float))                    # ascending
+        good = np.allclose(value, value.T) and variances[0] >= -0.001 * variances[-1]          # as coarse as float16
     if not good:
         raise ValueError(f"{path}: {name} is {value.dtype} {value.shape}; mu must be (D,), sigma (D,D), symmetric "
                          "and without negative variances, n one number, all of them finite")
@@ -502,7 +502,9 @@ def score(samples, real, net, options, digest, device):
         result |= {"n_floor": len(rows), "class_accuracy_real": float((floor["seen"] == held_out.labels[rows]).mean())}
         if real.split == "train":                         # else the floor is a part of the reference itself
             result["fd_floor"] = frechet("")(floor, reference)
-    if samples.labels is not None:
+    if samples.labels is None:
+        left_out["class_accuracy"] = "the samples have no labels, or of other classes"
+    else:
         result["class_accuracy"] = float((fake["seen"] == samples.labels).mean())
     return result
 

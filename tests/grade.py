@@ -30,7 +30,7 @@ import time
 import tokenize
 import xml.etree.ElementTree as ET
 import zipfile
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -70,8 +70,11 @@ def read_script(submission, name):
 def run_tests(place, number):
     """A process of its own: the tests of an exercise in the folder `place`, where they leave output.txt and report.xml."""
     os.setsid()                                           # whatever it starts can be ended with it
-    os.chdir(place)
-    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
+    try:
+        os.chdir(place)
+        output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
+    except FileNotFoundError:                             # grade.py was stopped in starting this process
+        os._exit(1)
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.dont_write_bytecode = True
@@ -181,28 +184,44 @@ def judge(head):
         return sees, lowest("my_head.py,blind.py", "blind")
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
-def refuse_foreign(path):
-    """Raise ValueError if something lies at `path` that grade.py did not write: its .json begin with the score, its list names exercises."""
+def check_place(path):
+    """Raise ValueError if something lies at `path` that grade.py did not write: its .json begin with the score, its list names exercises.
+
+    Raises OSError if nothing can be written there: better now than after the grading.
+    """
     text = path.read_text(errors="replace") if path.is_file() else ""
     head = text.partition("\n")[0].split(",")
     ours = text.startswith('{\n "score": ') or head[:2] == ["name", "total"] and {*head[2:]} & {exercise.name for exercise in EXERCISES}
     if path.exists() and not ours:
         raise ValueError(f"{path} is there, and grade.py did not write it: give another --out")
+    with whole(path, replace=False):
+        pass
 
-def write(path, text):
+@contextmanager
+def whole(path, replace=True):
+    """with whole(path) as file: write a text, which then takes its place; never half of it."""
     part = path.with_name(path.name + ".jit-part")
     part.unlink(missing_ok=True)                          # if it is a link, what it leads to is not ours
-    part.write_text(text)
-    os.replace(part, path)
+    try:
+        with open(part, "w", newline="") as file:
+            yield file
+        if replace:
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+def write(path, results):
+    with whole(path) as file:
+        file.write(json.dumps(results, indent=1))
 
 def grade_one(submission, exercises, limit, out):
     """Print the points of one submission and write results.json."""
-    refuse_foreign(out)
+    check_place(out)
     [(_, results)] = grade([submission], exercises, limit)
-    write(out, json.dumps(results, indent=1))
     for test in results["tests"]:
         print(f"{test['number']:>2} {test['name']:<11}{test['score']:>6g} of {test['max_score']:>2}   {test['output']}".replace("\n", "\n" + " " * 25).rstrip())
-    print(f"{results['score']:g} of {sum(exercise.points for exercise in exercises)} points: {out}")
+    print(f"{results['score']:g} of {sum(exercise.points for exercise in exercises)} points: {out}", flush=True)
+    write(out, results)
 
 def grade_class(folder, exercises, limit, out):
     """Print a line for each submission in the folder, and write a .json each and points.csv to the folder `out`."""
@@ -213,21 +232,24 @@ def grade_class(folder, exercises, limit, out):
         raise ValueError(f"--out {out}: there lie the submissions, give another folder")
     out.mkdir(exist_ok=True)
     for name in ("points.csv", *(f"{path.name}.json" for path in submissions)):
-        refuse_foreign(out / name)
-    rows = []
+        check_place(out / name)
+    rows, lost = [], None
     for submission, results in grade(submissions, exercises, limit):
         name = submission.name.encode(errors="replace").decode()           # letters of another encoding
-        write(out / f"{submission.name}.json", json.dumps(results, indent=1))
         rows.append([name, results["score"], *(test["score"] for test in results["tests"])])
         failed = {test["name"]: test["output"] for test in results["tests"] if test["status"] == "failed"}
         said = set(failed.values())
         reason = said.pop().partition("\n")[0] if len(said) == 1 else ", ".join(failed)
         line = f"{name:<24}{results['score']:>6g} of {sum(exercise.points for exercise in exercises)}   {reason}".rstrip()
         print(line.encode(errors="replace").decode(), flush=True)
-    (out / "points.csv.jit-part").unlink(missing_ok=True)
-    with open(out / "points.csv.jit-part", "w", newline="") as file:
+        try:
+            write(out / f"{submission.name}.json", results)
+        except OSError as error:                          # a full disk, say: the others are graded, and shown, all the same
+            lost = error
+    with whole(out / "points.csv") as file:
         csv.writer(file).writerows([["name", "total", *(exercise.name for exercise in exercises)], *sorted(rows)])
-    os.replace(out / "points.csv.jit-part", out / "points.csv")
+    if lost:
+        raise lost
     print(f"{len(rows)} submissions: {out / 'points.csv'}")
 
 def main(arguments):

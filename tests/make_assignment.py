@@ -14,12 +14,14 @@ With a part, hand out mix with conversion and euler with heun: each shows the ot
 """
 import argparse
 import ast
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import textwrap
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -201,6 +203,17 @@ def copy(names, out):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, out / name)
 
+@contextmanager
+def new_folder(out):
+    """with new_folder(out) as part: fill the folder `part`, which then is moved to `out`.  Raises ValueError."""
+    if out.exists():
+        raise ValueError(f"{out} exists: give a new folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
+        part = Path(temporary) / out.name
+        yield part
+        os.replace(part, out)
+
 def gradescope(out, exercises):
     """Write what belongs into Gradescope's autograder.zip to the new folder `out`.  Raises ValueError."""
     copy(GRADER, out)
@@ -261,7 +274,8 @@ def main(arguments):
     try:
         exercises = choose(options.exercises)
         if options.gradescope:
-            gradescope(options.gradescope, exercises)
+            with new_folder(options.gradescope) as part:
+                gradescope(part, exercises)
         elif options.solutions:
             if options.solutions.exists():
                 raise ValueError(f"{options.solutions} exists: give a new file")
@@ -271,9 +285,12 @@ def main(arguments):
             with open(options.solutions, "x") as file:
                 file.write(sheet)
         else:
-            make(options.out, exercises)
+            with new_folder(options.out) as part:
+                make(part, exercises)
     except (ValueError, OSError) as error:
         return print(f"make_assignment.py: error: {error}", file=sys.stderr) or 1
+    except KeyboardInterrupt:
+        return print("make_assignment.py: stopped", file=sys.stderr) or 130
     told = "the solutions" if options.solutions else "zip its contents" if options.gradescope else f"listed in {options.out}/tests/EXERCISES.md"
     print(f"{options.out or options.solutions or options.gradescope}: {len(exercises)} exercise{'s' * (len(exercises) > 1)}, {sum(e.points for e in exercises)} points, "
           f"{sum(e.minutes for e in exercises)} minutes; {told}")

@@ -53,7 +53,7 @@ def flat(node):
     return " ".join(ast.unparse(node).split())
 
 # what gives a solution away: of the bodies, and of their second implementations in the other tests
-TELLTALES = (r"view_as_complex", r"_foreach_lerp", r"lerp_\(", r"eigvals", r"2020\)\.permutation\(n\)", r"swapped \* sin", r"null \+ w \*",
+TELLTALES = (r"view_as_complex", r"_foreach_lerp", r"lerp_\(", r"eigvalsh\(R", r"2020\)\.permutation\(n\)", r"swapped \* sin", r"null \+ w \*",
              r"\(1 - decay\)", r"gate1 \*", r"modulate\([^(]*norm1", r"scaler\.scale\(", r"Image\.BICUBIC")
 
 def test_nothing_that_solves_travels(tmp_path):
@@ -316,8 +316,35 @@ def test_a_head_is_judged(tmp_path, monkeypatch, capsys):
 def test_marks_are_not_written_through_a_link(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     (tmp_path / "a.json.jit-part").symlink_to("thesis.txt")
-    grade.write(tmp_path / "a.json", "{}")
+    grade.write(tmp_path / "a.json", {})
     assert (tmp_path / "thesis.txt").read_text() == "mine" and (tmp_path / "a.json").read_text() == "{}"
+
+def test_a_full_disk_loses_no_points(tmp_path, monkeypatch, capsys):
+    test = {"number": "2", "name": "mix", "score": 4, "max_score": 4, "status": "passed", "output": ""}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(grade, "grade", lambda submissions, *_: [(submission, {"score": 4, "execution_time": 1, "tests": [test]}) for submission in submissions])
+    monkeypatch.setattr(grade.json, "dumps", lambda *_, **more: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    for name in ("ada", "class/bob", "class/eve"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "ada/02_model.py").write_text("")
+    assert grade.main(["ada", "--exercises", "mix"]) == 1
+    said = capsys.readouterr()
+    assert "4 of 4 points" in said.out and "No space left" in said.err and not list(tmp_path.glob("*.json*"))
+    assert grade.main(["class", "--exercises", "mix", "--out", "marks"]) == 1
+    said = capsys.readouterr()
+    assert "bob" in said.out and "eve" in said.out and "No space left" in said.err
+    assert [path.name for path in (tmp_path / "marks").iterdir()] == ["points.csv"] and (tmp_path / "marks/points.csv").read_text().count(",4") == 4
+
+def test_an_assignment_is_whole_or_not_there(tmp_path, monkeypatch, capsys):
+    copied, copy = [], make_assignment.shutil.copy
+    def full(old, new):
+        copied.append(new)
+        if len(copied) > 3:
+            raise KeyboardInterrupt if len(copied) > 4 else OSError(28, "No space left on device")
+        copy(old, new)
+    monkeypatch.setattr(make_assignment.shutil, "copy", full)
+    for code, said in ((1, "No space left"), (130, "make_assignment.py: stopped")):
+        assert make_assignment.main([str(tmp_path / "out")]) == code and said in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 def test_a_script_that_python_does_not_start_has_no_points(tmp_path):
     """Imported, a letter of another encoding in a comment passes."""

@@ -437,6 +437,7 @@ def test_classes_have_the_names_of_classes_txt(there, capsys):
     assert pack("--name", "deep") == 0 and "1 files are left out, of other kinds, hidden, or in other folders, as in/n01/classes.txt" in capsys.readouterr().out
     Path("in/n01/classes.txt").unlink()
     assert data.called(["cat", "dog"], "cat\ndog\n") == ["cat", "dog"]          # names alone
+    assert data.called([], "cat\ndog\n") == []           # images without class folders
     os.chdir("in")
     Path("classes.txt").unlink()
     assert call(data, "--source", "folder", "--root", ".", "--size", 16, "--name", "here") == 0 and "left out" not in capsys.readouterr().out
@@ -1249,9 +1250,10 @@ def test_whole_lines_about_data_sets(there, capsys):
 def test_whole_lines_about_folders(there, capsys):
     folder(Path("in"), ("cat", "dog"), count=2)
     Path("in/train/eel").mkdir()
-    assert said(data.list_classes, Path("in/train")) == "in/train/eel holds no images (JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM, and not hidden): add some, or move it"
+    assert said(data.list_classes, Path("in/train")) == ("in/train/eel holds no images (JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM; what is hidden, packed data sets, data/ and runs/ of the working directory "
+                                                         "do not count): add some, or move it")
     photo().save("in/train/a.png")
-    assert said(data.list_classes, Path("in/train")) == "in/train holds class folders and 1 loose images (in/train/a.png, ...): put them into a class, or elsewhere"
+    assert said(data.list_classes, Path("in/train")) == "in/train holds class folders (cat, ...) and 1 loose images (in/train/a.png, ...): put them into a class, or elsewhere"
     assert said(data.list_folder, Path("gone/x"), 0.1, 0) == "--root gone/x is not a folder"
     folder(Path("odd"), ("cat",), splits=("Train", "Test")), folder(Path("odd/Train"), ("fox",), splits=None)
     assert said(data.list_folder, Path("odd"), 0.1, 0) == "odd/Train and odd/Test must hold the same class folders; fox is in one only (ImageNet's val/ comes without: sort it)"
@@ -1320,6 +1322,15 @@ def test_a_file_that_comes_while_a_set_is_packed_stays(there):
     with pytest.raises(ValueError, match="data/shapes holds notes.txt, which this script did not write"), data.new_set(Path("data/shapes")) as part:
         (part / "meta.json").write_text("{}"), Path("data/shapes/notes.txt").write_text("mine")
     assert Path("data/shapes/notes.txt").read_text() == "mine" and Path("data/shapes/train_images.npy").read_bytes() == before and not part.exists()
+
+def test_a_set_on_a_disk_of_its_own_stays(there, monkeypatch, capsys):
+    assert call(data, "--size", 16, "--count", 100, "--workers", 1) == 0
+    before = Path("data/shapes/train_images.npy").read_bytes()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == Path("data/shapes"))
+    assert call(data, "--size", 16, "--count", 100, "--seed", 1, "--workers", 1, "--overwrite") == 2
+    assert "data/shapes cannot be replaced, a disk is mounted there: choose --name or --out" in capsys.readouterr().err
+    assert data.open_data("data/shapes") and Path("data/shapes/train_images.npy").read_bytes() == before and not list(Path("data").glob(".*partial"))
+    assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--name", "new") == 0
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_full_disk_under_the_screens_log_ends_nothing(monkeypatch, terminal):

@@ -262,8 +262,9 @@ def test_offline_score(scored, capsys):
         assert call(evaluate) == 0 and f"{cache} is damaged, or of another version" in capsys.readouterr().err
     state = dict(np.load(classifier))
     state["head.bias"] += 1                               # another classifier has statistics of its own
-    state["fingerprint"] = model.fingerprint({name: value for name, value in state.items() if name != "fingerprint"})
+    state["fingerprint"] = classifier.name + model.fingerprint({name: value for name, value in state.items() if name != "fingerprint"})
     np.savez(classifier, **state)
+    capsys.readouterr()
     before = len(list(Path("data/shapes").glob("statistics-*.npz")))
     assert call(evaluate) == 0 and len(list(Path("data/shapes").glob("statistics-*.npz"))) == before + 1
 
@@ -414,7 +415,7 @@ def test_a_curve_runs_over_the_settings_in_order(there, monkeypatch):
 def test_labels_of_other_classes_are_not_judged(scored):
     record = json.loads(Path("runs/shapes/samples/samples.json").read_text())
     Path("runs/shapes/samples/samples.json").write_text(json.dumps({**record, "classes": record["classes"][::-1]}))
-    assert call(evaluate, "--metrics", "fd") == 0 and "class_accuracy" not in json.loads(Path("runs/shapes/metrics.json").read_text())
+    assert call(evaluate, "--metrics", "fd") == 0 and (scores := json.loads(Path("runs/shapes/metrics.json").read_text())) and "class_accuracy" not in scores and scores["left_out"] == {"class_accuracy": "the samples have no labels, or of other classes"}
 
 def test_a_data_set_packed_again_is_said(scored, capsys):
     shutil.copytree("data/shapes", "mine")
@@ -515,6 +516,12 @@ def test_statistics_are_cached_by_weights_and_data(work):
     assert np.array_equal(first["mu"], same["mu"]) and np.allclose(other["mu"], 2 * first["mu"])
     real.record["id"] = "packed anew"
     assert np.allclose(evaluate.describe_reference(real, nets[1], "a", "cpu", 50)["mu"], 2 * first["mu"])
+
+def test_a_cache_is_that_of_its_name(there, capsys):
+    assert evaluate.remembered(Path("val.npz"), lambda: {"a": np.ones(3)})["a"].sum() == 3
+    Path("val.npz").rename("train.npz")
+    assert evaluate.remembered(Path("train.npz"), lambda: {"a": np.zeros(3)})["a"].sum() == 0 and "train.npz is damaged, or of another version" in capsys.readouterr().err
+    assert evaluate.remembered(Path("train.npz"), None)["a"].sum() == 0 and not capsys.readouterr().err
 
 def test_a_set_of_one_image_only_can_be_a_reference(there):
     """Its covariance is rounding, negative at times."""
@@ -635,6 +642,17 @@ def test_a_covariance_is_symmetric(there):
     for name, words in (("minus", "sigma is .* negative variances"), ("two_n", "n is int64"), ("less", "n is int64")):
         with pytest.raises(ValueError, match=words):
             evaluate.ImageSet(f"{name}.npz")
+    wide = np.eye(500)                                    # a variance of -0.2 among 499 good ones
+    wide[0, 0] = -0.2
+    np.savez("wide.npz", mu=np.zeros(500), sigma=wide)
+    with pytest.raises(ValueError, match="sigma is .* negative variances"):
+        evaluate.ImageSet("wide.npz")
+    np.savez("one.npz", mu=np.zeros(1), sigma=np.eye(1))
+    assert evaluate.ImageSet("one.npz").statistics["sigma"] == 1
+    f = np.random.default_rng(0).normal(1, 1, (50, 400))  # of fewer images than numbers, rounded: some variances are a little below zero
+    for kind in (np.float16, np.float32):
+        np.savez("rounded.npz", mu=f.mean(axis=0).astype(kind), sigma=np.cov(f.T).astype(kind))
+        assert evaluate.ImageSet("rounded.npz").statistics["mu"].dtype == kind
     np.savez("same.npz", mu=np.zeros(2), sigma=np.zeros((2, 2), np.float16))           # of equal images
     assert not evaluate.ImageSet("same.npz").statistics["sigma"].any()
     np.savez("spatial.npz", mu=np.zeros(2), sigma=np.eye(2), mu_s=np.zeros(2), sigma_s=np.array([[1.0, 0.5], [0.0, 1.0]]))

@@ -203,12 +203,16 @@ def test_init_that_does_not_fit_is_refused_in_one_line(work, capsys):
     capsys.readouterr()
     for more, words in ((["--init", "nowhere"], "no checkpoint"), (["--init", "jit", "--hidden-size", 64], "do not fit this network"), (["--init", "jit", "--patch-size", 4], "do not fit this network"),
                         (["--init", "jit", "--experiment", "dit"], "do not fit this network"), (["--init", ""], "an argument is empty"),
-                        (["--init", "jit", "--data", "big"], "do not fit this network (pos_embed"), (["--init", "jit", "--experiment", "one_step", "--aux", "time"], "no auxiliary head"),
+                        (["--init", "jit", "--data", "big", "--patch-size", 16], "do not fit this network (final_layer"), (["--init", "jit", "--experiment", "one_step", "--aux", "time"], "no auxiliary head"),
                         (["--experiment", "one_step,paths"], "linear path")):
         assert call(train, *more, "--batch-size", 8, "--run", "new") in (1, 2)
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and words in error, error
     assert not Path("runs/new").exists()
+    assert call(train, "--init", "jit", "--data", "big", "--batch-size", 8, "--steps", 1, "--amp", "off", "--no-compile", "--run", "large") == 0
+    assert "pos_embed begin anew" in capsys.readouterr().out                   # more patches of the same size: the table of positions is no weight
+    grown = model.read_checkpoint("runs/large/checkpoint.pt")
+    assert torch.equal(grown["model"]["pos_embed"], model.position_table(32, 4)) and grown["config"]["patch_size"] == 8
 
 def test_fine_tuning_on_other_classes_makes_the_label_table_anew(work, capsys):
     assert call(train, *TINY_FLAGS, "--steps", 3, "--run", "jit") == 0

@@ -576,7 +576,7 @@ def test_what_the_probe_looks_at(monkeypatch):
 
 def test_options_of_the_coders():
     assert {e.name: (e.default, e.metadata["within"]) for e in dataclasses.fields(rae.Options)} == {
-        "data": ("shapes", "(-inf, inf)"), "name": (None, "(-inf, inf)"), "steps": (800, "[1, inf)"), "seed": (0, "[0, inf)"), "out": (Path("data"), "(-inf, inf)"),
+        "data": ("shapes", "(-inf, inf)"), "name": (None, "(-inf, inf)"), "steps": (800, "[1, inf)"), "seed": (0, "[0, 1e18]"), "out": (Path("data"), "(-inf, inf)"),
         "overwrite": (False, "(-inf, inf)"), "weights": (None, "(-inf, inf)")}
     assert {e.name: e.default for e in dataclasses.fields(reg.Options)}["encoder"] == "shapes-rae"
     with pytest.raises(ValueError, match="pack them at another --size, such as 64$"):

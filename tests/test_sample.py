@@ -514,7 +514,7 @@ def test_little_noise_is_shown_as_it_is(there, monkeypatch):
     assert np.array_equal(drawn[0][0][0], model.to_pictures(sample.noise_for([0], (3, 16, 16), 0, 0.5))[0])
 
 def test_a_wrong_label_is_told_the_names():
-    for names, known in ((["ring", "star"], "names are ring, star"), ([], "names are not known")):
+    for names, known in ((["ring", "star"], "names are ring, star (one with a comma in quotes)"), ([], "names are not known")):
         with pytest.raises(data.UsageError, match=f"ids: id:0 to id:1, {known}$"):
             sample.parse_labels("moon", 1, names, 2)
 
@@ -698,7 +698,7 @@ def test_whole_lines_about_sampling(run, capsys):
         assert str(error.value) == f"solver {solver!r}, {steps} steps: give one of heun, euler, ddim, ddpm, and at least 1 step"
     with pytest.raises(data.UsageError) as error:
         sample.parse_labels("ring,moon", 2, ["ring", "star"], 2)
-    assert str(error.value) == "--labels: 'moon' is not a class; ids: id:0 to id:1, names are ring, star"
+    assert str(error.value) == "--labels: 'moon' is not a class; ids: id:0 to id:1, names are ring, star (one with a comma in quotes)"
     draw("deep/a", "--seed", 5, num=3)
     assert capsys.readouterr().out == "deep/a: 3 images, heun 4 steps, shift 1, w 2.0, seed 5: deep/a-grid.png\n"
     assert call(sample, "--run", "r", "--trajectory", "--steps", 1, "--amp", "off") == 0 and capsys.readouterr().out == "look at runs/r/trajectory.png\n"

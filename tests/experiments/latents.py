@@ -137,7 +137,7 @@ class Options:
     data: str = option("shapes", "the packed pixels, data/NAME, or a folder")
     name: str = option(None, "the latent set's name (default: that of the pixels and of the coder, as shapes-vae)")
     steps: int = option(800, "training of each part of the coder", "[1, inf)")
-    seed: int = option(0, "of the coder's weights and batches", "[0, inf)")
+    seed: int = option(0, "of the coder's weights and batches", "[0, 1e18]")
     out: Path = option(Path("data"), "folder of data sets")
     overwrite: bool = option(False, "replace a data set of this name")
 
