@@ -34,7 +34,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 try:
@@ -127,13 +127,6 @@ def arc(radius, start=0.0, stop=2.0, y=0.0):
     angles = np.pi * np.linspace(start, stop, 64)
     return np.column_stack([radius * np.cos(angles), radius * np.sin(angles) + y])
 
-def spikes(count, inner):
-    """A star with `count` spikes, the first one up; inner = radius between them."""
-    places = np.arange(2 * count)
-    angles = np.pi * (places / count - 0.5)
-    radius = np.where(places % 2, inner, 1.0)
-    return np.column_stack([radius * np.cos(angles), radius * np.sin(angles)])
-
 def heart():
     """The well-known heart curve, scaled to the unit circle."""
     a = np.linspace(0, 2 * np.pi, 64)
@@ -145,23 +138,24 @@ def mirrored(text):
     points = np.array([point.split(",") for point in text.split()], float)
     return np.concatenate([points, points[::-1] * [-1, 1]])
 
-SHAPES = {  # name: (outline, hole or None)
-    "circle": (arc(0.88), None),
-    "square": (mirrored("0.8,-0.8  0.8,0.8"), None),
-    "triangle": (mirrored("0,-0.85  0.87,0.65"), None),
-    "star": (spikes(5, 0.45), None),
-    "heart": (heart(), None),
-    "cross": (mirrored("0.31,-0.95  0.31,-0.31  0.95,-0.31  0.95,0.31  0.31,0.31  0.31,0.95"), None),
-    "moon": (arc(1.0), arc(0.8, y=-0.5)),
-    "arrow": (mirrored("0,-1  0.85,0  0.35,0  0.35,1"), None),
-    "ring": (arc(0.92), arc(0.5)),
-    "drop": (np.concatenate([[(0, -1.1)], arc(0.68, -0.2, 1.2, y=0.35)]), None),
+SHAPES = {  # name: outline, and the hole in it if there is one
+    "circle": [arc(0.88)],
+    "square": [mirrored("0.8,-0.8  0.8,0.8")],
+    "triangle": [mirrored("0,-0.85  0.87,0.65")],
+    "star": [mirrored("0,-1  0.26450336,-0.36405765  0.95105652,-0.30901699  0.42797543,0.13905765  "
+                      "0.58778525,0.80901699  0,0.45")],                       # five spikes, radius 0.45 between them
+    "heart": [heart()],
+    "cross": [mirrored("0.31,-0.95  0.31,-0.31  0.95,-0.31  0.95,0.31  0.31,0.31  0.31,0.95")],
+    "moon": [arc(1.0), arc(0.8, y=-0.5)],
+    "arrow": [mirrored("0,-1  0.85,0  0.35,0  0.35,1")],
+    "ring": [arc(0.92), arc(0.5)],
+    "drop": [np.concatenate([[(0, -1.1)], arc(0.68, -0.2, 1.2, y=0.35)])],
 }
 
 def draw_shape(seed, index, size):
     """Image `index`, (size,size,3) uint8, of class index % 10: a function of (seed, index) alone."""
     rng = np.random.default_rng((seed, index))
-    outline, hole = list(SHAPES.values())[index % len(SHAPES)]
+    outlines = list(SHAPES.values())[index % len(SHAPES)]
     radius = size * rng.uniform(0.34, 0.42)
     turn = math.radians(rng.uniform(-8, 8))
     centre = size * (0.5 + rng.uniform(-0.05, 0.05, 2))
@@ -174,10 +168,9 @@ def draw_shape(seed, index, size):
     fine = 4                                              # drawn four times larger, then averaged: smooth edges
     mask = Image.new("L", [size * fine] * 2)
     rotation = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
-    for points, level in ((outline, 255), (hole, 0)):
-        if points is not None:
-            placed = (points @ rotation * radius + centre) * fine
-            ImageDraw.Draw(mask).polygon(placed.ravel().tolist(), fill=level)
+    for points, level in zip(outlines, (255, 0)):         # the shape, then the hole
+        placed = (points @ rotation * radius + centre) * fine
+        ImageDraw.Draw(mask).polygon(placed.ravel().tolist(), fill=level)
     cover = np.asarray(mask.reduce(fine))[..., None] / 255
     image = background + cover * (foreground - background)
     return (image * 255 + 0.5).astype(np.uint8)
@@ -185,27 +178,22 @@ def draw_shape(seed, index, size):
 # ---- Source "folder": find the files, and read them as the eye would see them ----------------------------------------
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
-TURNS = dict(enumerate((Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM, Image.TRANSPOSE,
-                        Image.ROTATE_270, Image.TRANSVERSE, Image.ROTATE_90), 2))              # EXIF's -> upright
 
 def to_rgb(image):
     """A PIL image of 8 or 16 bits -> RGB: turned as its EXIF says, scaled to 8 bits, transparency on white."""
     image.load()                                          # subtle: Pillow turns TIFF files by itself, in loading them
-    turn = None
     with suppress(Exception):                             # a camera's odd entry does not spoil the picture
-        turn = image.getexif().get(0x0112)
+        ImageOps.exif_transpose(image, in_place=True)
     deep = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
-    tags = getattr(image, "tag_v2", {})                   # of a TIFF file: 258 bits, 262 what zero means
-    if image.mode in ("I", "F") and not deep or tags.get(258) == (12,):
-        raise ValueError(f"its pixels have neither 8 nor 16 bits ({image.mode})")
+    tags = getattr(image, "tag_v2", {})                   # of a TIFF file: 258 bits, 262 what zero means, 339 signs
+    if image.mode in ("I", "F") and not deep or tags.get(258) == (12,) or 2 in tags.get(339, ()):
+        raise ValueError(f"its pixels have neither 8 nor 16 bits, or a sign ({image.mode})")
     if deep:                                              # grey; subtle: convert("RGB") would cut it off at 255
-        grey = np.asarray(image).astype(np.float32)
+        grey = np.array(image, np.float32)
         if tags.get(262) == 0:                            # white is zero
             grey = 65535 - grey
         grey[grey == image.info.get("transparency")] = 65535
         image = Image.fromarray((grey / 257 + 0.5).astype(np.uint8))
-    if turn in TURNS:
-        image = image.transpose(TURNS[turn])
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")                           # ImageNet holds grey and CMYK files
@@ -231,6 +219,10 @@ def decode(path, size):
 
 HIDDEN = (".", "@", "#", "$", "__", "lost+found", "System Volume Information")        # of drives, networks and Macs
 
+def is_packed(folder):
+    """Is it a data set, and no folder of images?"""
+    return (folder / "train_images.npy").exists() and (folder / "meta.json").exists()
+
 def no_pictures(place):
     """Folders not looked into from `place`: data/ and runs/, where these scripts write, itself, and those above it."""
     here = place.resolve()
@@ -239,7 +231,7 @@ def no_pictures(place):
 def folders_in(place):
     """The folders in a folder, but for hidden ones, packed data sets, and those where these scripts write."""
     return sorted(entry for entry in place.iterdir()
-                  if entry.is_dir() and not entry.name.startswith(HIDDEN) and not (entry / "train_images.npy").exists()
+                  if entry.is_dir() and not entry.name.startswith(HIDDEN) and not is_packed(entry)
                   and entry.resolve() not in no_pictures(place))
 
 def every_file(folder):
@@ -253,7 +245,7 @@ def every_file(folder):
     seen = no_pictures(folder) - {folder.resolve()}
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         real = Path(parent).resolve()
-        if real in seen or "train_images.npy" in names:
+        if real in seen or is_packed(real):
             folders.clear()
             continue
         seen.add(real)
@@ -385,7 +377,7 @@ def unpack(archive, folder):
         if not folder.exists():
             with tarfile.open(archive) as tar:
                 tar.extractall(part, filter="data")
-            os.replace(part, folder)
+            part.replace(folder)
     return folder
 
 def read_cifar10(archive, names):
@@ -394,7 +386,7 @@ def read_cifar10(archive, names):
         raw = b"".join(tar.extractfile(f"cifar-10-batches-bin/{name}.bin").read() for name in names)
     records = np.frombuffer(raw, np.uint8).reshape(-1, 1 + 3072)
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return list(zip(images, records[:, 0].tolist()))
+    return list(zip(images, records[:, 0]))
 
 # ---- The sources: options -> (class names, make, {split: [(job, label)]}); make(job) is an image, or why there is none
 def shapes_source(options):
@@ -450,12 +442,12 @@ def refuse(bad, message):
     if bad:
         raise UsageError(message)
 
-def refuse_other(old, new, place, way):
+def refuse_other(old, new, place, advice):
     """Raise ValueError if what lies at `place`, made with the settings `old`, is not what `new` asks for."""
     for name in new:
         if old.get(name) != new[name]:
             raise ValueError(f"{place} was made with other settings ({name} {old.get(name)!s:.40}, now "
-                             f"{new[name]!s:.40}): {way}")
+                             f"{new[name]!s:.40}): {advice}")
 
 def flag(name):
     return "--" + name.replace("_", "-")
@@ -515,7 +507,7 @@ def parse(argv, description, *classes, shown={}):
         elif entry.type is list:
             how = {"nargs": "+"}
         group.add_argument(flag(name), help=help_text(about, default), **how)
-    refuse(any(re.fullmatch("(--[a-z-]+=)?", word) for word in argv or sys.argv[1:]),
+    refuse(any(re.fullmatch("(--[a-z-]+=)?", word) for word in (sys.argv[1:] if argv is None else argv)),
            "an argument is empty: leave its flag out, or is a variable not set?")
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
@@ -559,8 +551,8 @@ def asked_to_stop():
     subtle: Python may raise KeyboardInterrupt between any two steps, also while a lock is held; a pool then hangs.
     """
     asked = []
-    numbers = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)}       # Windows has no SIGHUP
-    before = {number: signal.signal(number, lambda *_: asked.append(1)) for number in numbers
+    signals = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)}       # Windows has no SIGHUP
+    before = {number: signal.signal(number, lambda *_: asked.append(1)) for number in signals
               if signal.getsignal(number) != signal.SIG_IGN}                                   # as nohup has it
     try:
         yield asked
@@ -576,7 +568,7 @@ def whole(path):
     part.unlink(missing_ok=True)                          # of a kill; if it is a link, what it leads to is not ours
     try:
         yield part
-        os.replace(part, path)
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -619,12 +611,8 @@ def in_parts(rows, size):
 
 @contextmanager
 def locked(path):
-    """Keep other processes of this machine from writing to the same path.  Raises ValueError if one does.
-
-    Yields the path; if it is a link, that of what it leads to.
-    """
+    """Keep other processes of this machine from writing to the same path.  Raises ValueError if one does."""
     refuse(not path.name, f"{path}: give this folder by its name, as ../NAME")
-    path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "a") as file:          # freed by the system, whatever ends us
         try:
@@ -632,13 +620,13 @@ def locked(path):
                 flock(file, LOCK_EX | LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing to {path}: wait for it, or stop it")
-        yield path
+        yield
 
-def only_ours(folder, patterns, way):
+def only_ours(folder, patterns, advice):
     """Raise ValueError if a folder that is about to be replaced holds more than files of these names."""
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() or not any(path.match(pattern) for pattern in patterns):
-            raise ValueError(f"{folder} holds {path.name}, which this script did not write: {way}")
+    for path in sorted(folder.iterdir()) if folder.exists() else ():
+        if path.is_dir() or not any(map(path.match, patterns)):
+            raise ValueError(f"{folder} holds {path.name}, which this script did not write: {advice}")
 
 class Progress(tqdm):
     """A tqdm bar on a terminal, elsewhere a line every half minute; the first process alone shows it."""
@@ -705,8 +693,8 @@ def class_picture(labels, names, image_of):
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
 SET_FILES = ("train_images.npy", "train_labels.npy", "val_images.npy", "val_labels.npy", "preview.png", "skipped.txt",
-             "coder.pt", "reconstructions.npz", "meta.json", "*.jit-part", ".*.lock", ".DS_Store",  # the last: a Mac's
-             "classifier-????????.*.npz", "statistics-*????????-????????.npz")           # the last two: 05's
+             "coder.pt", "reconstructions.npz", "meta.json", "*.jit-part", ".*.lock", ".DS_Store",  # of a Mac
+             "classifier-????????.*.npz", "statistics-*????????-????????.npz")           # 05's caches
 
 @dataclass
 class Options:
@@ -733,7 +721,7 @@ def keep_fraction(pairs, fraction, seed):
     return [pairs[i] for i in np.sort(order[:max(1, int(len(pairs) * fraction))])]
 
 def recipe_of(options, names, splits):
-    """What decides the content: the settings, the classes, and a digest of what the images are made of."""
+    """What decides the content: the settings, the classes, and a digest of the jobs: of files their names alone."""
     jobs = [str(job) for pairs in splits.values() for job, _ in pairs]
     settings = {name: getattr(options, name) for name in "source size fraction val_fraction seed".split()}
     return settings | {"classes": names, "files": f"{zlib.crc32(str(jobs).encode()):08x}"}
@@ -745,31 +733,30 @@ def new_set(folder):
 
     def look():
         for place in (part, folder):
-            if place.exists():
-                only_ours(place, SET_FILES, "nothing is touched; move it away, or choose --name or --out")
+            only_ours(place, SET_FILES, "nothing is touched; move it away, or choose --name or --out")
     look()
     refuse(os.path.ismount(folder), f"{folder} cannot be replaced, a disk is mounted there: choose --name or --out")
     shutil.rmtree(part, ignore_errors=True)               # left there by a kill
-    part.mkdir(parents=True)
+    part.mkdir()
     try:
         yield part
         look()                                            # hours may have passed
         for file in folder.glob("[!m]*"):                 # meta.json last: by it the next command knows what this is
             file.unlink()
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
+        part.replace(folder)
     except BaseException:
         shutil.rmtree(part)
         raise
 
-def build(options, folder, names, make, splits, pool):
+def build(options, folder, names, make, splits):
     """Pack all splits, check them, and draw the preview; returns how many images each has."""
     shape = (options.size, options.size, 3)
     need = sum(map(len, splits.values())) * math.prod(shape)
     free = shutil.disk_usage(folder.parent).free
     if need > free:
         raise ValueError(f"{folder} needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: make room, or pass --out")
-    with new_set(folder) as part:
+    with new_set(folder) as part, ThreadPoolExecutor(options.workers) as pool:
         counts = {}
         left_out = []
         for split, pairs in splits.items():
@@ -807,13 +794,15 @@ def already_packed(folder, recipe, overwrite):
 
 def main(argv=None):
     options = Options(**parse(argv, "Pack images into memory-mapped arrays.", Options))
+    folder = options.out / options.name
+    folder = folder.resolve() if folder.is_symlink() else folder               # a set on another disk
     names, make, splits = SOURCES[options.source](options)
     splits["train"] = keep_fraction(splits["train"], options.fraction, options.seed)
-    with locked(options.out / options.name) as folder, ThreadPoolExecutor(options.workers) as pool:
+    with locked(folder):
         if already_packed(folder, recipe_of(options, names, splits), options.overwrite):
             return print(f"{folder} is there, made with these settings of files with these names; nothing to do "
                          "(--overwrite packs it again)")
-        counts = build(options, folder, names, make, splits, pool)
+        counts = build(options, folder, names, make, splits)
     print(f"{folder}: {counts['train']} training and {counts['val']} held-out images, {options.size} x {options.size}, "
           f"{len(names)} classes ({textwrap.shorten(', '.join(names), 90) or 'no labels'}); "
           f"look at {folder / 'preview.png'}")

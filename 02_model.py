@@ -171,9 +171,9 @@ class PatchEmbed(nn.Module):
 def position_table(hidden, side):
     """Fixed 2-D sine-cosine positions (1,N,D): half the channels from the column, half from the row (as MAE, DiT)."""
     omega = 10000 ** -(torch.arange(hidden // 4, dtype=torch.float64) / (hidden / 4))              # D/4
-    rows, cols = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    across = cols.reshape(-1, 1) * omega                                                           # N D/4
-    down = rows.reshape(-1, 1) * omega                                                             # N D/4
+    place = torch.arange(side * side)[:, None]            # row by row                             # N 1
+    across = place % side * omega                                                                  # N D/4
+    down = place // side * omega                                                                   # N D/4
     return torch.cat([across.sin(), across.cos(), down.sin(), down.cos()], dim=1).float()[None]    # 1 N D
 
 def rotary_table(head_dim, side, context):
@@ -183,13 +183,12 @@ def rotary_table(head_dim, side, context):
     The first half of a head's channels turns with the row, the second with the column; context tokens do not turn.
     """
     freq = 10000 ** -(torch.arange(0, head_dim // 2, 2) / (head_dim // 2))                         # d/4
-    rows, cols = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    angles = torch.cat([rows.reshape(-1, 1) * freq, cols.reshape(-1, 1) * freq], dim=1)            # N d/2
+    place = torch.arange(side * side)[:, None]                                                     # N 1
+    angles = torch.cat([place // side * freq, place % side * freq], dim=1)                         # N d/2
     angles = torch.cat([torch.zeros(context, head_dim // 2), angles])                              # L d/2
-    cos = angles.cos()
-    sin = angles.sin()
-    pairs = torch.stack([cos, cos, -sin, sin]).unflatten(0, (2, 2))                                # 2 2 L d/2
-    return pairs.movedim(1, -1).flatten(-2)[:, :, None]                                            # 2 L 1 d
+    angles = angles.repeat_interleave(2, dim=1)           # a0 a0 a1 a1 ...                        # L d
+    sign = torch.tensor([-1, 1]).repeat(head_dim // 2)    # - + - + ...                            # d
+    return torch.stack([angles.cos(), sign * angles.sin()])[:, :, None]                            # 2 L 1 d
 
 def rotate(x, cos, sin):
     """Turn each pair of adjacent channels of x (B,L,h,d) by its angle: (x0 cos - x1 sin, x1 cos + x0 sin).
@@ -394,9 +393,9 @@ def velocity_target(x, e, t):
     return x - e
 
 def conversion(kind, to, t, t_eps=T_EPS):
-    """A prediction of one kind ("x", "e", "v") is an affine map of another:  to = u * value + w * z.     (JiT Table 1)
+    """A prediction of one kind ("x", "e", "v") is an affine map of another:  to = u * value + b * z.     (JiT Table 1)
 
-    Returns (u, w), each shaped like t.  Denominators are clamped at t_eps from below; from v nothing is divided.
+    Returns (u, b), each shaped like t.  Denominators are clamped at t_eps from below; from v nothing is divided.
     Since z is known, a squared error in the space `to` is u^2 times the one in the space `kind`: choosing the space of
     the loss is choosing a weight over t.  For x to v that weight is 1 / (1-t)^2.
     """
@@ -444,8 +443,8 @@ PATHS = {"linear": SimpleNamespace(mix=mix, velocity_target=velocity_target, con
 
 def convert(value, kind, to, z, t, path="linear", t_eps=T_EPS):
     """Turn a prediction of one kind into another, in fp32, on any path.  value, z: (B,...).  t: (B,)."""
-    u, w = PATHS[path].conversion(kind, to, t, t_eps)
-    return expand(u, z) * value + expand(w, z) * z
+    u, b = PATHS[path].conversion(kind, to, t, t_eps)
+    return expand(u, z) * value + expand(b, z) * z
 
 # ---- Auxiliary heads: a second question put to the tokens, in training only          (Improved JiT, section 3.3) ----
 class AuxHead(nn.Module):
@@ -465,7 +464,7 @@ class AuxHead(nn.Module):
         return batch
 
     def loss(self, answer, batch):
-        return torch.zeros((), device=batch["t"].device)
+        return batch["t"].new_zeros(())
 
 class PooledHead(AuxHead):
     """Mean of the tokens -> Linear, SiLU, Linear.  departure: Improved JiT's text has one layer for the time."""
@@ -668,10 +667,10 @@ def load_network(path, ema=0, experiment=""):
         kind = NETWORKS[config.get("network", "jit")][0]
         net = build(kind(**config | {"aux": "none"}))
         weights = state["model"] if ema == -1 else averages[ema]
-        load_weights(net, {name.removeprefix("net."): value for name, value in weights.items()})
+        load_weights(net, weights)
     except MISFIT as error:
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
-        raise ValueError(f"{path} cannot be used: {kind}{str(error).strip().splitlines()[-1].strip()[:300]}")
+        what = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
+        raise ValueError(f"{path} cannot be used: {what}{str(error).strip().splitlines()[-1].strip()[:300]}")
     return net.eval(), info
 
 def fingerprint(arrays):
@@ -683,7 +682,7 @@ def fingerprint(arrays):
 
 def load_weights(net, weights):
     """Copy weights into net, all of them and no others.  Raises RuntimeError or ValueError that name a misfit."""
-    weights = {name: value for name, value in weights.items() if "rope" not in name}
+    weights = {name.removeprefix("net."): value for name, value in weights.items() if "rope" not in name}
     tables = {name: value for name, value in net.state_dict().items() if name.endswith("pos_embed")}
     net.load_state_dict(tables | weights)
     for name, value in weights.items():
@@ -720,8 +719,7 @@ def check_fields(self, given=None, where=""):
 
 def settings_for(cls, settings):
     """Those of the settings {name: value} that are fields of the dataclass."""
-    names = {entry.name for entry in fields(cls)}
-    return {name: value for name, value in settings.items() if name in names}
+    return {entry.name: settings[entry.name] for entry in fields(cls) if entry.name in settings}
 
 def folder_of(name, parent):
     """A bare name means parent/name; anything with a slash, and the dots, are paths."""
@@ -735,7 +733,7 @@ def device_and_processes(name=None):
     """
     places = [os.environ.get(variable, "") for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
     launched = any(places)
-    known = all(map(str.isdecimal, places)) and int(places[0]) < int(places[2])
+    known = all(map(str.isdecimal, places)) and int(places[0]) < int(places[2]) < 10**6
     refuse(launched and not known, "RANK, LOCAL_RANK and WORLD_SIZE are set, but not as by torchrun: unset them")
     rank, index, world = map(int, places) if launched else (0, 0, 1)
     kind = name or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -844,11 +842,7 @@ def chart(title, label, lines, log=False, width=480, height=320):
 
 def interleaved(columns):
     """[(images of one kind, images of another), ...], a pair per column -> rows: both kinds of each image, in turn."""
-    rows = []
-    for i in range(len(columns[0][0])):
-        for kind in range(2):
-            rows.append([column[kind][i] for column in columns])
-    return rows
+    return np.concatenate(np.swapaxes(columns, 0, 2))     # columns, 2, images, ... -> images, 2, columns, ... -> rows
 
 # ---- As a script: the table of sizes, and one batch with the shape after each step ----------------------------------
 def count_macs(config):

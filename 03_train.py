@@ -129,7 +129,7 @@ class Trainer:
         A step whose gradient is not finite counts, but leaves the weights as they are.
         """
         indices = self.indices()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         for index in indices:
             images, labels = next(feed)
             with self.summing(last=index == indices[-1]):
@@ -167,7 +167,7 @@ class Trainer:
         As in the paper, it is not clipped: Adam divides by the size of past gradients anyway.
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norm = torch.nn.utils.get_total_norm(gradients)
         self.log.add("grad_norm", norm)
         return norm
 
@@ -197,8 +197,8 @@ class Trainer:
 def grid_loss(out, batch, config, space):
     """Squared error of each image (B,) in the space "x", "e" or "v", of an output that is a config.pred, on any path.
 
-    By the book: convert prediction and truth, square the difference.  With to = u * value + w * z that is
-    (u out + w z - (u truth + w z))^2 = u^2 (out - truth)^2: z drops out, and the space is a weight over t.
+    By the book: convert prediction and truth, square the difference.  With to = u * value + b * z that is
+    (u out + b z - (u truth + b z))^2 = u^2 (out - truth)^2: z drops out, and the space is a weight over t.
     """
     path = model.PATHS[config.path]
     t = batch["t"]
@@ -280,9 +280,8 @@ def sampling_state(trainer):
     """What sampling needs of a run: tensors and plain Python values."""
     options = trainer.options
     sampling = {"shift": options.shift} | {k: v for k, v in options.sampling.items() if v is not None}
-    info = {"step": trainer.step, "sampling": sampling}
+    info = {"step": trainer.step, "sampling": sampling, "experiments": files_of(options.experiment)}
     info |= {name: getattr(options, name) for name in "classes data data_id coder label_drop".split()}
-    info["experiments"] = files_of(options.experiment)
     return {"config": asdict(trainer.config), "info": info, "ema": trainer.ema}
 
 def training_state(trainer):
@@ -297,6 +296,7 @@ STATEFUL = {"model": "net", "head": "head", "optimizer": "optimizer", "scaler": 
 
 def restore(trainer, state, folder):
     """The inverse of training_state().  Raises ValueError if it does not fit."""
+    refuse_other_settings(state, trainer.options, trainer.config, folder)
     try:
         for key, name in STATEFUL.items():
             if state[key] or key != "scaler":             # empty unless the run was an fp16 one
@@ -304,7 +304,7 @@ def restore(trainer, state, folder):
         for average, saved in zip(trainer.ema, state["ema"], strict=True):
             for name, value in average.items():
                 value.copy_(saved[name].reshape(value.shape))
-        if trainer.rank == 0:                             # they are those of all processes
+        if trainer.rank == 0:                             # they are of all processes together: one takes them
             trainer.log.sums.copy_(state["sums"])
         trainer.log.rows = state["rows"]
         trainer.step = state["info"]["step"]
@@ -331,13 +331,12 @@ def epoch_order(n, seed, epoch):
 
 def image_indices(step, index, n, options):
     """The images of one micro-batch: epoch follows epoch without a gap."""
-    places = np.arange(options.micro_batch) + step * options.batch_size + index * options.micro_batch
-    epochs = places // n
-    parts = [epoch_order(n, options.seed, epoch)[places[epochs == epoch] % n] for epoch in np.unique(epochs).tolist()]
-    return np.concatenate(parts)
+    first = step * options.batch_size + index * options.micro_batch
+    places = range(first, first + options.micro_batch)
+    return np.array([epoch_order(n, options.seed, place // n)[place % n] for place in places])
 
 def read_ahead(images, labels, trainer):
-    """Yield (images (B,H,W,C) uint8, labels (B,) int64) on the device, four micro-batches ahead of the one in use."""
+    """Yield (images or latents (B,H,W,C), labels (B,)) on the device, four micro-batches ahead of the one in use."""
     def load(job):
         chosen = image_indices(*job, len(images), trainer.options)
         pair = torch.from_numpy(images[chosen]), torch.from_numpy(labels[chosen])
@@ -348,7 +347,7 @@ def read_ahead(images, labels, trainer):
 
 # ---- Watching: log, held-out loss, preview, checkpoint ---------------------------------------------------------------
 BINS = 5                           # ranges of t that the log keeps apart
-MAX_BAD = 10                       # non-finite steps in a row that end a run
+MAX_BAD = 10                       # non-finite steps in a row that end a run; a GPU would wait if we looked more often
 SUMMED = [*(f"loss_t{k / BINS:.1f}" for k in range(BINS)), "aux", "grad_norm"]
 COLUMNS = ["step", "images", "loss", *SUMMED, "lr", "held_out", "skipped", "images_per_s", "gpu_MiB"]
 
@@ -390,8 +389,7 @@ def held_out_loss(trainer, images, labels):
     total = 0.0
     times = torch.sigmoid(torch.special.ndtri((torch.arange(n) + 0.5) / n) * 0.8 - 0.8)
     u, _ = model.PATHS[trainer.config.path].conversion("x", "v", times)
-    for start in range(0, n, 64):
-        rows = slice(start, start + 64)
+    for rows in data.in_parts(np.arange(n), 64):
         x, _, x_pred = noise_and_predict(trainer, images[rows], labels[rows], times[rows], generator)
         error = ((x_pred - x)**2).flatten(1).mean(dim=1).cpu()
         total += (u[rows]**2 * error).sum().item()
@@ -427,7 +425,7 @@ class Recorder:
         self.asked = asked
         images, labels = arrays["val"] if len(arrays["val"][1]) else arrays["train"]               # nothing held out
         chosen = np.random.default_rng(0).permutation(len(labels))[:256]           # subtle: they lie sorted by class
-        self.shown = np.array(images[chosen]), labels[chosen]
+        self.shown = images[chosen], labels[chosen]
         self.four = [part[:4] for part in self.shown]
         self.line_at = self.saved_at = time.perf_counter()
         self.line_step = trainer.step
@@ -666,14 +664,14 @@ def run_name(given):
     parts = [given.get("preset", "shapes"), *given.get("experiment", "").split(",")]
     return given.get("run") or "-".join(Path(part).stem for part in parts if part)
 
-OF_THE_DATA = {*"image_size in_channels num_classes aux network".split()}        # what --init does not bring along
+NOT_FROM_INIT = {*"image_size in_channels num_classes aux network".split()}      # known from the data, or chosen anew
 
 def gather(given, saved=None, init=None):
     """All settings that preset, experiments and flags make, {name: value}.
 
     saved: the checkpoint of the run to --resume.  init: the configuration of the network that --init names.
     """
-    brought = {name: value for name, value in (init or {}).items() if name not in OF_THE_DATA}
+    brought = {name: value for name, value in (init or {}).items() if name not in NOT_FROM_INIT}
     preset = given.get("preset", "shapes")
     layers = [PRESETS[preset], {"sampling": SAMPLING.get(preset)}, brought,
               *experiment_settings(given.get("experiment", ""))]
@@ -801,7 +799,7 @@ def checkpoint_of(folder, resume, overwrite):
                          "NAME, or --overwrite to move it aside")
     return state
 
-# of a run that goes on (data may: its id is compared), and what else with --resume
+# what may differ from the run that goes on (its data's place, too: the id is compared), and what else with --resume
 MAY_DIFFER = {*"""data run micro_batch compile record checkpointing device resume dry_run overwrite log_every
                    preview_every save_minutes snapshots sampling""".split()}
 WITH_RESUME = MAY_DIFFER | {*"steps epochs lr amp warmup".split()}
@@ -820,7 +818,10 @@ def refuse_other_settings(state, options, config, folder):
                       "epochs, lr or amp, --resume")
 
 def open_init(name, state, experiment):
-    """What --init names, or None: (averaged weights, configuration, classes).  A run that exists has its own."""
+    """(Averaged weights, configuration, classes) of what --init names; without it None each.
+
+    A run that exists goes on from its own weights, and needs the configuration alone.
+    """
     if not name or state:
         return None, name and state["config"], None
     path = model.folder_of(name, "runs") / "checkpoint.pt"
@@ -849,7 +850,7 @@ def move_aside(folder):
     aside = Path(f"{folder}.old")
     if os.path.lexists(aside):
         move_aside(aside)
-    os.replace(folder, aside)
+    folder.replace(aside)
     print(f"what was {folder} is {aside} now")
 
 def train_run(given, device, rank, world):
@@ -884,8 +885,8 @@ def train_run(given, device, rank, world):
         state = checkpoint_of(folder, resume, options.overwrite)               # another process may have gone on
         trainer = Trainer(options, config, device, rank, world, weights)
         if state:
-            refuse_other_settings(state, options, config, folder)
             restore(trainer, state, folder)
+        refuse(trainer.step != step, f"another process has gone on with {folder} in the meantime: look at what it made")
         if rank == 0 and options.overwrite and folder.exists():
             move_aside(folder)
         recorder = Recorder(trainer, folder, arrays, coder and coder.to(device), asked)

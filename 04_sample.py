@@ -33,7 +33,7 @@ option, refuse = data.option, data.refuse
 def predict(net, z, t, labels, to="v", t_eps=model.T_EPS):
     """The prediction for z (B,C,H,W) at the time t, a float, in fp32: the velocity, or the image if to is "x"."""
     config = config_of(net)
-    times = torch.full((len(z),), t, device=z.device)
+    times = z.new_full((len(z),), t)
     out = net(z, times, labels).float()                   # the image, x_pred
     if (config.pred, config.path) != ("x", "linear"):     # unless --pred or the path says otherwise
         return model.convert(out, config.pred, to, z, times, config.path, t_eps)
@@ -159,7 +159,7 @@ def noise_for(indices, shape, seed, scale, step=-1):
     (s, i) being (s, i, 0): so the noise at the start, step -1, has 0 in the step's place, and step j has j + 1.
     """
     def of_image(i):
-        return np.random.default_rng((seed, int(i), step + 1)).standard_normal(shape, dtype=np.float32)
+        return np.random.default_rng((seed, i, step + 1)).standard_normal(shape, dtype=np.float32)
     return torch.from_numpy(np.stack(list(THREADS.map(of_image, indices)))) * scale
 
 THREADS = ThreadPoolExecutor()                            # numpy lets others run while it draws numbers
@@ -220,7 +220,7 @@ def parse_labels(text, num, classes, num_classes):
         as_id = number.isdecimal() and (number != name or not any(map(str.isdecimal, classes)))
         label = classes.index(name) if name in classes else int(number) if as_id else -1
         refuse(not 0 <= label < num_classes, f"--labels: {name!r} is not a class; ids: id:0 to id:{num_classes - 1}, "
-               f"names are {', '.join(classes[:12]) or 'not known'} (one with a comma in quotes)")
+               f"names are {', '.join(classes[:12]) + ' (one with a comma in quotes)' if classes else 'not known'}")
         ids.append(label)
     return [ids[i % len(ids)] for i in range(num)]
 
@@ -249,8 +249,7 @@ def check_folder(out, record, overwrite):
     Returns how many images are to be cleared away: those of its record, and where the new ones will lie.
     """
     ours = (out / "samples.json").exists()
-    if out.exists():
-        data.only_ours(out, SAMPLE_FILES if ours else ("*.jit-part", ".*.lock"), "choose another --out")
+    data.only_ours(out, SAMPLE_FILES if ours else ("*.jit-part", ".*.lock"), "choose another --out")
     if not ours:
         return 0
     old = asdict(Settings()) | data.load_json(out / "samples.json", weights=str, labels=list)  # may lack a setting
@@ -293,7 +292,7 @@ def write_samples(options, sampler, record, folder, rank, world):
         old = check_folder(out, record, options.overwrite)
         wait()                                            # all have looked before the first writes
         if rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
+            out.mkdir(exist_ok=True)
             if old:
                 sampler.pictures(sampler.images([0]))     # is it finite?  If not, the others are not lost
                 (out / "samples.npz").unlink(missing_ok=True)

@@ -53,7 +53,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     squares = torch.linalg.eigvalsh(R @ torch.from_numpy(sigma2.astype(float)) @ R)
     trace_of_root = squares.clamp_min(0).sqrt().sum().item()
     distance = ((mu1 - mu2)**2).sum() + np.trace(sigma1 + sigma2) - 2 * trace_of_root
-    return max(float(distance), 0.0)                      # subtle: in this order a nan stays one
+    return max(distance, 0.0)                             # subtle: in this order a nan stays one
 
 # ---- Inception score: is each image of one class, and the set of all? ------------------------------------------------
 def inception_score(logits, splits=10):
@@ -73,7 +73,7 @@ def inception_score(logits, splits=10):
         p_of_all = p.mean(dim=0)                                                                   # p(y)
         kl = (p * (log_p - p_of_all.log())).sum(dim=1)
         scores.append(kl.mean().exp().item())
-    return float(np.mean(scores)), float(np.std(scores))
+    return np.mean(scores), np.std(scores)
 
 # ---- KID: are features more alike within a set than between the sets? ------------------------------------------------
 def kernel_distance(a, b, subsets=100, size=1000):
@@ -100,7 +100,7 @@ def kernel_distance(a, b, subsets=100, size=1000):
         yy = kernel(y, y)
         within = xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)             # the diagonal: an image with itself
         scores.append(within / (size * (size - 1)) - 2 * kernel(x, y).mean())
-    return float(np.mean(scores)), float(np.std(scores))
+    return np.mean(scores), np.std(scores)
 
 # ---- Precision and recall: is each image near one of the other set? --------------------------------------------------
 def share_inside(x, y, k=3, block=1000):
@@ -135,7 +135,9 @@ def random_subset(n, count):
 
 @torch.no_grad()
 def describe(images, net, device, batch_size, title, chosen=None):
-    """{"n", "mu", "sigma", "features", "logits", "seen": the class seen in each; from Inception "mu_s", "sigma_s" too}.
+    """{"n", "mu", "sigma", "features" and "logits" of KEPT images at most, "seen": the class seen in each of them all}.
+
+    From Inception also "mu_s", "sigma_s", of the spatial features.
 
     images: anything with len() and indexing by arrays to uint8 (N,H,W,3); all, or those chosen.
     """
@@ -146,19 +148,20 @@ def describe(images, net, device, batch_size, title, chosen=None):
     sums = {}
     parts = []
     with data.Progress(len(chosen), title, " images") as bar:
-        blocks = data.in_parts(np.arange(len(chosen)), batch_size)
+        blocks = data.in_parts(chosen, batch_size)
         # all cores read and decode, ahead of the network
-        read = model.ahead(lambda rows: torch.from_numpy(np.array(images[chosen[rows]])), blocks, os.cpu_count())
-        for rows, batch in zip(blocks, read):
+        read = model.ahead(lambda rows: torch.from_numpy(images[rows]), blocks, os.cpu_count())
+        for batch, keep in zip(read, data.in_parts(kept, batch_size)):
             out = net(batch.to(device))
-            for name in out.keys() & {"features", "spatial"}:
+            for name in out.keys() - {"logits"}:
                 f = F.pad(out[name].double(), (1, 0), value=1.0)                                   # B 1+D: (1, f)
-                if name not in sums:
-                    sums[name] = f.new_zeros(f.shape[1], f.shape[1])
-                sums[name].addmm_(f.T, f)                 # in place: a new sum for each batch is 33 MB
+                if name in sums:
+                    sums[name].addmm_(f.T, f)             # in place: a new sum for each batch is 33 MB
+                else:
+                    sums[name] = f.T @ f
             logits = out["logits"]
-            parts.append((out["features"][kept[rows]], logits[kept[rows]], logits.argmax(dim=1)))
-            bar.update(len(rows))
+            parts.append((out["features"][keep], logits[keep], logits.argmax(dim=1)))
+            bar.update(len(keep))
     features, logits, seen = (torch.cat(part).cpu().numpy() for part in zip(*parts))
     result = {"n": len(chosen), "features": features, "logits": logits, "seen": seen}
     for name in sums:
@@ -203,10 +206,10 @@ class Inception(nn.Module):
             outs += [self.chain(y, block, f"{name}_{len(names) + 1}{side}") for side in "ab"] if fork else [y]
         if stride == 2:
             outs.append(F.max_pool2d(x, 3, 2))
-        elif pool == "max":
-            outs.append(self.chain(F.max_pool2d(x, 3, 1, 1), block, "branch_pool"))
         else:                                             # first difference: the padding is not counted
-            outs.append(self.chain(F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), block, "branch_pool"))
+            mean = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+            pooled = F.max_pool2d(x, 3, 1, 1) if pool == "max" else mean
+            outs.append(self.chain(pooled, block, "branch_pool"))
         return torch.cat(outs, dim=1)
 
     def forward(self, images):
@@ -256,7 +259,8 @@ def load_inception(path):
         net(torch.zeros(1, 8, 8, 3, dtype=torch.uint8))   # all names, all shapes
     except Exception as error:
         raise ValueError(f"cannot load the Inception weights from {path or WEIGHTS_URL} "
-                         f"({str(error).splitlines()[0][:100]}): fetch {WEIGHTS_URL} and pass --inception-weights FILE")
+                         f"({str(error) or type(error).__name__:.100}): fetch {WEIGHTS_URL} and pass "
+                         "--inception-weights FILE")
     if digest == WEIGHTS_HASH:
         return net, "FID", digest
     model.warn(f"{path} is not the published weights file; the scores are named after it, not FID")
@@ -276,7 +280,7 @@ class Classifier(nn.Module):
 
     def forward(self, images):
         x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
-        features = self.body(F.interpolate(x, size=64, mode="area") if x.shape[-1] > 64 else x)
+        features = self.body(F.interpolate(x, 64, mode="area") if x.shape[-1] > 64 else x)
         return {"features": features, "logits": self.head(features)}
 
 def train_classifier(images, labels, classes, device):
@@ -398,7 +402,7 @@ def read_npz(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             known = "arr_0 arr_1 mu sigma mu_s sigma_s n".split()
-            content = {name: np.asarray(file[name]) for name in known if name in file.files}
+            content = {name: np.asarray(file[name]) for name in known if name in file}
     except Exception as error:                            # zip, zlib and numpy each have their own
         raise ValueError(f"{path} is not a readable npz file ({error})")
     images = content.pop("arr_0", None)
@@ -418,8 +422,8 @@ def check_statistic(path, name, content):
     """Raise ValueError unless it is a mean (D,), a covariance (D,D), or a number n."""
     value = content[name]
     mean = content.get(name.replace("sigma", "mu"))
-    shape = {"n": (), "m": (value.size,), "s": np.shape(mean) * 2}[name[0]]
-    good = value.shape == shape and value.dtype.kind in "fiu" and np.isfinite(value).all() and (
+    shape = {"n": (), "m": (value.size,), "s": np.shape(mean) * 2}[name[0]]    # of n, mu or mu_s, sigma or sigma_s
+    good = value.shape == shape and value.size and value.dtype.kind in "fiu" and np.isfinite(value).all() and (
         name != "n" or value >= 0)
     if good and name[0] == "s":
         variances = np.linalg.eigvalsh(value.astype(float))                    # ascending
@@ -440,7 +444,7 @@ def describe_reference(real, net, digest, device, batch_size):
 
 # ---- From two image sets to a result ---------------------------------------------------------------------------------
 def frechet(suffix):
-    """The distance of two descriptions, by the moments whose names end so."""
+    """The score that is the distance of two descriptions: of their features (suffix ""), or the spatial ones ("_s")."""
     mu = "mu" + suffix
     sigma = "sigma" + suffix
     return lambda fake, real: frechet_distance(fake[mu], fake[sigma], real[mu], real[sigma])
@@ -499,13 +503,13 @@ def score(samples, real, net, options, digest, device):
     rows = random_subset(len(samples.images), len(held_out.images))            # as many: FD grows as N falls
     if len(rows) > 1:
         floor = describe(held_out.images, net, device, options.batch_size, "held-out images", rows)
-        result |= {"n_floor": len(rows), "class_accuracy_real": float((floor["seen"] == held_out.labels[rows]).mean())}
+        result |= {"n_floor": len(rows), "class_accuracy_real": (floor["seen"] == held_out.labels[rows]).mean()}
         if real.split == "train":                         # else the floor is a part of the reference itself
             result["fd_floor"] = frechet("")(floor, reference)
     if samples.labels is None:
         left_out["class_accuracy"] = "the samples have no labels, or of other classes"
     else:
-        result["class_accuracy"] = float((fake["seen"] == samples.labels).mean())
+        result["class_accuracy"] = (fake["seen"] == samples.labels).mean()
     return result
 
 def report(result):

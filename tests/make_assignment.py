@@ -67,8 +67,8 @@ EXERCISES = [Exercise(number, *row) for number, row in enumerate([
     ("loss", "03_train.py", ("diffusion_loss", "grid_loss"), 9, 40,
      "JiT's loss of each image; and the same for any prediction, space and path: model.PATHS[config.path] has velocity_target and conversion",
      (("v = (x - z) / time_left", "v = (x - z) / model.expand(1 - t, x)"), ("u**2", "u")),
-     ("\n\n    By the book: convert prediction and truth, square the difference.  With to = u * value + w * z that is\n"
-      "    (u out + w z - (u truth + w z))^2 = u^2 (out - truth)^2: z drops out, and the space is a weight over t.",)),
+     ("\n\n    By the book: convert prediction and truth, square the difference.  With to = u * value + b * z that is\n"
+      "    (u out + b z - (u truth + b z))^2 = u^2 (out - truth)^2: z drops out, and the space is a weight over t.",)),
     ("ema", "03_train.py", ("Trainer.update_ema",), 5, 20,
      "move every average of self.ema towards self.weights, in place; both are dicts of tensors, and self.options.ema lists the decays",
      ((", 1 - decay)", ", decay)"), ("zip(self.options.ema, self.ema)", "zip(self.options.ema[:1] * 2, self.ema)")),
@@ -76,7 +76,7 @@ EXERCISES = [Exercise(number, *row) for number, row in enumerate([
     ("step", "03_train.py", ("Trainer.train_step",), 12, 60,
      "one optimizer step, from loss to EMA: for every index of self.indices() take a pair from the feed and ask self.loss, forward and backward inside "
      "`with self.summing(last)`; then scaler (a GradScaler), lr, gradient_norm, mark_if_not_finite(self, norm) of this module, and update_ema",
-     ((" / len(indices)", ""), ("self.optimizer.zero_grad(set_to_none=True)", ""), ("self.scaler.unscale_(self.optimizer)", ""), ("last=index == indices[-1]", "last=True"))),
+     ((" / len(indices)", ""), ("self.optimizer.zero_grad()", ""), ("self.scaler.unscale_(self.optimizer)", ""), ("last=index == indices[-1]", "last=True"))),
     ("guidance", "04_sample.py", ("guided",), 9, 40,
      "combine what predict() says with and without class; leave out the pass that is not needed",
      (("v_null + w * (v_class - v_null)", "v_class + w * (v_class - v_null)"), ("low == 0 or ", "")),

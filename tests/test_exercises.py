@@ -90,10 +90,10 @@ ENDS = [("x", "v", 1.0, 20, -20), ("x", "v", 0.99, 20, -20), ("x", "e", 1.0, -20
         ("e", "v", 0.01, -20, 20), ("v", "x", 1.0, 0, 1), ("v", "e", 0.0, 0, 1)]
 
 def converted(kind, to, t, *args):
-    """(u, w), looked at."""
+    """(u, b), looked at."""
     pair = model.conversion(kind, to, torch.tensor(t), *args)
-    must(isinstance(pair, (tuple, list)) and len(pair) == 2, f"conversion returns two tensors, (u, w); from {kind} to {to} it returned {' '.join(str(pair).split())[:60]}")
-    for name, part in zip("uw", pair):
+    must(isinstance(pair, (tuple, list)) and len(pair) == 2, f"conversion returns two tensors, (u, b); from {kind} to {to} it returned {' '.join(str(pair).split())[:60]}")
+    for name, part in zip("ub", pair):
         must(torch.is_tensor(part) and part.shape == (len(t),) and part.dtype == torch.float32,
              f"conversion from {kind} to {to}: {name} is a tensor, fp32 and of the shape of t, ({len(t)},); got {' '.join(str(part).split())[:60]}")
     return pair
@@ -101,17 +101,17 @@ def converted(kind, to, t, *args):
 @pytest.mark.parametrize("to", "xev")
 @pytest.mark.parametrize("kind", "xev")
 def test_exercise_03_conversion(kind, to):
-    u, w = converted(kind, to, [AT])
-    close(u * KNOWN[kind] + w * MIXED, [KNOWN[to]], f"conversion from {kind} to {to} at t = {AT}: {kind} is {KNOWN[kind]:g}, z is {MIXED:g}, so u {kind} + w z", 1e-4)
+    u, b = converted(kind, to, [AT])
+    close(u * KNOWN[kind] + b * MIXED, [KNOWN[to]], f"conversion from {kind} to {to} at t = {AT}: {kind} is {KNOWN[kind]:g}, z is {MIXED:g}, so u {kind} + b z", 1e-4)
 
 def test_exercise_03_conversion_of_many_times():
     close(converted("x", "x", [0.1, 0.5, 0.9])[0], [1, 1, 1], "conversion from x to x at three times: u")
-    close(converted("v", "x", [0.1, 0.5, 0.9])[1], [1, 1, 1], "conversion from v to x at three times: w")
+    close(converted("v", "x", [0.1, 0.5, 0.9])[1], [1, 1, 1], "conversion from v to x at three times: b")
 
 def test_exercise_03_conversion_clamps():
-    for kind, to, t, u, w in ENDS:
-        close(torch.stack(converted(kind, to, [t])).flatten(), [u, w], f"conversion from {kind} to {to} at t = {t:g}, t_eps = 0.05, near an end of the path: u and w "
-              "(each one fraction, whose denominator alone is clamped)" if kind != "v" else f"conversion from v to {to} at t = {t:g}: nothing vanishes, so nothing is clamped: u and w")
+    for kind, to, t, u, b in ENDS:
+        close(torch.stack(converted(kind, to, [t])).flatten(), [u, b], f"conversion from {kind} to {to} at t = {t:g}, t_eps = 0.05, near an end of the path: u and b "
+              "(each one fraction, whose denominator alone is clamped)" if kind != "v" else f"conversion from v to {to} at t = {t:g}: nothing vanishes, so nothing is clamped: u and b")
     close(converted("x", "v", [1.0], 0.1)[0], [10.0], "conversion from x to v at t = 1 with t_eps = 0.1: u")
 
 # ---- 4 patchify -------------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def test_exercise_07_loss_has_a_gradient():
     close(out.grad[1], torch.full((3, 8, 8), 2 / 192 * 4), "diffusion_loss of a prediction off by 1 at t = 0.5: the gradient at each of the 192 numbers of an image", 1e-6)
 
 class Invented:
-    """A path with an invented (u, w) under which the numbers of WORLD belong together, but for the last time, where it acts as if clamped."""
+    """A path with an invented (u, b) under which the numbers of WORLD belong together, but for the last time, where it acts as if clamped."""
 
     def velocity_target(self, x, e, t):
         return torch.full((4, 3, 8, 8), WORLD["v"])

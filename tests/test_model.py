@@ -209,7 +209,7 @@ def test_charts_and_rows_of_pictures(monkeypatch):
     assert {"1", "10", "100"} <= shown.keys() and sum(text == "100" for text, *_ in words) == 2
     navy = (np.abs(sheet - (0, 0, 128)).sum(-1) < 30)[40:280]
     assert np.flatnonzero(navy[:, 60]).mean() < 60 < 180 < np.flatnonzero(navy[:, 440]).mean()       # it falls
-    assert model.interleaved([(["a0", "a1"], ["b0", "b1"]), (["c0", "c1"], ["d0", "d1"])]) == [["a0", "c0"], ["b0", "d0"], ["a1", "c1"], ["b1", "d1"]]
+    assert model.interleaved([(["a0", "a1"], ["b0", "b1"]), (["c0", "c1"], ["d0", "d1"])]).tolist() == [["a0", "c0"], ["b0", "d0"], ["a1", "c1"], ["b1", "d1"]]
 
 def test_memory_that_is_used_up_is_said():
     with pytest.raises(ValueError, match="smaller --micro-batch"), model.torchs_errors():

@@ -514,7 +514,7 @@ def test_little_noise_is_shown_as_it_is(there, monkeypatch):
     assert np.array_equal(drawn[0][0][0], model.to_pictures(sample.noise_for([0], (3, 16, 16), 0, 0.5))[0])
 
 def test_a_wrong_label_is_told_the_names():
-    for names, known in ((["ring", "star"], "names are ring, star (one with a comma in quotes)"), ([], "names are not known")):
+    for names, known in ((["ring", "star"], "names are ring, star \\(one with a comma in quotes\\)"), ([], "names are not known")):
         with pytest.raises(data.UsageError, match=f"ids: id:0 to id:1, {known}$"):
             sample.parse_labels("moon", 1, names, 2)
 

@@ -828,7 +828,7 @@ def test_init_keeps_the_label_table_of_the_same_classes_only(work, capsys):
         path.write_text(path.read_text().replace('"circle"', f'"{name}"'))
         capsys.readouterr()
         assert call(train, *TINY_FLAGS, "--steps", 2, "--lr", "1e-9", "--init", "jit", "--run", name) == 0
-        assert ("--init: y_embedder.embedding_table.weight have no weights there, or of other classes" in capsys.readouterr().out) == anew
+        assert ("--init: y_embedder.embedding_table.weight begin anew: it has none, or of other classes or sizes" in capsys.readouterr().out) == anew
         table = [model.read_checkpoint(f"runs/{run}/checkpoint.pt")["ema"][0]["y_embedder.embedding_table.weight"] for run in ("jit", name)]
         assert ((table[0] - table[1]).abs().max() < 1e-6) != anew
     assert call(train, *TINY_FLAGS, "--num-classes", 0, "--steps", 2, "--run", "free") == 0
@@ -1124,7 +1124,7 @@ def test_every_process_goes_on_alike(work, monkeypatch, capsys):
     assert call(train, *TINY_FLAGS, "--steps", 2) == 0
     done, coder = [], argparse.Namespace(to=lambda device: f"coder on {device}")
     monkeypatch.setattr(model, "load_coder", lambda *_: coder)
-    monkeypatch.setattr(train, "Trainer", lambda options, config, *args: done.append(args) or "trainer")
+    monkeypatch.setattr(train, "Trainer", lambda options, config, *args: done.append(args) or argparse.Namespace(step=2))
     monkeypatch.setattr(train, "restore", lambda trainer, state, folder: done.append(state["info"]["step"]))
     monkeypatch.setattr(train, "Recorder", lambda trainer, folder, arrays, coder, asked: done.append(coder))
     monkeypatch.setattr(train, "train", lambda *_: None)
@@ -1136,6 +1136,16 @@ def test_every_process_goes_on_alike(work, monkeypatch, capsys):
         train.train_run(train.read_flags("--resume --micro-batch 4 --steps 2".split()), torch.device("cpu"), rank, 2)
         assert said in (out := capsys.readouterr().out) and bool(out) == bool(said)
     assert len(done) == 3
+
+def test_a_run_that_another_process_has_gone_on_with_is_not_ours(work, monkeypatch, capsys):
+    assert call(train, *TINY_FLAGS, "--steps", 2) == 0
+    real = data.locked
+    def busy(path):
+        monkeypatch.setattr(data, "locked", real)
+        assert call(train, "--resume", "--steps", 4, "--lr", "1e-4") == 0
+        return real(path)
+    monkeypatch.setattr(data, "locked", busy)
+    assert call(train, "--resume", "--steps", 4) == 2 and "another process has gone on with runs/shapes in the meantime" in capsys.readouterr().err
 
 def test_a_dry_run_is_dry_on_every_process(work, monkeypatch):
     monkeypatch.setattr(train, "Trainer", lambda *_: pytest.fail("it trains"))
@@ -1182,7 +1192,7 @@ def test_rows_of_experiments_are_merged_in_order(monkeypatch, capsys):
 
 def test_what_is_no_setting_of_a_file_and_what_init_does_not_bring():
     assert train.NOT_FOR_SETTINGS == {"preset", "experiment", "run", "init", "device", "resume", "overwrite", "record", "image_size", "in_channels", "classes", "data_id", "coder"}
-    assert train.OF_THE_DATA == {"image_size", "in_channels", "num_classes", "aux", "network"}
+    assert train.NOT_FROM_INIT == {"image_size", "in_channels", "num_classes", "aux", "network"}
     assert train.OF_SAMPLING == {"solver", "steps", "cfg", "interval", "t_eps", "shift"}
 
 def test_an_older_checkpoint_of_another_network_lacks_a_setting():

@@ -152,9 +152,10 @@ def pack(options, experiment, kind, make, recipe):
         raise ValueError(f"{root} holds latents: give the data set that they were made from")
     options.name = options.name or f"{root.resolve().name}-{kind}"
     folder = options.out / options.name
+    folder = folder.resolve() if folder.is_symlink() else folder               # a set on another disk
     data.refuse(folder.resolve() == root.resolve(), f"--name {options.name} is the data set of the pixels")
     recipe |= {"source": kind, "pixels": pixels["id"], "steps": options.steps, "seed": options.seed}
-    with data.locked(folder) as folder, model.device_and_processes() as (device, _, _):
+    with data.locked(folder), model.device_and_processes() as (device, _, _):
         if data.already_packed(folder, recipe, options.overwrite):
             return print(f"{folder} is there, made with these settings; nothing to do (--overwrite makes it again)")
         with data.new_set(folder) as part:

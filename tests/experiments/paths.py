@@ -47,7 +47,7 @@ class GeneralPath:
         return alpha.item(), sigma.item()
 
     def conversion(self, kind, to, t, t_eps=model.T_EPS):
-        """(u, w) with to = u * value + w * z.  Denominators alpha and sigma, which vanish at an end, are clamped."""
+        """(u, b) with to = u * value + b * z.  Denominators alpha and sigma, which vanish at an end, are clamped."""
         alpha, sigma, d_alpha, d_sigma = (c.float() for c in self.coefficients(t.double()))
         det = alpha * d_sigma - sigma * d_alpha
         noise, image = sigma.clamp_min(t_eps), alpha.clamp_min(t_eps)
