@@ -614,6 +614,9 @@ def locked(path):
     """Keep other processes of this machine from writing to the same path.  Raises ValueError if one does."""
     refuse(not path.name, f"{path}: give this folder by its name, as ../NAME")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):               # what is there can be looked at; nobody writes
+        yield
+        return
     with open(path.with_name(f".{path.name}.lock"), "a") as file:          # freed by the system, whatever ends us
         try:
             if flock:
@@ -713,6 +716,8 @@ class Options:
     def __post_init__(self):
         self.size = self.size or ARCHIVES.get(self.source, [64])[0]
         self.name = self.name or self.source
+        refuse(self.count != Options.count and self.source != "shapes", "--count is for shapes; others have --fraction")
+        refuse(self.val_fraction != Options.val_fraction and self.source != "folder", "--val-fraction is for folders")
         refuse("/" in self.name or self.name[0] == ".", f"--name {self.name}: give a name, not a path")
 
 def keep_fraction(pairs, fraction, seed):

@@ -381,7 +381,7 @@ class ImageSet:
                 raise ValueError(f"{path} holds latents: give the pixels they were made of, "
                                  f"{self.record['coder']['pixels']}")
             self.images, self.labels = arrays[split]
-        elif path.suffix == ".npz" and path.exists():
+        elif path.suffix.lower() == ".npz" and path.exists():
             self.images, self.labels, self.statistics = read_npz(path)
         else:
             files = data.list_images(path) if path.is_dir() else []
@@ -581,7 +581,7 @@ def open_sets(options):
     if not isinstance(name, str):
         raise ValueError(f"{samples.path} does not say which data set it imitates: pass --reference, or, of a run, "
                          "--run")
-    real = ImageSet(name if name.endswith(".npz") else model.folder_of(name, "data"), options.split)
+    real = ImageSet(name if name.lower().endswith(".npz") else model.folder_of(name, "data"), options.split)
     if not options.reference and made.get("data_id") != real.record.get("id"):
         raise ValueError(f"{real.path} was packed anew since the network of {samples.path} was trained: pass "
                          f"--reference {name} to compare them all the same")

@@ -1330,6 +1330,19 @@ def test_a_file_that_comes_while_a_set_is_packed_stays(there):
         (part / "meta.json").write_text("{}"), Path("data/shapes/notes.txt").write_text("mine")
     assert Path("data/shapes/notes.txt").read_text() == "mine" and Path("data/shapes/train_images.npy").read_bytes() == before and not part.exists()
 
+def test_a_set_that_may_only_be_read_is_there(there, monkeypatch, capsys):
+    """As a course's, which students link to."""
+    assert call(data, "--size", 16, "--count", 100, "--workers", 1) == 0
+    Path("data/.shapes.lock").unlink()
+    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (Path("data"), os.W_OK))
+    assert call(data, "--size", 16, "--count", 100, "--workers", 1) == 0 and "nothing to do" in capsys.readouterr().out
+    assert not Path("data/.shapes.lock").exists()
+
+def test_flags_of_other_sources_are_refused(capsys):
+    for flags, words in ((["--source", "folder", "--count", 500], "--count is for shapes; others have --fraction"), (["--val-fraction", 0.2], "--val-fraction is for folders"),
+                         (["--source", "cifar10", "--val-fraction", 0.2], "--val-fraction is for folders")):
+        assert call(data, *flags) == 2 and capsys.readouterr().err.endswith(f"error: {words}\n")
+
 def test_a_set_on_a_disk_of_its_own_stays(there, monkeypatch, capsys):
     assert call(data, "--size", 16, "--count", 100, "--workers", 1) == 0
     before = Path("data/shapes/train_images.npy").read_bytes()
