@@ -219,9 +219,7 @@ def decode(path, size):
 
 HIDDEN = (".", "@", "#", "$", "__", "lost+found", "System Volume Information")        # of drives, networks and Macs
 
-def is_packed(folder):
-    """Is it a data set, and no folder of images?"""
-    return (folder / "train_images.npy").exists() and (folder / "meta.json").exists()
+PACKED = {"train_images.npy", "meta.json"}                # where both lie is a data set, and no folder of images
 
 def no_pictures(place):
     """Folders not looked into from `place`: data/ and runs/, where these scripts write, itself, and those above it."""
@@ -231,8 +229,8 @@ def no_pictures(place):
 def folders_in(place):
     """The folders in a folder, but for hidden ones, packed data sets, and those where these scripts write."""
     return sorted(entry for entry in place.iterdir()
-                  if entry.is_dir() and not entry.name.startswith(HIDDEN) and not is_packed(entry)
-                  and entry.resolve() not in no_pictures(place))
+                  if entry.is_dir() and not entry.name.startswith(HIDDEN) and entry.resolve() not in no_pictures(place)
+                  and not PACKED <= {*os.listdir(entry)})
 
 def every_file(folder):
     """Every file below a folder, but for packed data sets and what these scripts write.  Raises OSError.
@@ -245,7 +243,7 @@ def every_file(folder):
     seen = no_pictures(folder) - {folder.resolve()}
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         real = Path(parent).resolve()
-        if real in seen or is_packed(real):
+        if real in seen or PACKED <= {*names}:
             folders.clear()
             continue
         seen.add(real)
@@ -575,7 +573,7 @@ def whole(path):
 def load_json(path, **kinds):
     """The dict in a JSON file, whose entries named here have these types.  Raises ValueError."""
     try:
-        refuse(not path.is_file(), "it is not there, or no file")              # a pipe's reading might never end
+        refuse(path.exists() and not path.is_file(), "it is no file")          # a pipe's reading might never end
         record = json.loads(path.read_text())
         expect(record, **kinds)
     except (ValueError, RecursionError) as error:
@@ -614,7 +612,7 @@ def locked(path):
     """Keep other processes of this machine from writing to the same path.  Raises ValueError if one does."""
     refuse(not path.name, f"{path}: give this folder by its name, as ../NAME")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):               # what is there can be looked at; nobody writes
+    if not os.access(path.parent, os.W_OK) and not os.access(path, os.W_OK):   # it may be looked at; nobody writes
         yield
         return
     with open(path.with_name(f".{path.name}.lock"), "a") as file:          # freed by the system, whatever ends us
@@ -735,22 +733,26 @@ def recipe_of(options, names, splits):
 def new_set(folder):
     """with new_set(folder) as part: fill the empty folder `part`.  At the end it takes the place of `folder`."""
     part = folder.with_name(f".{folder.name}.partial")    # no data set can be called so
+    aside = folder.with_name(f".{folder.name}.old")
 
     def look():
-        for place in (part, folder):
+        for place in (part, aside, folder):
             only_ours(place, SET_FILES, "nothing is touched; move it away, or choose --name or --out")
     look()
     refuse(os.path.ismount(folder), f"{folder} cannot be replaced, a disk is mounted there: choose --name or --out")
-    shutil.rmtree(part, ignore_errors=True)               # left there by a kill
+    for place in (part, aside):
+        shutil.rmtree(place, ignore_errors=True)          # left there by a kill
     part.mkdir()
     try:
         yield part
         look()                                            # hours may have passed
-        for file in folder.glob("[!m]*"):                 # meta.json last: by it the next command knows what this is
-            file.unlink()
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.replace(aside)                         # fails before anything is lost, if it cannot be moved
         part.replace(folder)
+        shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
+        if not folder.exists() and aside.exists():
+            aside.replace(folder)
         shutil.rmtree(part)
         raise
 

@@ -268,7 +268,8 @@ def fill_in(net, weights):
     """Copy the weights of another run into net, and say which parts begin anew, of other classes, say."""
     own = net.state_dict()
     fitting = {name: value for name, value in weights.items() if name in own and value.shape == own[name].shape}
-    foreign = weights.keys() - fitting.keys() - {"y_embedder.embedding_table.weight", "pos_embed"}
+    foreign = {name for name in weights.keys() - fitting.keys()
+               if not name.endswith(("y_embedder.embedding_table.weight", "pos_embed"))}
     refuse(foreign, f"--init: its weights do not fit this network ({', '.join(sorted(foreign)[:1])}): is it of "
            "another size, or are the images?")
     net.load_state_dict(fitting, strict=False)
@@ -303,7 +304,9 @@ def restore(trainer, state, folder):
                 getattr(trainer, name).load_state_dict(state[key])
         for average, saved in zip(trainer.ema, state["ema"], strict=True):
             for name, value in average.items():
-                value.copy_(saved[name].reshape(value.shape))
+                if saved[name].shape != value.shape:      # copy_ would fill any shape with one number
+                    raise ValueError(f"{name} has another shape")
+                value.copy_(saved[name])
         if trainer.rank == 0:                             # they are of all processes together: one takes them
             trainer.log.sums.copy_(state["sums"])
         trainer.log.rows = state["rows"]
@@ -834,7 +837,8 @@ def announce(options, config, folder, step, counts, device):
     need = 24 * model.count_parameters(config)            # weights, gradients, two moments, two averages
     need += (50 if options.compile else 130) * options.micro_batch * size_of(config)           # as measured
     print(f"{folder}: {'sizes as --init' if options.init else options.model} with {model.count_parameters(config):,} "
-          f"parameters, patch {config.patch_size}, {config.in_context_len} context tokens; {counts['train']} images, "
+          f"parameters, patch {config.patch_size}, {config.in_context_len} context tokens, noise scale "
+          f"{config.noise_scale:g}; {counts['train']} images, "
           f"{counts['val']} held out; step {step} to {options.steps}, batch {options.batch_size}, "
           f"lr {options.lr:.2g}, {options.amp}, {device}{' compiled' * options.compile}"
           f"{' as CUDA graphs' * options.record}; micro-batches of {options.micro_batch}, "

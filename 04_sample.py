@@ -33,7 +33,7 @@ option, refuse = data.option, data.refuse
 def predict(net, z, t, labels, to="v", t_eps=model.T_EPS):
     """The prediction for z (B,C,H,W) at the time t, a float, in fp32: the velocity, or the image if to is "x"."""
     config = config_of(net)
-    times = z.new_full((len(z),), t)
+    times = torch.full((len(z),), t, device=z.device)
     out = net(z, times, labels).float()                   # the image, x_pred
     if (config.pred, config.path) != ("x", "linear"):     # unless --pred or the path says otherwise
         return model.convert(out, config.pred, to, z, times, config.path, t_eps)

@@ -53,7 +53,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     squares = torch.linalg.eigvalsh(R @ torch.from_numpy(sigma2.astype(float)) @ R)
     trace_of_root = squares.clamp_min(0).sqrt().sum().item()
     distance = ((mu1 - mu2)**2).sum() + np.trace(sigma1 + sigma2) - 2 * trace_of_root
-    return max(distance, 0.0)                             # subtle: in this order a nan stays one
+    return max(float(distance), 0.0)                      # subtle: in this order a nan stays one
 
 # ---- Inception score: is each image of one class, and the set of all? ------------------------------------------------
 def inception_score(logits, splits=10):
@@ -307,21 +307,24 @@ def train_classifier(images, labels, classes, device):
             bar.update()
     return net.eval()
 
-def remembered(path, make):
-    """The arrays that make() returned once, {name: array}, kept in an .npz file with its name and their fingerprint.
+def remembered(path, make, about=""):
+    """The arrays that make() returned once, {name: array}, kept in an .npz file with a text that says what they are.
 
+    about: what decides them and is not in the file's name.
     Files that save time and nothing else: one that does not fit is made again; where it cannot be, a warning will do.
     """
+    def told(arrays):
+        return f"{path.name} {about} {model.fingerprint(arrays)}"
     if path.exists():
         with suppress(Exception), np.load(path, allow_pickle=False) as file:   # zip, zlib, numpy have their own errors
             arrays = dict(file)
-            if arrays.pop("fingerprint") == path.name + model.fingerprint(arrays):
+            if arrays.pop("told") == told(arrays):
                 return arrays
         model.warn(f"{path} is damaged, or of another version; making it again")
     arrays = make()
     try:
         with data.whole(path) as part, open(part, "wb") as file:
-            np.savez(file, **arrays, fingerprint=path.name + model.fingerprint(arrays))
+            np.savez(file, **arrays, told=told(arrays))
     except OSError as error:
         model.warn(f"{path} is not kept ({error})")
     return arrays
@@ -337,9 +340,9 @@ def load_classifier(folder, device):
     def make():
         trained = train_classifier(*arrays["train"], classes, device)
         return {name: value.cpu().numpy() for name, value in trained.state_dict().items()}
-    weights = remembered(Path(f"{folder}/classifier-{meta['id'][:8]}.{classes}.npz"), make)
     net = Classifier(classes).eval()
-    net.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+    weights = remembered(Path(f"{folder}/classifier-{meta['id'][:8]}.{classes}.npz"), make, str(net))
+    model.load_weights(net, {name: torch.from_numpy(value) for name, value in weights.items()})
     return net, "FD (classifier features)", model.fingerprint(weights)
 
 # ---- Image sets: a folder of image files, an npz batch, a packed data set, or statistics alone -----------------------
@@ -427,7 +430,9 @@ def check_statistic(path, name, content):
         name != "n" or value >= 0)
     if good and name[0] == "s":
         variances = np.linalg.eigvalsh(value.astype(float))                    # ascending
-        good = np.allclose(value, value.T) and variances[0] >= -0.001 * variances[-1]          # as coarse as float16
+        rounding = 0.001                                  # float16 rounds this coarsely
+        good = np.allclose(value, value.T) and variances[0] >= -rounding * variances[-1] and (
+            variances.clip(max=0).sum() >= -rounding * variances.sum())
     if not good:
         raise ValueError(f"{path}: {name} is {value.dtype} {value.shape}; mu must be (D,), sigma (D,D), symmetric "
                          "and without negative variances, n one number, all of them finite")

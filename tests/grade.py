@@ -218,10 +218,15 @@ def grade_one(submission, exercises, limit, out):
     """Print the points of one submission and write results.json."""
     check_place(out)
     [(_, results)] = grade([submission], exercises, limit)
+    try:
+        show(results, exercises, out)
+    finally:                                              # whichever of the two fails, a full disk, say, the other is done
+        write(out, results)
+
+def show(results, exercises, out):
     for test in results["tests"]:
         print(f"{test['number']:>2} {test['name']:<11}{test['score']:>6g} of {test['max_score']:>2}   {test['output']}".replace("\n", "\n" + " " * 25).rstrip())
     print(f"{results['score']:g} of {sum(exercise.points for exercise in exercises)} points: {out}", flush=True)
-    write(out, results)
 
 def grade_class(folder, exercises, limit, out):
     """Print a line for each submission in the folder, and write a .json each and points.csv to the folder `out`."""

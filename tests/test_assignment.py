@@ -53,7 +53,7 @@ def flat(node):
     return " ".join(ast.unparse(node).split())
 
 # what gives a solution away: of the bodies, and of their second implementations in the other tests
-TELLTALES = (r"view_as_complex", r"_foreach_lerp", r"lerp_\(", r"eigvalsh\(R", r"2020\)\.permutation\(n\)", r"swapped \* sin", r"null \+ w \*",
+TELLTALES = (r"view_as_complex", r"_foreach_lerp", r"lerp_\(", r"eigvals\(|eigvalsh\(R", r"2020\)\.permutation\(n\)", r"swapped \* sin", r"null \+ w \*",
              r"\(1 - decay\)", r"gate1 \*", r"modulate\([^(]*norm1", r"scaler\.scale\(", r"Image\.BICUBIC")
 
 def test_nothing_that_solves_travels(tmp_path):

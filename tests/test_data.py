@@ -668,23 +668,24 @@ def test_an_archive_is_kept_under_out(there, monkeypatch):
     monkeypatch.setitem(data.ARCHIVES, "cifar10", (32, (there / "nowhere" / archive.name).as_uri(), data.file_hash(archive, "md5")))
     assert call(data, "--source", "cifar10", "--out", "elsewhere") == 0 and not Path("data").exists()
 
-def test_a_set_half_removed_is_packed_by_the_same_command(there, monkeypatch):
-    """Stopped between any two files; and a lock takes nothing from the file that it is."""
-    flags, real = ["--size", 16, "--workers", 1, "--name", "d"], Path.unlink
+def test_a_set_half_replaced_is_whole_all_the_same(there, monkeypatch):
+    """Stopped before and after the old one is moved aside; and a lock takes nothing from the file that it is."""
+    flags, real = ["--size", 16, "--workers", 1, "--name", "d"], Path.replace
     Path("data").mkdir(), Path("data/.d.lock").write_text("mine")
-    for after in range(5):
+    for stopped in ("d", ".d.partial"):
         assert call(data, *flags, "--count", 100, "--overwrite") == 0
-        removed = []
 
-        def unlink(path, **more):
-            if path.parent.name == "d" and sum(other.parent.name == "d" for other in removed) == after:
+        def replace(path, new):
+            if path.name == stopped:
                 raise KeyboardInterrupt
-            removed.append(path)
-            real(path, **more)
+            return real(path, new)
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "unlink", unlink)
+            patch.setattr(Path, "replace", replace)
             assert call(data, *flags, "--count", 120, "--overwrite") == 130
+        assert data.open_data("data/d")[0]["counts"]["train"] == 100 and {path.name for path in Path("data").iterdir()} == {"d", ".d.lock"}
         assert call(data, *flags, "--count", 120, "--overwrite") == 0 and data.open_data("data/d")[0]["counts"]["train"] == 120
+    Path("data/d").rename("data/.d.old")                  # killed just there
+    assert call(data, *flags, "--count", 120) == 0 and data.open_data("data/d") and not Path("data/.d.old").exists()
     assert Path("data/.d.lock").read_text() == "mine"
 
 def test_a_set_behind_a_link_is_packed_where_it_lies(there):
@@ -798,6 +799,7 @@ def test_the_seed_reaches_what_is_drawn(there, splits, flag, split):
 def test_an_empty_argument_of_the_command_line_is_refused(there, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["01_data.py", "--size", "16", "--count", "100", "--name", ""])
     assert data.run(data.main) == 2 and "an argument is empty" in capsys.readouterr().err
+    assert data.parse([], "", data.Options) == {}         # not the command line's
 
 def test_a_download_is_whole(there, monkeypatch):
     body, asked, real = os.urandom(3 << 20), [], data.urllib.request.urlopen
@@ -1249,7 +1251,7 @@ def test_whole_lines_about_data_sets(there, capsys):
     assert said(data.refuse_other, {}, {"seed": 0}, "data/x", "choose --name") == "data/x was made with other settings (seed None, now 0): choose --name"
     Path("deep").mkdir(), Path("deep/a.json").write_text("[]")
     assert pytest.raises(ValueError, data.load_json, Path("deep/a.json"), a=int).value.args[0] == "deep/a.json is damaged, or not ours (a is not of the type int)"
-    assert said(data.load_json, Path(os.devnull)) == "/dev/null is damaged, or not ours (it is not there, or no file)"
+    assert said(data.load_json, Path(os.devnull)) == "/dev/null is damaged, or not ours (it is no file)"
     with pytest.raises(data.UsageError, match=r"^\.: give this folder by its name, as \.\./NAME$"):
         with data.locked(Path(".")):
             pass
@@ -1334,9 +1336,12 @@ def test_a_set_that_may_only_be_read_is_there(there, monkeypatch, capsys):
     """As a course's, which students link to."""
     assert call(data, "--size", 16, "--count", 100, "--workers", 1) == 0
     Path("data/.shapes.lock").unlink()
-    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (Path("data"), os.W_OK))
+    monkeypatch.setattr(os, "access", lambda path, mode: path not in (Path("data"), Path("data/shapes")))
     assert call(data, "--size", 16, "--count", 100, "--workers", 1) == 0 and "nothing to do" in capsys.readouterr().out
     assert not Path("data/.shapes.lock").exists()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "data")        # its folder alone may not be written to
+    with data.locked(Path("data/shapes")):
+        assert Path("data/.shapes.lock").exists()
 
 def test_flags_of_other_sources_are_refused(capsys):
     for flags, words in ((["--source", "folder", "--count", 500], "--count is for shapes; others have --fraction"), (["--val-fraction", 0.2], "--val-fraction is for folders"),
@@ -1349,6 +1354,12 @@ def test_a_set_on_a_disk_of_its_own_stays(there, monkeypatch, capsys):
     monkeypatch.setattr(os.path, "ismount", lambda path: path == Path("data/shapes"))
     assert call(data, "--size", 16, "--count", 100, "--seed", 1, "--workers", 1, "--overwrite") == 2
     assert "data/shapes cannot be replaced, a disk is mounted there: choose --name or --out" in capsys.readouterr().err
+    assert data.open_data("data/shapes") and Path("data/shapes/train_images.npy").read_bytes() == before and not list(Path("data").glob(".*partial"))
+    with monkeypatch.context() as patch:                  # what ismount does not see, a bind mount
+        real = Path.replace
+        patch.setattr(os.path, "ismount", lambda path: False)
+        patch.setattr(Path, "replace", lambda path, new: real(path, new) if path != Path("data/shapes") else (_ for _ in ()).throw(OSError(16, "Device or resource busy")))
+        assert call(data, "--size", 16, "--count", 100, "--seed", 1, "--workers", 1, "--overwrite") == 1 and "resource busy" in capsys.readouterr().err
     assert data.open_data("data/shapes") and Path("data/shapes/train_images.npy").read_bytes() == before and not list(Path("data").glob(".*partial"))
     assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--name", "new") == 0
 

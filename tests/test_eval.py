@@ -262,7 +262,8 @@ def test_offline_score(scored, capsys):
         assert call(evaluate) == 0 and f"{cache} is damaged, or of another version" in capsys.readouterr().err
     state = dict(np.load(classifier))
     state["head.bias"] += 1                               # another classifier has statistics of its own
-    state["fingerprint"] = classifier.name + model.fingerprint({name: value for name, value in state.items() if name != "fingerprint"})
+    text = str(state.pop("told"))
+    state["told"] = text[:-8] + model.fingerprint(state)
     np.savez(classifier, **state)
     capsys.readouterr()
     before = len(list(Path("data/shapes").glob("statistics-*.npz")))
@@ -542,6 +543,26 @@ def test_a_cached_classifier_whose_weights_are_none_is_trained_again(work, capsy
     np.savez(path, **weights | {"head.bias": weights["head.bias"] * np.nan})
     assert evaluate.load_classifier("data/shapes", "cpu")[0].head.bias.isfinite().all() and "is damaged, or of another version" in capsys.readouterr().err
 
+def test_a_classifier_of_other_layers_is_trained_anew(work, monkeypatch, capsys):
+    evaluate.load_classifier("data/shapes", "cpu")
+    class Wider(evaluate.Classifier):
+        def __init__(self, classes):
+            super().__init__(classes)
+            self.body[9], self.body[11] = torch.nn.AdaptiveAvgPool2d(2), torch.nn.Linear(512, 128)
+    monkeypatch.setattr(evaluate, "Classifier", Wider)
+    assert evaluate.load_classifier("data/shapes", "cpu")[0].body[11].in_features == 512 and "of another version; making it again" in capsys.readouterr().err
+    [path] = Path("data/shapes").glob("classifier-*")
+    path.unlink()
+    real = evaluate.train_classifier
+    def broken(*args):
+        net = real(*args)
+        net.head.bias.data[0] = float("nan")
+        return net
+    monkeypatch.setattr(evaluate, "train_classifier", broken)
+    with pytest.raises(ValueError, match="weight head.bias holds NaN"):
+        evaluate.load_classifier("data/shapes", "cpu")
+    path.unlink()
+
 @pytest.mark.parametrize("change", [dict(sigma=-np.eye(3)), dict(features=np.zeros((200, 3), np.float32)), dict(n=np.array(7)), dict(mu="three")])
 def test_cached_statistics_that_were_edited_are_made_again(work, change, capsys):
     real, net = evaluate.ImageSet("data/shapes"), lambda x: {"features": x.float().mean(dim=(1, 2)), "logits": x[:, 0, 0].float()}
@@ -633,6 +654,11 @@ def test_a_result_that_is_not_finite_is_not_written(there):
         data.save_json(Path("a.json"), {"fd": float("inf")})
     assert not list(there.iterdir())
 
+def test_weights_that_are_empty_are_named(there):
+    Path("w.pth").touch()
+    with pytest.raises(ValueError, match=r"cannot load the Inception weights from w.pth \(EOFError"):
+        evaluate.load_inception(Path("w.pth"))
+
 def test_a_covariance_is_symmetric(there):
     np.savez("tilted.npz", mu=np.zeros(2), sigma=np.array([[1.0, 0.5], [0.0, 1.0]]))
     with pytest.raises(ValueError, match="symmetric"):
@@ -647,8 +673,14 @@ def test_a_covariance_is_symmetric(there):
     np.savez("wide.npz", mu=np.zeros(500), sigma=wide)
     with pytest.raises(ValueError, match="sigma is .* negative variances"):
         evaluate.ImageSet("wide.npz")
-    np.savez("one.npz", mu=np.zeros(1), sigma=np.eye(1))
-    assert evaluate.ImageSet("one.npz").statistics["sigma"] == 1
+    np.savez("many.npz", mu=np.zeros(500), sigma=np.diag([1.0] + [-0.0009] * 499))        # small ones, in all half of the trace
+    with pytest.raises(ValueError, match="sigma is .* negative variances"):
+        evaluate.ImageSet("many.npz")
+    np.savez("one.npz", mu=np.zeros(1), sigma=np.eye(1)), Path("one.npz").rename("ONE.NPZ")
+    assert evaluate.ImageSet("ONE.NPZ").statistics["sigma"] == 1
+    np.savez("empty.npz", mu=np.zeros(0), sigma=np.zeros((0, 0)))
+    with pytest.raises(ValueError, match="empty.npz: mu is float64"):
+        evaluate.ImageSet("empty.npz")
     f = np.random.default_rng(0).normal(1, 1, (50, 400))  # of fewer images than numbers, rounded: some variances are a little below zero
     for kind in (np.float16, np.float32):
         np.savez("rounded.npz", mu=f.mean(axis=0).astype(kind), sigma=np.cov(f.T).astype(kind))
@@ -1032,7 +1064,7 @@ def test_a_cache_with_code_in_it_is_made_again(there, capsys):
 
 def test_a_classifier_trained_on_a_gpu_is_kept_as_numbers(work, monkeypatch):
     asked, real = [], torch.Tensor.cpu
-    monkeypatch.setattr(evaluate, "remembered", lambda path, make: make())
+    monkeypatch.setattr(evaluate, "remembered", lambda path, make, about: make())
     monkeypatch.setattr(evaluate, "train_classifier", lambda images, labels, classes, device: evaluate.Classifier(classes))
     monkeypatch.setattr(torch.Tensor, "cpu", lambda value: asked.append(1) or real(value))
     net, *_ = evaluate.load_classifier("data/shapes", torch.device("cpu"))

@@ -392,7 +392,8 @@ def test_initialisation_is_jits_and_a_foreign_ffn_keeps_its_own(monkeypatch):
     assert plain.t_embedder.mlp[0].bias.abs().max() == plain.t_embedder.mlp[2].bias.abs().max() == 0
 
 @pytest.mark.parametrize("places", [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "5", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
-                                    {"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "0"}], ids=str)
+                                    {"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "0"},
+                                    {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "9" * 24}], ids=str)
 def test_ranks_that_are_not_torchruns_are_refused(monkeypatch, places):
     for name, value in places.items():
         monkeypatch.setenv(name, value)

@@ -456,7 +456,7 @@ def test_a_dry_run_says_all_and_writes_nothing(work, capsys):
     assert "step 0 to 2000, batch 8" in said and "micro-batches of 8" in said and "EMA over 10 and 223 and 223 steps" in said and "about 0.0 GiB" in said and not Path("runs").exists()
     assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "./lab", "--dry-run") == 0 and capsys.readouterr().out.startswith("lab: ")
     assert call(train, *TINY_FLAGS, "--steps", 2) == 0 and call(train, "--resume", "--steps", 4, "--dry-run") == 0
-    assert "context tokens; 200 images, 100 held out; step 2 to 4, batch 8, lr 0.001, off, cpu; micro" in capsys.readouterr().out
+    assert "context tokens, noise scale 2; 200 images, 100 held out; step 2 to 4, batch 8, lr 0.001, off, cpu; micro" in capsys.readouterr().out
 
 def test_a_folder_that_is_no_runs_is_not_touched(work, capsys):
     Path("runs/shapes").mkdir(parents=True)
@@ -935,7 +935,7 @@ def test_a_flag_without_a_value_is_one_line(there, capsys, flag):
 def test_context_tokens_that_a_shallow_network_has_no_place_for_are_seen(work, capsys):
     """JiT-T begins with them in block 2."""
     for depth, tokens in ((2, 0), (3, 4)):
-        assert call(train, *TINY_FLAGS, "--depth", depth, "--dry-run") == 0 and f" patch 8, {tokens} context tokens; " in capsys.readouterr().out
+        assert call(train, *TINY_FLAGS, "--depth", depth, "--dry-run") == 0 and f" patch 8, {tokens} context tokens, noise scale 2; " in capsys.readouterr().out
 
 def test_to_go_on_and_to_begin_anew_is_a_contradiction(work, capsys):
     assert call(train, *TINY_FLAGS, "--steps", 2) == 0 and call(train, "--resume", "--overwrite", "--steps", 4) == 1
@@ -1209,7 +1209,7 @@ def test_the_first_line_comes_at_once_and_counts_the_parameters(work, monkeypatc
     assert call(train, *TINY_FLAGS, "--steps", 2, "--dry-run") == 0
     options, config, _ = settings("--steps", 2)
     count = sum(p.numel() for name, p in model.build(config).named_parameters() if name != "pos_embed")
-    assert capsys.readouterr().out.startswith(f"runs/shapes: JiT-T/8 with {count:,} parameters, patch 8, {config.in_context_len} context tokens; 200 images, 100 held out; step 0")
+    assert capsys.readouterr().out.startswith(f"runs/shapes: JiT-T/8 with {count:,} parameters, patch 8, {config.in_context_len} context tokens, noise scale 2; 200 images, 100 held out; step 0")
     flushed = []
     monkeypatch.setattr(sys.stdout, "flush", lambda: flushed.append(1))
     train.announce(options, config, Path("runs/x"), 0, {"train": 200, "val": 100}, torch.device("cpu"))
@@ -1406,6 +1406,16 @@ def test_the_bar_of_a_stopped_run_is_closed(work):
         recorder.after_step()
     assert recorder.bar.disable                           # tqdm's word for closed
 
+@pytest.mark.parametrize("bad,where", [(0, "there"), (1, "from before numbers ceased to be finite")])
+def test_a_stopped_run_says_where_it_goes_on(work, bad, where):
+    options, config, arrays = settings("--steps", 99)
+    recorder = recorder_of(train.Trainer(options, config, torch.device("cpu")), arrays, [1])
+    recorder.trainer.step = 1
+    recorder.trainer.bad.fill_(bad)
+    with pytest.raises(KeyboardInterrupt, match=f"stopped at step 1; the same command, without --overwrite, goes on {where}$"):
+        recorder.after_step()
+    assert model.read_checkpoint("runs/x/checkpoint.pt")["info"]["step"] == 1 - bad
+
 def test_the_log_has_no_empty_lines_on_any_system(work, monkeypatch):
     """csv writes its own line ends."""
     opened = []
@@ -1507,7 +1517,7 @@ def test_whole_lines_about_runs(work, capsys):
     state = train.training_state(trainer)                 # an average more, or less
     assert "version (zip() argument" in said(train.restore, trainer, state | {"ema": []}, "runs/r") and "version (zip() argument" in said(train.restore, trainer, state | {"ema": state["ema"] * 2}, "runs/r")
     short = [{name: value.flatten()[:1] for name, value in state["ema"][0].items()}]                     # it would fill any shape
-    assert "of an older version (shape '[" in said(train.restore, trainer, state | {"ema": short * len(state["ema"])}, "runs/r")
+    assert "of an older version (pos_embed has another shape)" in said(train.restore, trainer, state | {"ema": short * len(state["ema"])}, "runs/r")
     recorder = recorder_of(trainer, arrays)
     trainer.bad.fill_(10)
     trainer.step = 10
