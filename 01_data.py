@@ -273,8 +273,9 @@ def list_classes(folder):
             raise ValueError(f"{folder} holds one folder only, which holds folders: are those the classes? Then give "
                              f"{place} as --root, or move them up; if not, put the images themselves into it")
         if not files:
-            raise ValueError(f"{place} holds no images ({', '.join(FORMATS)}; what is hidden, packed data sets, data/ "
-                             "and runs/ of the working directory do not count): add some, or move it")
+            raise ValueError(f"{place} holds no images ({', '.join(FORMATS)}, by their suffixes; what is hidden, "
+                             "packed data sets, data/ and runs/ of the working directory do not count): add some, or "
+                             "move it")
         pairs += [(file, label) for file in files]
     return names, pairs
 
@@ -291,11 +292,13 @@ def list_folder(root, val_fraction, seed):
     names, pairs = list_classes(train)
     found = hold_out(pairs, val_fraction, seed)
     if val:
+        refuse(val_fraction != Options.val_fraction, f"--val-fraction: {val} is what is held out")
         val_names, found["val"] = list_classes(val)
         found["train"] = pairs
         if names != val_names:
             raise ValueError(f"{train} and {val} must hold the same class folders; "
-                             f"{min({*names} ^ {*val_names})} is in one only (ImageNet's val/ comes without: sort it)")
+                             f"{min({*names} ^ {*val_names})} is in one only (ImageNet's val/ comes without: sort "
+                             "it; a contest's test/, too: move it away)")
     left_out = {*every_file(root)} - {file for file, _ in sum(found.values(), [])} - {str(root / "classes.txt")}
     if left_out:
         print(f"{len(left_out)} files are left out, of other kinds, hidden, or in other folders, as {max(left_out)}")
@@ -505,8 +508,9 @@ def parse(argv, description, *classes, shown={}):
         elif entry.type is list:
             how = {"nargs": "+"}
         group.add_argument(flag(name), help=help_text(about, default), **how)
-    refuse(any(re.fullmatch("(--[a-z-]+=)?", word) for word in (sys.argv[1:] if argv is None else argv)),
-           "an argument is empty: leave its flag out, or is a variable not set?")
+    refuse(any(re.fullmatch("(--[a-z-]+=(~.*)?)?", word) for word in (sys.argv[1:] if argv is None else argv)),
+           "an argument is empty (leave its flag out; or is a variable not set?), or has ~ after =, where the shell "
+           "leaves it as it is")
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         check(flag(name), value, **options[name].metadata)

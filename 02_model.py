@@ -622,7 +622,8 @@ MISFIT = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)    #
 def read_checkpoint(path):
     """Open a checkpoint file without running anything in it.  Raises ValueError with one line that names the file."""
     if not Path(path).is_file():
-        raise ValueError(f"no checkpoint at {path}: train one first (python 03_train.py), or is the name another?")
+        raise ValueError(f"no checkpoint file at {path}: train one first (python 03_train.py), or is the name another? "
+                         "A run's is runs/NAME/checkpoint.pt")
     try:
         if zipfile.ZipFile(path).testzip():               # torch does not look at the checksums
             raise ValueError

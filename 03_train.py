@@ -835,7 +835,8 @@ def announce(options, config, folder, step, counts, device):
     """Say what begins."""
     windows = [f"{min(1 / (1 - d), (10 + options.steps) / 9):.0f}" for d in options.ema]
     need = 24 * model.count_parameters(config)            # weights, gradients, two moments, two averages
-    need += (50 if options.compile else 130) * options.micro_batch * size_of(config)           # as measured
+    kept = 50 if options.compile else 180 if options.amp == "off" else 130     # bytes, as measured
+    need += kept * options.micro_batch * size_of(config)
     print(f"{folder}: {'sizes as --init' if options.init else options.model} with {model.count_parameters(config):,} "
           f"parameters, patch {config.patch_size}, {config.in_context_len} context tokens, noise scale "
           f"{config.noise_scale:g}; {counts['train']} images, "

@@ -12,6 +12,7 @@ The clamp makes the last steps of euler and heun too short: noise of std 0.017 k
 """
 import csv
 import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -307,8 +308,10 @@ def write_samples(options, sampler, record, folder, rank, world):
             model.save_picture(grid, data.class_picture(sampler.labels, record["classes"], lambda i: image_of(out, i)))
             if options.npz:
                 save_npz(out, sampler.labels, record["size"])
-            print(f"{out}: {record['num']} images, {record['solver']} {record['steps']} steps, "
-                  f"shift {record['shift']:g}, w {record['cfg']}, seed {options.seed}: {grid}"
+            drawn = [record["classes"][label] for label in dict.fromkeys(sampler.labels) if record["classes"]]
+            names = textwrap.shorten(", ".join(drawn), 90)
+            print(f"{out}: {record['num']} images{names and f' ({names})'}, {record['solver']} {record['steps']} "
+                  f"steps, shift {record['shift']:g}, w {record['cfg']}, seed {options.seed}: {grid}"
                   f"{'' if made else ' (nothing was missing; --overwrite makes all anew)'}")
 
 # ---- A picture of the way from noise to image ------------------------------------------------------------------------

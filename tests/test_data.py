@@ -941,7 +941,7 @@ def test_a_class_of_one_split_is_named(there, capsys):
     assert pack() == 1 and "dog is in one only" in capsys.readouterr().err
     shutil.rmtree("in/val/cat")
     photo().save("in/val/ILSVRC2012_val_00000001.png")
-    assert pack() == 1 and "cat is in one only (ImageNet's val/ comes without: sort it)" in capsys.readouterr().err
+    assert pack() == 1 and "cat is in one only (ImageNet's val/ comes without: sort it; a contest's test/, too: move it away)" in capsys.readouterr().err
 
 def test_hidden_folders_within_a_class_hold_no_pictures(there, capsys):
     folder(Path("in"), splits=None)
@@ -1259,13 +1259,13 @@ def test_whole_lines_about_data_sets(there, capsys):
 def test_whole_lines_about_folders(there, capsys):
     folder(Path("in"), ("cat", "dog"), count=2)
     Path("in/train/eel").mkdir()
-    assert said(data.list_classes, Path("in/train")) == ("in/train/eel holds no images (JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM; what is hidden, packed data sets, data/ and runs/ of the working directory "
+    assert said(data.list_classes, Path("in/train")) == ("in/train/eel holds no images (JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM, by their suffixes; what is hidden, packed data sets, data/ and runs/ of the working directory "
                                                          "do not count): add some, or move it")
     photo().save("in/train/a.png")
     assert said(data.list_classes, Path("in/train")) == "in/train holds class folders (cat, ...) and 1 loose images (in/train/a.png, ...): put them into a class, or elsewhere"
     assert said(data.list_folder, Path("gone/x"), 0.1, 0) == "--root gone/x is not a folder"
     folder(Path("odd"), ("cat",), splits=("Train", "Test")), folder(Path("odd/Train"), ("fox",), splits=None)
-    assert said(data.list_folder, Path("odd"), 0.1, 0) == "odd/Train and odd/Test must hold the same class folders; fox is in one only (ImageNet's val/ comes without: sort it)"
+    assert said(data.list_folder, Path("odd"), 0.1, 0) == "odd/Train and odd/Test must hold the same class folders; fox is in one only (ImageNet's val/ comes without: sort it; a contest's test/, too: move it away)"
     folder(Path("bus"), ("bus", "car", "train"), splits=None)
     assert said(data.list_folder, Path("bus"), 0.1, 0) == ("bus holds bus, car, train: are they classes, or splits? Rename a class that is called like a split; "
                                                          "of splits, leave train/ and one of val/ and test/ there, nothing else")

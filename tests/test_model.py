@@ -796,7 +796,7 @@ def test_whole_lines_about_checkpoints(tmp_path, monkeypatch):
     assert said(model.read_checkpoint, "deep/notes.pt") == "deep/notes.pt is not a checkpoint: no access, damaged, not written by torch.save (1.6 or newer), or holding more than tensors and plain values"
     torch.save({"a": 1}, "deep/other.pt")
     assert said(model.read_checkpoint, "deep/other.pt") == "deep/other.pt is not a JiT checkpoint: it holds neither ema nor model_ema1"
-    assert said(model.read_checkpoint, "deep/gone.pt") == "no checkpoint at deep/gone.pt: train one first (python 03_train.py), or is the name another?"
+    assert said(model.read_checkpoint, "deep/gone.pt") == "no checkpoint file at deep/gone.pt: train one first (python 03_train.py), or is the name another? A run's is runs/NAME/checkpoint.pt"
     weights = randomised(model.JiTConfig(**TINY)).state_dict()
     torch.save({"config": TINY, "ema": [weights] * 2}, "deep/a.pt")
     assert said(model.load_network, "deep/a.pt", 3) == "deep/a.pt cannot be used: --ema 3: its averaged weights are numbered 0 to 1, and -1 stands for the raw weights, which it does not hold"

@@ -371,7 +371,7 @@ def test_another_ema_than_there_is_is_refused(work, capsys):
 
 @pytest.mark.parametrize("flags,words,code", [
     (["--steps", -1], "[1, 100000]", 2), (["--interval", "0.5"], "two times", 2), (["--interval", "0,0.5,1"], "two times", 2), (["--interval", "0.9,0.1"], "two times", 2), (["--interval", "0,2"], "in [0, 1]", 2), (["--solver", "rk4"], "is unknown", 2),
-    (["--labels", "moon"], "is not a class", 2), (["--ema", 3], "averaged weights are numbered 0 to 0", 1), (["--run", "nope"], "no checkpoint at runs/nope/checkpoint.pt: train one first (python 03_train.py)", 1), (["--checkpoint", "x.pth"], "no checkpoint at x.pth", 1), (["--seed", -1], "[0, 1e18]", 2), (["--seed", "9" * 400], "[0, 1e18]", 2),
+    (["--labels", "moon"], "is not a class", 2), (["--ema", 3], "averaged weights are numbered 0 to 0", 1), (["--run", "nope"], "no checkpoint file at runs/nope/checkpoint.pt: train one first (python 03_train.py)", 1), (["--checkpoint", "x.pth"], "no checkpoint file at x.pth", 1), (["--seed", -1], "[0, 1e18]", 2), (["--seed", "9" * 400], "[0, 1e18]", 2),
     (["--device", "gpu"], "give cuda or cpu", 2), (["--num", 0], "[1, 10000000]", 2), (["--num", "9999999999"], "[1, 10000000]", 2), (["--cfg", "nan"], "give a number", 2),
     (["--t-eps", "inf"], "in (0, 1)", 2), (["--shift", "inf"], "in [0.001, 1000]", 2), (["--checkpoint", "notes.txt"], "notes.txt is not a checkpoint: no access, damaged, not written by torch.save", 1)])
 def test_wrong_requests(run, capsys, flags, words, code):
@@ -477,9 +477,9 @@ def test_the_grid_names_its_classes(run, monkeypatch):
 
 def test_the_last_line_says_what_was_made(run, capsys):
     draw("a", "--seed", 5, num=4)
-    assert capsys.readouterr().out == "a: 4 images, heun 4 steps, shift 1, w 2.0, seed 5: a-grid.png\n"
+    assert capsys.readouterr().out == "a: 4 images (ring, star, dot), heun 4 steps, shift 1, w 2.0, seed 5: a-grid.png\n"
     draw("a", "--seed", 5, num=4)
-    assert capsys.readouterr().out == "a: 4 images, heun 4 steps, shift 1, w 2.0, seed 5: a-grid.png (nothing was missing; --overwrite makes all anew)\n"
+    assert capsys.readouterr().out == "a: 4 images (ring, star, dot), heun 4 steps, shift 1, w 2.0, seed 5: a-grid.png (nothing was missing; --overwrite makes all anew)\n"
 
 def test_all_that_the_network_is_given_lies_on_its_device():
     net, seen = torch.nn.Identity(), []
@@ -700,5 +700,5 @@ def test_whole_lines_about_sampling(run, capsys):
         sample.parse_labels("ring,moon", 2, ["ring", "star"], 2)
     assert str(error.value) == "--labels: 'moon' is not a class; ids: id:0 to id:1, names are ring, star (one with a comma in quotes)"
     draw("deep/a", "--seed", 5, num=3)
-    assert capsys.readouterr().out == "deep/a: 3 images, heun 4 steps, shift 1, w 2.0, seed 5: deep/a-grid.png\n"
+    assert capsys.readouterr().out == "deep/a: 3 images (ring, star, dot), heun 4 steps, shift 1, w 2.0, seed 5: deep/a-grid.png\n"
     assert call(sample, "--run", "r", "--trajectory", "--steps", 1, "--amp", "off") == 0 and capsys.readouterr().out == "look at runs/r/trajectory.png\n"

@@ -912,12 +912,15 @@ def test_latents_are_never_mirrored(work):
     assert settled(meta, "--flip")[0].flip is False
 
 def test_the_memory_that_is_announced(capsys, monkeypatch):
-    """Six numbers for each parameter, and 130 bytes for each number that a pass keeps."""
-    monkeypatch.setattr(model, "choose_precision", lambda amp, device: "off")
+    """Six numbers for each parameter, and 130 bytes for each number that a pass keeps, 180 without mixed precision."""
+    monkeypatch.setattr(model, "choose_precision", lambda amp, device: amp or "bf16")
     meta = {"size": 256, "classes": ["a"] * 1000, "counts": {"train": 1000}, "id": "1"}
     options, config = settled(meta, "--preset", "imagenet-B")
     train.announce(options, config, Path("r"), 0, {"train": 1000, "val": 50}, torch.device("cpu"))
     assert f"about {(24 * 131_123_712 + 130 * 8 * 256 * 768 * 12) / 2**30:.1f} GiB" in capsys.readouterr().out
+    options.amp = "off"
+    train.announce(options, config, Path("r"), 0, {"train": 1000, "val": 50}, torch.device("cpu"))
+    assert f"about {(24 * 131_123_712 + 180 * 8 * 256 * 768 * 12) / 2**30:.1f} GiB" in capsys.readouterr().out
     options.compile = options.record = True
     train.announce(options, config, Path("r"), 0, {"train": 1000, "val": 50}, torch.device("cpu"))
     assert f", cpu compiled as CUDA graphs; micro-batches of 8, about {(24 * 131_123_712 + 50 * 8 * 256 * 768 * 12) / 2**30:.1f} GiB" in capsys.readouterr().out
