@@ -113,8 +113,10 @@ def open_data(folder):
             shape = (meta["counts"][split], *[meta["size"]] * 2, meta.get("channels", 3))
             if (images.shape, images.dtype, labels.shape, labels.dtype) != (shape, kind, shape[:1], np.int64):
                 raise ValueError(f"the {split} arrays do not fit meta.json")
-            if len(labels) and not 0 <= labels.min() <= labels.max() < max(1, len(meta["classes"])):
-                raise ValueError(f"a label in {split}_labels.npy is outside 0..{len(meta['classes']) - 1}")
+            found = {*labels.tolist()}
+            known = {*range(len(meta["classes"]) or 1)}
+            if found - known or split == "train" and known - found:
+                raise ValueError(f"{split}_labels.npy has a label outside 0..{max(known)}, or a class has no image")
             arrays[split] = images, labels
     except Exception as error:                            # numpy raises many kinds
         raise ValueError(f"the data set at {folder} cannot be read ({error}): if it is damaged or outdated, delete the "
@@ -579,6 +581,7 @@ def load_json(path, **kinds):
     try:
         refuse(path.exists() and not path.is_file(), "it is no file")          # a pipe's reading might never end
         record = json.loads(path.read_text())
+        json.dumps(record, allow_nan=False)               # ValueError: a number in it is none
         expect(record, **kinds)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or not ours ({error})")
@@ -755,7 +758,7 @@ def new_set(folder):
         part.replace(folder)
         shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
-        if not folder.exists() and aside.exists():
+        with suppress(OSError):                           # it is not there, or the new one is
             aside.replace(folder)
         shutil.rmtree(part)
         raise

@@ -397,8 +397,9 @@ class ImageSet:
                 self.labels = np.array(self.record.pop("labels")).ravel()
                 names = [f"{i:07d}.png" for i in range(self.labels.size)]
                 if [*map(os.path.basename, files)] != names or self.labels.dtype.kind != "i":
-                    raise ValueError(f"{path} holds {len(files)} images and labels for {self.labels.size}: finish it "
-                                     "by the same 04_sample.py command, and leave no other images there")
+                    raise ValueError(f"{path} holds {len(files)} images and labels for {self.labels.size} "
+                                     f"({self.labels.dtype}): finish it by the same 04_sample.py command, and leave no "
+                                     "other images there")
 
 def read_npz(path):
     """(images, labels, statistics) of a sample batch (arr_0, arr_1), or of statistics (mu, sigma, mu_s, sigma_s, n)."""
@@ -549,10 +550,10 @@ def print_table(files, out):
     if out:
         name = next((name for name in varied if isinstance(most[name], (int, float))), None)
         curve = sorted((row[name], row["fd"]) for row in rows
-                       if isinstance(row.get("fd"), float) and isinstance(row.get(name), (int, float)))
+                       if isinstance(row.get("fd"), (int, float)) and isinstance(row.get(name), (int, float)))
         refuse(not curve, "--out: the results differ in no number to draw fd over")
         model.save_picture(out, model.chart(rows[0]["score"], name, {"score": curve}))
-        print(f"look at {out}")
+        print(f"look at {out}: {len(curve)} of {len(rows)} results")
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
 @dataclass
@@ -588,7 +589,8 @@ def open_sets(options):
                          "--run")
     real = ImageSet(name if name.lower().endswith(".npz") else model.folder_of(name, "data"), options.split)
     if not options.reference and made.get("data_id") != real.record.get("id"):
-        raise ValueError(f"{real.path} was packed anew since the network of {samples.path} was trained: pass "
+        raise ValueError(f"{real.path} was packed anew since the network of {samples.path} was trained, or its "
+                         "samples.json does not say of which it is: pass "
                          f"--reference {name} to compare them all the same")
     if options.features == "classifier" and "counts" not in real.record:
         raise ValueError(f"{name} is not a packed data set, the classifier is trained on one: use --features inception")

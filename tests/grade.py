@@ -278,6 +278,8 @@ def main(arguments):
         submission, exercises = options.submission, choose(options.exercises)
         if not submission.exists():
             raise ValueError(f"there is no {submission}")
+        if submission.suffix == ".py":
+            raise ValueError(f"{submission} is one script: give the folder in which it lies")
         if importlib.util.find_spec("pytest") is None:
             raise ValueError("pytest is missing: pip install -r requirements.txt -r tests/requirements.txt")
         if not options.limit >= 1:

@@ -271,8 +271,10 @@ def main(arguments):
     options = parser.parse_args(arguments)
     if sum(place is not None for place in (options.out, options.solutions, options.gradescope)) != 1:
         parser.error("give one of OUT, a new folder, --solutions FILE and --gradescope FOLDER")
+    code = 2                                              # of a wrong argument
     try:
         exercises = choose(options.exercises)
+        code = 1
         if options.gradescope:
             with new_folder(options.gradescope) as part:
                 gradescope(part, exercises)
@@ -288,7 +290,7 @@ def main(arguments):
             with new_folder(options.out) as part:
                 make(part, exercises)
     except (ValueError, OSError) as error:
-        return print(f"make_assignment.py: error: {error}", file=sys.stderr) or 1
+        return print(f"make_assignment.py: error: {error}", file=sys.stderr) or code
     except KeyboardInterrupt:
         return print("make_assignment.py: stopped", file=sys.stderr) or 130
     told = "the solutions" if options.solutions else "zip its contents" if options.gradescope else f"listed in {options.out}/tests/EXERCISES.md"

@@ -1239,7 +1239,7 @@ def test_whole_lines_about_data_sets(there, capsys):
     why = "the data set at data/set cannot be read ({}): if it is damaged or outdated, delete the folder, and pack it again"
     labels = np.load("data/set/val_labels.npy")
     np.save("data/set/val_labels.npy", np.full(100, 10))
-    assert said(data.open_data, "data/set") == why.format("a label in val_labels.npy is outside 0..9")
+    assert said(data.open_data, "data/set") == why.format("val_labels.npy has a label outside 0..9, or a class has no image")
     np.save("data/set/val_labels.npy", labels), np.save("data/set/val_images.npy", images_of(100, 8))
     assert said(data.open_data, "data/set") == why.format("the val arrays do not fit meta.json")
     Path("data/set/notes.txt").touch()
@@ -1347,6 +1347,15 @@ def test_flags_of_other_sources_are_refused(capsys):
     for flags, words in ((["--source", "folder", "--count", 500], "--count is for shapes; others have --fraction"), (["--val-fraction", 0.2], "--val-fraction is for folders"),
                          (["--source", "cifar10", "--val-fraction", 0.2], "--val-fraction is for folders")):
         assert call(data, *flags) == 2 and capsys.readouterr().err.endswith(f"error: {words}\n")
+
+def test_every_class_of_a_set_has_an_image(there):
+    assert call(data, "--size", 16, "--count", 100, "--workers", 1) == 0
+    path = Path("data/shapes/meta.json")
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {"classes": [*meta["classes"], "hexagon"]}))         # by hand
+    assert "train_labels.npy has a label outside 0..10, or a class has no image" in said(data.open_data, "data/shapes")
+    path.write_text(json.dumps(meta | {"size": float("inf")}))
+    assert "meta.json is damaged, or not ours (Out of range float values" in said(data.open_data, "data/shapes")
 
 def test_a_set_on_a_disk_of_its_own_stays(there, monkeypatch, capsys):
     assert call(data, "--size", 16, "--count", 100, "--workers", 1) == 0
