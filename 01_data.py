@@ -235,7 +235,7 @@ def folders_in(place):
                   and not PACKED <= {*os.listdir(entry)})
 
 def every_file(folder):
-    """Every file below a folder, but for packed data sets and what these scripts write.  Raises OSError.
+    """Every file below a folder, but for packed data sets, runs and what these scripts write.  Raises OSError.
 
     Links are followed, but not in circles.
     """
@@ -245,7 +245,7 @@ def every_file(folder):
     seen = no_pictures(folder) - {folder.resolve()}
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         real = Path(parent).resolve()
-        if real in seen or PACKED <= {*names}:
+        if real in seen or PACKED <= {*names} or "checkpoint.pt" in names:          # the last: a run
             folders.clear()
             continue
         seen.add(real)
@@ -276,8 +276,8 @@ def list_classes(folder):
                              f"{place} as --root, or move them up; if not, put the images themselves into it")
         if not files:
             raise ValueError(f"{place} holds no images ({', '.join(FORMATS)}, by their suffixes; what is hidden, "
-                             "packed data sets, data/ and runs/ of the working directory do not count): add some, or "
-                             "move it")
+                             "packed data sets, runs, data/ and runs/ of the working directory do not count): add "
+                             "some, or move it")
         pairs += [(file, label) for file in files]
     return names, pairs
 

@@ -472,6 +472,14 @@ def test_depths(there):
     with pytest.raises(ValueError, match="neither 8 nor 16 bits"):                       # else nearly black
         data.read_image("twelve.tif")
 
+def test_a_run_of_another_working_directory_is_no_class(there, capsys):
+    folder(Path("in"), splits=None)
+    Path("in/runs/shapes/samples").mkdir(parents=True), Path("in/runs/shapes/checkpoint.pt").touch()
+    photo().save("in/runs/shapes/samples/0000000.png")
+    assert pack() == 1 and "in/runs holds no images" in capsys.readouterr().err
+    shutil.rmtree("in/runs")
+    assert pack() == 0 and data.open_data("data/set")[0]["classes"] == ["cat", "dog"]
+
 def test_signed_pixels_are_refused(there):
     tags = [(256, 8), (257, 8), (258, 8), (259, 1), (262, 1), (273, 200), (277, 1), (278, 8), (279, 64), (339, 2)]
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
@@ -1259,7 +1267,7 @@ def test_whole_lines_about_data_sets(there, capsys):
 def test_whole_lines_about_folders(there, capsys):
     folder(Path("in"), ("cat", "dog"), count=2)
     Path("in/train/eel").mkdir()
-    assert said(data.list_classes, Path("in/train")) == ("in/train/eel holds no images (JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM, by their suffixes; what is hidden, packed data sets, data/ and runs/ of the working directory "
+    assert said(data.list_classes, Path("in/train")) == ("in/train/eel holds no images (JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM, by their suffixes; what is hidden, packed data sets, runs, data/ and runs/ of the working directory "
                                                          "do not count): add some, or move it")
     photo().save("in/train/a.png")
     assert said(data.list_classes, Path("in/train")) == "in/train holds class folders (cat, ...) and 1 loose images (in/train/a.png, ...): put them into a class, or elsewhere"

@@ -1136,7 +1136,7 @@ def test_whole_lines_about_results(scored, capsys):
     Path("deep").mkdir(), Path("1.json").rename("deep/1.json")
     assert call(evaluate, "--table", "deep/1.json", "2.json", "--out", "deep/c.png") == 0
     out = capsys.readouterr().out
-    assert out.endswith("\nlook at deep/c.png\n") and "\ndeep/1.json | 1 | " in out and "\n2.json | 2 | " in out         # two metrics.json can be told apart
+    assert out.endswith("\nlook at deep/c.png: 2 of 2 results\n") and "\ndeep/1.json | 1 | " in out and "\n2.json | 2 | " in out         # two metrics.json can be told apart
 
 def test_samples_under_other_names_are_not_judged(scored, capsys):
     Path("runs/shapes/samples/0000002.png").rename("runs/shapes/samples/zebra.png")
