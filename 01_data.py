@@ -7,7 +7,7 @@ Reads a source:   shapes       ten named shapes, drawn here; a function of (seed
                                (a part is held out), or images without class folders
                   cifar10, imagenette-160, imagenette-320     downloaded, checked by their checksum
 Writes data/<name>/:   train_images.npy (N,H,W,3) uint8, train_labels.npy (N,) int64, val_*.npy, meta.json, preview.png
-Run it:   python 01_data.py          7 seconds on two cores; look at data/shapes/preview.png
+Run it:   python 01_data.py          8 seconds on two cores; look at data/shapes/preview.png
           python 01_data.py --source folder --root PHOTOS --size 256 --name photos
 A data set is whole, or it is not there.  Pixels stay uint8 on disk, 0..255; 03_train.py scales them to [-1, 1] later.
 """
@@ -747,13 +747,13 @@ def new_set(folder):
             only_ours(place, SET_FILES, "nothing is touched; move it away, or choose --name or --out")
     look()
     refuse(os.path.ismount(folder), f"{folder} cannot be replaced, a disk is mounted there: choose --name or --out")
-    for place in (part, aside):
-        shutil.rmtree(place, ignore_errors=True)          # left there by a kill
+    shutil.rmtree(part, ignore_errors=True)               # left there by a kill
     part.mkdir()
     try:
         yield part
         look()                                            # hours may have passed
         if folder.exists():
+            shutil.rmtree(aside, ignore_errors=True)      # also left by one; else it is the only copy, and comes back
             folder.replace(aside)                         # fails before anything is lost, if it cannot be moved
         part.replace(folder)
         shutil.rmtree(aside, ignore_errors=True)

@@ -3,7 +3,7 @@
 What this stage teaches: the JiT loss, and around it what a real run needs: mixed precision, any number of GPUs,
 gradient accumulation, averaged weights (EMA), checkpoints that survive a kill, a log in which trouble shows early.
 Reads data/<name>/.   Writes runs/<name>/: config.json, log.csv, loss.png, checkpoint.pt, snapshots/, preview/
-Run it:   python 03_train.py                     the shapes preset, seven minutes on two CPU cores
+Run it:   python 03_train.py                     the shapes preset, eight minutes on two CPU cores
           python 03_train.py --experiment my_head.py      with a head, a layer or a loss of your own (README)
           torchrun --nproc_per_node 8 -- 03_train.py --preset imagenet-B       the same model on 8 GPUs as on one
 

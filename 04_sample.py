@@ -3,7 +3,7 @@
 What this stage teaches: Euler and Heun on dz/dt = v, DDIM and DDPM, and classifier-free guidance inside an interval.
 Reads runs/<name>/checkpoint.pt (ours or the official release's).
 Writes runs/<name>/samples/ (PNG files and samples.json; samples.npz with --npz) and runs/<name>/grid.png.
-Run it:   python 04_sample.py                               1,000 images of the shapes run, 38 s on two CPU cores
+Run it:   python 04_sample.py                               1,000 images of the shapes run, 53 s on two CPU cores
           torchrun --nproc_per_node 8 -- 04_sample.py --checkpoint jit-b-16.pth --num 50000 --cfg 2.9 --interval 0.1,1
 
 t = 0 is noise, t = 1 is data.  Image i is a function of (seed, i), whatever the batches, processes or interruptions.

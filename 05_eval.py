@@ -7,7 +7,7 @@ features of a classifier.  Two sets of features, one arithmetic:
                           beside it stands how often that classifier sees the class asked for, and is right.
   --features inception    2048 numbers of Inception-v3 as in the original FID, its weights downloaded or given.
 Reads runs/<name>/samples/, data/<name>/.   Writes runs/<name>/metrics.json; statistics are cached beside the data.
-Run it:   python 05_eval.py                                34 s on two CPU cores, the classifier's training included
+Run it:   python 05_eval.py                                37 s on two CPU cores, the classifier's training included
           python 05_eval.py --samples my_pngs --reference VIRTUAL_imagenet256_labeled.npz --features inception
 
 An image set is a folder of image files, a .npz with arr_0 (N,H,W,3) uint8, or a packed data set; the reference may also

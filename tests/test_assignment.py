@@ -247,6 +247,8 @@ def test_one_submission(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "results.json").read_text())["score"] == 4
     for wrong in (["nowhere"], ["deep", "--limit", "-1"], ["deep", "--out", "nodir/r.json"], ["deep", "--exercises", "0"], ["work", "--out", "work/02_model.py"]):
         assert grade.main(wrong) == (1 if "work/02_model.py" in wrong else 2) and capsys.readouterr().err.count("\n") == 1, wrong
+    assert grade.main(["work/02_model.py"]) == 2 and "give the folder in which it lies" in capsys.readouterr().err
+    assert make_assignment.main(["new", "--exercises", "20"]) == 2 and not Path("new").exists()
     with pytest.raises(SystemExit, match="2"):
         grade.main([])
 

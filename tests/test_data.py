@@ -692,7 +692,12 @@ def test_a_set_half_replaced_is_whole_all_the_same(there, monkeypatch):
             assert call(data, *flags, "--count", 120, "--overwrite") == 130
         assert data.open_data("data/d")[0]["counts"]["train"] == 100 and {path.name for path in Path("data").iterdir()} == {"d", ".d.lock"}
         assert call(data, *flags, "--count", 120, "--overwrite") == 0 and data.open_data("data/d")[0]["counts"]["train"] == 120
-    Path("data/d").rename("data/.d.old")                  # killed just there
+    Path("data/d").rename("data/.d.old")                  # killed just there: it is the only copy until there is a new one
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(data, "pack", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        data.main([str(flag) for flag in [*flags, "--count", 120]])
+    assert data.open_data("data/d")[0]["counts"]["train"] == 120
+    Path("data/d").rename("data/.d.old")
     assert call(data, *flags, "--count", 120) == 0 and data.open_data("data/d") and not Path("data/.d.old").exists()
     assert Path("data/.d.lock").read_text() == "mine"
 

@@ -400,7 +400,7 @@ def test_a_curve_runs_over_the_settings_in_order(there, monkeypatch):
     """Whatever the order of the files; and another reference is refused, also one of the same size."""
     curves, record = [], {"score": "FD", "n_real": 9, "n_generated": 9, "reference_id": "a", "sampling": {"cfg": 1.0}}
     monkeypatch.setattr(evaluate.model, "chart", lambda title, label, lines: curves.append((label, lines["score"])) or Image.new("RGB", (9, 9)))
-    for w, fd in ((3.0, 9.0), (1.0, 5.0), (2.0, 4.0)):
+    for w, fd in ((3.0, 9.0), (1.0, 5.0), (2.0, 4)):       # a whole number, as an editor may leave it, counts too
         Path(f"{9 - w}.json").write_text(json.dumps({**record, "fd": fd, "sampling": {"cfg": w}}))
     assert call(evaluate, "--table", "6.0.json", "8.0.json", "7.0.json", "--out", "c.png") == 0
     assert curves == [("cfg", [(1.0, 5.0), (2.0, 4.0), (3.0, 9.0)])] and Path("c.png").exists()
