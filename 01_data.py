@@ -178,7 +178,7 @@ def draw_shape(seed, index, size):
     return (image * 255 + 0.5).astype(np.uint8)
 
 # ---- Source "folder": find the files, and read them as the eye would see them ----------------------------------------
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = "JPEG PNG WEBP BMP GIF TIFF PPM".split()
 SUFFIXES = tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
 
 def to_rgb(image):
@@ -440,10 +440,10 @@ SOURCES = {"shapes": shapes_source, "folder": folder_source, "cifar10": cifar10_
 class UsageError(ValueError):
     """A wrong flag or value: exit code 2."""
 
-def refuse(bad, message):
-    """One rule for options: raise UsageError if they break it."""
+def refuse(bad, message, error=UsageError):
+    """One rule: raise UsageError if the options break it, or ValueError if what they lead to does."""
     if bad:
-        raise UsageError(message)
+        raise error(message)
 
 def refuse_other(old, new, place, advice):
     """Raise ValueError if what lies at `place`, made with the settings `old`, is not what `new` asks for."""
@@ -700,9 +700,10 @@ def class_picture(labels, names, image_of):
     return picture([*rows], titles)
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
-SET_FILES = ("train_images.npy", "train_labels.npy", "val_images.npy", "val_labels.npy", "preview.png", "skipped.txt",
-             "coder.pt", "reconstructions.npz", "meta.json", "*.jit-part", ".*.lock", ".DS_Store",  # of a Mac
-             "classifier-????????.*.npz", "statistics-*????????-????????.npz")           # 05's caches
+# the caches are of 05, .DS_Store of a Mac
+SET_FILES = """train_images.npy train_labels.npy val_images.npy val_labels.npy meta.json preview.png skipped.txt
+               coder.pt reconstructions.npz classifier-????????.*.npz statistics-*????????-????????.npz
+               *.jit-part .*.lock .DS_Store""".split()
 
 @dataclass
 class Options:

@@ -891,7 +891,7 @@ def train_run(given, device, rank, world):
         trainer = Trainer(options, config, device, rank, world, weights)
         if state:
             restore(trainer, state, folder)
-        refuse(trainer.step != step, f"another process has gone on with {folder} in the meantime: look at what it made")
+        refuse(trainer.step != step, f"another process has gone on with {folder} meanwhile: look at its work", ValueError)
         if rank == 0 and options.overwrite and folder.exists():
             move_aside(folder)
         recorder = Recorder(trainer, folder, arrays, coder and coder.to(device), asked)

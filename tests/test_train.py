@@ -1148,7 +1148,7 @@ def test_a_run_that_another_process_has_gone_on_with_is_not_ours(work, monkeypat
         assert call(train, "--resume", "--steps", 4, "--lr", "1e-4") == 0
         return real(path)
     monkeypatch.setattr(data, "locked", busy)
-    assert call(train, "--resume", "--steps", 4) == 2 and "another process has gone on with runs/shapes in the meantime" in capsys.readouterr().err
+    assert call(train, "--resume", "--steps", 4) == 1 and "another process has gone on with runs/shapes meanwhile" in capsys.readouterr().err
 
 def test_a_dry_run_is_dry_on_every_process(work, monkeypatch):
     monkeypatch.setattr(train, "Trainer", lambda *_: pytest.fail("it trains"))
