@@ -235,8 +235,10 @@ def test_a_mended_image_is_read_and_foreign_files_are_kept(there, capsys):
     assert pack() == 1 and "class b has no readable image" in capsys.readouterr().err and not Path("data/.set.partial").exists()
     (there / "in/train/b/0.png").write_bytes(good)
     assert pack() == 0
-    Path("data/.mine.partial").mkdir(), Path("data/.mine.partial/thesis.txt").write_text("x")
-    assert call(data, "--size", 16, "--count", 100, "--name", "mine") == 1 and "did not write" in capsys.readouterr().err and Path("data/.mine.partial/thesis.txt").exists()
+    for place in (Path("data/.mine.partial"), Path("data/.mine.old")):
+        place.mkdir(), (place / "thesis.txt").write_text("x")
+        assert call(data, "--size", 16, "--count", 100, "--name", "mine") == 1 and "did not write" in capsys.readouterr().err and (place / "thesis.txt").exists()
+        shutil.rmtree(place)
 
 def test_two_at_once_are_refused(there, capsys):
     with data.locked(Path("data/shapes")):
