@@ -24,6 +24,7 @@ import sys
 import tarfile
 import textwrap
 import time
+import unicodedata
 import urllib.request
 import uuid
 import zlib
@@ -96,21 +97,24 @@ def open_data(folder):
     """
     folder = Path(folder)
     if not (folder / "meta.json").is_file():
-        raise ValueError(f"no data set at {folder}: make it first (python 01_data.py --name {folder.name} "
-                         f"--out {folder.parent} ...; python 01_data.py alone draws data/shapes; latents: "
-                         "tests/experiments/), or give its place: NAME means data/NAME, with a slash it is a path")
+        raise ValueError(f"no data set at {folder}: make it first (python 01_data.py draws data/shapes; --source "
+                         "cifar10 or imagenette-160 makes one of this name; of your own images: --source folder "
+                         "--root IMAGES --name NAME; latents: tests/experiments/), or give its place: NAME means "
+                         "data/NAME, with a slash it is a path")
     try:
         meta = load_json(folder / "meta.json", id=str, size=int, classes=list, counts=dict, recipe=dict)
         "".join(meta["classes"])                          # TypeError, unless all of them are texts
         kind = np.uint8
+        channels = 3
         if "coder" in meta:                               # latents
             expect(meta["coder"], experiment=str, pixels=str)
             kind = np.float16
+            channels = meta["channels"]
         arrays = {}
-        for split in ("train", "val"):
+        for split in "train", "val":
             images = np.load(folder / f"{split}_images.npy", mmap_mode="r", allow_pickle=False)
             labels = np.load(folder / f"{split}_labels.npy", allow_pickle=False)
-            shape = (meta["counts"][split], *[meta["size"]] * 2, meta.get("channels", 3))
+            shape = (meta["counts"][split], *[meta["size"]] * 2, channels)
             if (images.shape, images.dtype, labels.shape, labels.dtype) != (shape, kind, shape[:1], np.int64):
                 raise ValueError(f"the {split} arrays do not fit meta.json")
             found = {*labels.tolist()}
@@ -186,10 +190,11 @@ def to_rgb(image):
     image.load()                                          # subtle: Pillow turns TIFF files by itself, in loading them
     with suppress(Exception):                             # a camera's odd entry does not spoil the picture
         ImageOps.exif_transpose(image, in_place=True)
-    deep = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
-    tags = getattr(image, "tag_v2", {})                   # of a TIFF file: 258 bits, 262 what zero means, 339 signs
-    if image.mode in ("I", "F") and not deep or tags.get(258) == (12,) or 2 in tags.get(339, ()):
-        raise ValueError(f"its pixels have neither 8 nor 16 bits, or a sign ({image.mode})")
+    deep = image.mode.startswith("I;16") or image.mode == "I" and image.format != "TIFF"
+    tags = getattr(image, "tag_v2", {})                   # of a TIFF file: 258 bits, 262 what zero means, 339 signs,
+    planes = tags.get(284) == 2 and 16 in tags.get(258)[1:]                # 284 colours apart, misread by Pillow
+    if image.mode in ("I", "F") and not deep or tags.get(258) == (12,) or 2 in tags.get(339, ()) or planes:
+        raise ValueError(f"its pixels have neither 8 nor 16 bits, or a sign, or planes of 16 bits ({image.mode})")
     if deep:                                              # grey; subtle: convert("RGB") would cut it off at 255
         grey = np.array(image, np.float32)
         if tags.get(262) == 0:                            # white is zero
@@ -219,7 +224,8 @@ def decode(path, size):
         return f"{image.width} x {image.height} is too long and thin"
     return center_crop(image, size)
 
-HIDDEN = (".", "@", "#", "$", "__", "lost+found", "System Volume Information")        # of drives, networks and Macs
+# beginnings of names that drives, networks and Macs give
+HIDDEN = tuple(".|@eaDir|@Re|@tmp|#recycle|#snapshot|$RECYCLE|__MACOSX|lost+found|System Volume".split("|"))
 
 PACKED = {"train_images.npy", "meta.json"}                # where both lie is a data set, and no folder of images
 
@@ -229,10 +235,14 @@ def no_pictures(place):
     return {Path(name).resolve() for name in ("data", "runs")} | {here, *here.parents}
 
 def folders_in(place):
-    """The folders in a folder, but for hidden ones, packed data sets, and those where these scripts write."""
-    return sorted(entry for entry in place.iterdir()
-                  if entry.is_dir() and not entry.name.startswith(HIDDEN) and entry.resolve() not in no_pictures(place)
-                  and not PACKED <= {*os.listdir(entry)})
+    """{name: folder} in a folder, but for hidden ones, packed data sets, and those where these scripts write.
+
+    subtle: Macs write an accent as a letter of its own; the form NFC puts both together.
+    """
+    found = {unicodedata.normalize("NFC", entry.name): entry for entry in place.iterdir()
+             if entry.is_dir() and not entry.name.startswith(HIDDEN) and entry.resolve() not in no_pictures(place)
+             and not PACKED <= {*os.listdir(entry)}}
+    return dict(sorted(found.items()))
 
 def every_file(folder):
     """Every file below a folder, but for packed data sets, runs and what these scripts write.  Raises OSError.
@@ -262,14 +272,14 @@ def list_classes(folder):
 
     Raises ValueError, also in doubt: a single folder of folders is often what an archive was unpacked into.
     """
-    entries = folders_in(folder)
-    names = [entry.name for entry in entries]
+    places = folders_in(folder)
+    names = [*places]
     loose = [file for file in list_images(folder) if Path(file).parent == folder]
     if names and loose:
         raise ValueError(f"{folder} holds class folders ({names[0]}, ...) and {len(loose)} loose images ({loose[0]}, "
                          "...): put them into a class, or elsewhere")
     pairs = []
-    for label, place in enumerate(entries or [folder]):
+    for label, place in enumerate(places.values() or [folder]):
         files = list_images(place)
         if len(names) == 1 and folders_in(place):
             raise ValueError(f"{folder} holds one folder only, which holds folders: are those the classes? Then give "
@@ -314,7 +324,7 @@ def split_folders(root):
     train/, val/ and test/ in any case; in a pair also test_set, valid-images, seg_train, train2017 and the like, which
     by itself may be a class.  Of val/ and test/ the former is taken.  Without splits it is root itself.
     """
-    folders = {folder.name: re.fullmatch(SPLIT, folder.name) for folder in folders_in(root)}
+    folders = {name: re.fullmatch(SPLIT, name) for name in folders_in(root)}
     found = {match["word"][:3].lower(): root / name for name, match in folders.items() if match}
     plain = [match and match["word"] == name for name, match in folders.items()]
     if not any(plain) and not {"tra"} < found.keys():
@@ -354,9 +364,8 @@ def fetch(options):
     _, url, md5 = ARCHIVES[options.source]
     path = folder / Path(url).name
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         try:
-            with whole(path) as part:
+            with locked(path), whole(path) as part:
                 download(url, part)
                 if file_hash(part, "md5") != md5:
                     raise OSError(f"its md5 is not {md5}")
@@ -393,7 +402,7 @@ def read_cifar10(archive, names):
 
 # ---- The sources: options -> (class names, make, {split: [(job, label)]}); make(job) is an image, or why there is none
 def shapes_source(options):
-    refuse(options.root, "--root: shapes are drawn, they have no folder")
+    refuse(options.root, "--root: shapes are drawn, they have no folder; images in one need --source folder")
     options.workers = 1                                   # drawing is Python: threads would wait for each other
     indices = {"train": range(options.count), "val": range(10**7, 10**7 + max(100, options.count // 10))}
     splits = {split: [(i, i % len(SHAPES)) for i in span] for split, span in indices.items()}
@@ -408,7 +417,7 @@ def folder_source(options):
         names = called(names, file.read_text(encoding="utf-8-sig"))
     print(f"folders in {options.root}, or in its train/, are classes, with all that lies in them (but not data/ and "
           "runs/ of the working directory, where these scripts write); every image is cropped and scaled to "
-          f"{options.size} x {options.size}, small ones enlarged")
+          f"{options.size} x {options.size}, small ones enlarged; of 16 bits, 65535 is white")
     return names, lambda path: decode(path, options.size), splits
 
 def called(names, text):
@@ -530,7 +539,7 @@ RANK = os.environ.get("RANK") or "0"                      # this process's numbe
 
 def run(main):
     """Call main() and return the exit code.  Expected errors become one line on stderr; bugs keep their traceback."""
-    if hasattr(sys.stdout, "reconfigure"):                # a notebook's cannot, and need not
+    with suppress(AttributeError):                        # a notebook's cannot, and need not
         sys.stdout.reconfigure(errors="replace")          # a terminal without the letters of a class name
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -618,7 +627,10 @@ def in_parts(rows, size):
 def locked(path):
     """Keep other processes of this machine from writing to the same path.  Raises ValueError if one does."""
     refuse(not path.name, f"{path}: give this folder by its name, as ../NAME")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise ValueError(f"{error.filename} is no folder: it is a file, or a link that leads nowhere")
     if not os.access(path.parent, os.W_OK) and not os.access(path, os.W_OK):   # it may be looked at; nobody writes
         yield
         return
@@ -632,7 +644,7 @@ def locked(path):
 
 def only_ours(folder, patterns, advice):
     """Raise ValueError if a folder that is about to be replaced holds more than files of these names."""
-    for path in sorted(folder.iterdir()) if folder.exists() else ():
+    for path in sorted(folder.glob("*")):
         if path.is_dir() or not any(map(path.match, patterns)):
             raise ValueError(f"{folder} holds {path.name}, which this script did not write: {advice}")
 

@@ -595,7 +595,7 @@ def load_recorded(names, place, given=""):
     for name in names:
         plain = "/" not in name and (EXPERIMENTS_FOLDER / f"{name}.py").is_file()
         refuse(not plain and Path(name).stem not in [Path(path).stem for path in filter(None, given.split(","))],
-               f"{place} was made with an experiment of your own: pass --experiment {name} again (04_sample.py also "
+               f"{place} was made with an experiment of your own: pass --experiment {name!r} again (04_sample.py also "
                "takes it from a new place; a file never makes us run code from outside the project)")
         if plain:
             load_experiment(name)
@@ -609,7 +609,8 @@ def load_coder(folder, made_by):
         return None
     data.expect(made_by, experiment=str)
     load_recorded([made_by["experiment"]], folder)
-    return load_experiment(made_by["experiment"]).load_coder(folder, made_by)
+    with reading(folder):
+        return load_experiment(made_by["experiment"]).load_coder(folder, made_by)
 
 def to_pictures(x, coder=None):
     """(B,C,H,W) in [-1,1], or latents and their coder -> numpy uint8 (B,H,W,3), as files and pictures want it."""
@@ -617,7 +618,15 @@ def to_pictures(x, coder=None):
     return to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
 
 # ---- Checkpoints: ours, and the official release's (a dict with model, model_ema1, model_ema2 and args) -------------
-MISFIT = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)    # what reading other content may raise
+@contextmanager
+def reading(path, advice=""):
+    """Inside, whatever goes wrong is said to be this file's fault.  Raises ValueError."""
+    try:
+        yield
+    except Exception as error:                            # other content may raise any kind
+        what = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
+        raise ValueError(f"{path} cannot be used: {what}"
+                         f"{str(error).strip().rpartition(chr(10))[2].strip()[:300]}{advice}")
 
 def read_checkpoint(path):
     """Open a checkpoint file without running anything in it.  Raises ValueError with one line that names the file."""
@@ -646,7 +655,7 @@ def load_network(path, ema=0, experiment=""):
         load_experiment(name)
     state = read_checkpoint(path)
     info = {"sampling": {}, "classes": [], "experiments": []}
-    try:
+    with reading(path):
         if "args" in state:
             args = vars(state["args"])
             config = MODELS[args["model"]] | {"image_size": args["img_size"], "num_classes": args["class_num"],
@@ -669,9 +678,8 @@ def load_network(path, ema=0, experiment=""):
         net = build(kind(**config | {"aux": "none"}))
         weights = state["model"] if ema == -1 else averages[ema]
         load_weights(net, weights)
-    except MISFIT as error:
-        what = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
-        raise ValueError(f"{path} cannot be used: {what}{str(error).strip().splitlines()[-1].strip()[:300]}")
+        if 0 < len(info["classes"]) < net.config.num_classes:
+            raise ValueError("it names only a part of its classes")
     return net.eval(), info
 
 def fingerprint(arrays):
@@ -696,8 +704,8 @@ def save(state, path):
         with data.whole(path) as part:
             torch.save(state, part)
     except (OSError, RuntimeError) as error:              # subtle: torch reports a full disk as a RuntimeError
-        raise ValueError(f"cannot write {path} ({str(error).splitlines()[0][:100]}); what was there is intact: make "
-                         "room, and give the same command again")
+        raise ValueError(f"cannot write {path} ({str(error).splitlines()[0][:100]}); what was there is intact: if a "
+                         "disk is full, make room, and give the same command again")
 
 # ---- Plumbing of the later scripts: device and processes ------------------------------------------------------------
 def warn(message):
@@ -766,7 +774,7 @@ def torchs_errors():
         yield
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
-            raise ValueError("out of memory: pass a smaller --micro-batch or --batch-size")
+            raise ValueError("out of memory: pass a smaller --micro-batch, --batch-size or network")
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise ValueError(f"torch.compile failed ({str(error).strip().splitlines()[0][:100]}): pass --no-compile, "
                              "or to 04_sample.py no --compile")
@@ -816,27 +824,27 @@ def save_picture(path, image):
     with data.whole(path) as part:
         image.save(part, "png", pnginfo=mark)
 
-def chart(title, label, lines, log=False, width=480, height=320):
+def chart(title, label, lines, log=False):
     """Curves {name: [(x, y), ...]} over one axis, called `label`, as a PIL picture.  log: both axes are logarithmic."""
     curves = {name: np.log10(line) if log else np.array(line) for name, line in lines.items()}
     points = np.concatenate(list(curves.values()))
     low = points.min(axis=0)
     span = np.ptp(points, axis=0) + 1e-9
-    corner = np.array([50, height - 35])                  # in pixels
-    size = np.array([width - 75, 70 - height])            # y goes up
-    sheet = Image.new("RGB", (width, height), "white")
+    corner = np.array([50, 285])                          # in pixels
+    size = np.array([405, -250])                          # y goes up
+    sheet = Image.new("RGB", (480, 320), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.rectangle([50, 35, width - 25, height - 35], outline="gray")
+    draw.rectangle([50, 35, 455, 285], outline="gray")
     for part in np.linspace(0, 1, 5):                     # numbers along both axes
         x, y = corner + part * size
         marks = low + part * span
         marks = 10**marks if log else marks
-        data.write(draw, (x, height - 31), f"{marks[0]:.4g}", 60, "ma")
+        data.write(draw, (x, 289), f"{marks[0]:.4g}", 60, "ma")
         data.write(draw, (46, y), f"{marks[1]:.3g}", 45, "rm")
-    data.write(draw, (50, 2), title, width)
-    data.write(draw, (width // 2, height - 16), label, width, "ma")
+    data.write(draw, (50, 2), title, 400)
+    data.write(draw, (240, 304), label, 400, "ma")
     for row, (name, curve) in enumerate(curves.items()):
-        colour = ("navy", "firebrick", "seagreen", "darkorange", "purple", "gray")[row % 6]
+        colour = "navy firebrick seagreen darkorange purple gray".split()[row % 6]
         draw.line([tuple(point) for point in corner + (curve - low) / span * size], fill=colour, width=2)
         data.write(draw, (50 + row * 100, 18), name, 95, fill=colour)
     return sheet

@@ -298,24 +298,31 @@ STATEFUL = {"model": "net", "head": "head", "optimizer": "optimizer", "scaler": 
 def restore(trainer, state, folder):
     """The inverse of training_state().  Raises ValueError if it does not fit."""
     refuse_other_settings(state, trainer.options, trainer.config, folder)
-    try:
+    with model.reading(folder, OTHER_RUN):
         for key, name in STATEFUL.items():
             if state[key] or key != "scaler":             # empty unless the run was an fp16 one
                 getattr(trainer, name).load_state_dict(state[key])
         for average, saved in zip(trainer.ema, state["ema"], strict=True):
             for name, value in average.items():
-                if saved[name].shape != value.shape:      # copy_ would fill any shape with one number
-                    raise ValueError(f"{name} has another shape")
-                value.copy_(saved[name])
+                value.copy_(fitting(saved[name], value))
+        for weight, moments in trainer.optimizer.state.items():
+            fitting(moments["exp_avg"], weight)
+            fitting(moments["exp_avg_sq"], weight)
         if trainer.rank == 0:                             # they are of all processes together: one takes them
             trainer.log.sums.copy_(state["sums"])
         trainer.log.rows = state["rows"]
         trainer.step = state["info"]["step"]
         trainer.skipped.fill_(state["skipped"])
         trainer.bad.fill_(state["bad"])
-    except model.MISFIT as error:
-        raise ValueError(f"the checkpoint of {folder} is damaged, or of an older version "
-                         f"({str(error).strip().splitlines()[-1]}): pass --run NAME, or --overwrite to move it aside")
+
+def fitting(saved, own):
+    """A saved tensor, if it has the shape of one's own: neither copy_() nor AdamW look."""
+    if saved.shape != own.shape:
+        raise ValueError(f"one of its tensors has the shape {(*saved.shape,)}, not {(*own.shape,)}")
+    return saved
+
+OTHER_RUN = (": is it damaged, or of an older version, or not the state of a training run?  Else pass --run NAME, or "
+             "--overwrite to move it aside")
 
 @torch.no_grad()
 def predict_clean(trainer, z, t, y):
@@ -701,7 +708,7 @@ def settle(settings, meta, device, world):
         refuse(settings.get("aux") == "rotation", "--aux rotation is for images, not for latents")
     elif "patch_size" not in settings:
         found["patch_size"] = nearest_patch(row, size)
-    settings = row | found | settings | {"shift": settings.get("shift") or meta.get("shift", 1.0),
+    settings = row | found | settings | {"shift": settings.get("shift") or meta.get("shift") or 1.0,
                                          "classes": meta["classes"], "data_id": meta["id"], "coder": meta.get("coder")}
     kind, _ = model.NETWORKS[settings.get("network", "jit")]
     training = model.settings_for(Options, settings)
@@ -794,12 +801,12 @@ def checkpoint_of(folder, resume, overwrite):
     if begin:
         return None
     state = model.read_checkpoint(path)
-    try:
+    with model.reading(path, OTHER_RUN):
         data.expect(state, config=dict, info=dict, options=dict, rows=list)
         data.expect(state["info"], step=int, data_id=str, experiments=list)
-    except ValueError as error:
-        raise ValueError(f"{path} is not the state of a training run, or of an older version ({error}): pass --run "
-                         "NAME, or --overwrite to move it aside")
+        data.expect(state["options"], amp=str, sampling=dict)
+        for row in state["rows"]:
+            data.expect(row, step=int, loss=float)
     return state
 
 # what may differ from the run that goes on (its data's place, too: the id is compared), and what else with --resume
@@ -891,7 +898,7 @@ def train_run(given, device, rank, world):
         trainer = Trainer(options, config, device, rank, world, weights)
         if state:
             restore(trainer, state, folder)
-        refuse(trainer.step != step, f"another process has gone on with {folder} meanwhile: look at its work", ValueError)
+        refuse(trainer.step != step, f"another process has gone on with {folder}: look at what it made", ValueError)
         if rank == 0 and options.overwrite and folder.exists():
             move_aside(folder)
         recorder = Recorder(trainer, folder, arrays, coder and coder.to(device), asked)

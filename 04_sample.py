@@ -226,8 +226,8 @@ def parse_labels(text, num, classes, num_classes):
     return [ids[i % len(ids)] for i in range(num)]
 
 # ---- Writing: a folder of PNG files that knows its settings ----------------------------------------------------------
-SAMPLE_FILES = ("[0-9][0-9][0-9][0-9][0-9][0-9][0-9].png", "samples.json", "samples.npz*", "arr_0.npy", ".DS_Store",
-                ".*.lock", "*.jit-part")
+SAMPLE_FILES = """[0-9][0-9][0-9][0-9][0-9][0-9][0-9].png samples.json samples.npz*
+                  .DS_Store .*.lock *.jit-part""".split()
 
 def file_of(out, i):
     return out / f"{i:07d}.png"
@@ -279,11 +279,11 @@ def sample_all(sampler, out, batch_size, rank, world):
 
 def save_npz(out, labels, size):
     """samples.npz as ADM's evaluator reads it: arr_0 uint8 (N,H,W,3), arr_1 labels; memory holds an image at a time."""
-    with data.whole(out / "arr_0.npy") as rows:
+    with data.whole(out / "arr_0.jit-part") as rows:
         data.save_rows(rows, (image_of(out, i) for i in range(len(labels))), (size, size, 3))
         with data.whole(out / "samples.npz") as part, open(part, "wb") as file:
             np.savez(file, arr_0=np.load(rows, mmap_mode="r"), arr_1=labels)
-    (out / "arr_0.npy").unlink()
+    (out / "arr_0.jit-part").unlink()
 
 def write_samples(options, sampler, record, folder, rank, world):
     """Fill the folder of samples, then draw the grid."""

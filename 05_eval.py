@@ -247,7 +247,7 @@ WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_we
 
 def load_inception(path):
     """(network, name of its score, hash of the weights).  Another file than the published one names its score."""
-    try:
+    with model.reading(path or WEIGHTS_URL, f"; fetch {WEIGHTS_URL} and pass --inception-weights FILE"):
         if path is None:
             digest = WEIGHTS_HASH
             state = torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", check_hash=True,
@@ -257,10 +257,6 @@ def load_inception(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
         net = Inception(state)
         net(torch.zeros(1, 8, 8, 3, dtype=torch.uint8))   # all names, all shapes
-    except Exception as error:
-        raise ValueError(f"cannot load the Inception weights from {path or WEIGHTS_URL} "
-                         f"({str(error) or type(error).__name__:.100}): fetch {WEIGHTS_URL} and pass "
-                         "--inception-weights FILE")
     if digest == WEIGHTS_HASH:
         return net, "FID", digest
     model.warn(f"{path} is not the published weights file; the scores are named after it, not FID")
@@ -384,6 +380,7 @@ class ImageSet:
                 raise ValueError(f"{path} holds latents: give the pixels they were made of, "
                                  f"{self.record['coder']['pixels']}")
             self.images, self.labels = arrays[split]
+            self.held_out = arrays["val"]
         elif path.suffix.lower() == ".npz" and path.exists():
             self.images, self.labels, self.statistics = read_npz(path)
         else:
@@ -403,12 +400,9 @@ class ImageSet:
 
 def read_npz(path):
     """(images, labels, statistics) of a sample batch (arr_0, arr_1), or of statistics (mu, sigma, mu_s, sigma_s, n)."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            known = "arr_0 arr_1 mu sigma mu_s sigma_s n".split()
-            content = {name: np.asarray(file[name]) for name in known if name in file}
-    except Exception as error:                            # zip, zlib and numpy each have their own
-        raise ValueError(f"{path} is not a readable npz file ({error})")
+    with model.reading(path), np.load(path, allow_pickle=False) as file:
+        content = {name: np.asarray(file[name])
+                   for name in "arr_0 arr_1 mu sigma mu_s sigma_s n".split() if name in file}
     images = content.pop("arr_0", None)
     labels = content.pop("arr_1", None)
     if ("mu" in content) != ("sigma" in content) or images is None and "mu" not in content:
@@ -505,11 +499,11 @@ def score(samples, real, net, options, digest, device):
                        "n_features": len(reference.get("features", ()))}
     if options.features == "inception":
         return result
-    held_out = ImageSet(real.path, "val")
-    rows = random_subset(len(samples.images), len(held_out.images))            # as many: FD grows as N falls
+    images, labels = real.held_out
+    rows = random_subset(len(samples.images), len(images))                     # as many: FD grows as N falls
     if len(rows) > 1:
-        floor = describe(held_out.images, net, device, options.batch_size, "held-out images", rows)
-        result |= {"n_floor": len(rows), "class_accuracy_real": (floor["seen"] == held_out.labels[rows]).mean()}
+        floor = describe(images, net, device, options.batch_size, "held-out images", rows)
+        result |= {"n_floor": len(rows), "class_accuracy_real": (floor["seen"] == labels[rows]).mean()}
         if real.split == "train":                         # else the floor is a part of the reference itself
             result["fd_floor"] = frechet("")(floor, reference)
     if samples.labels is None:
@@ -591,7 +585,7 @@ def open_sets(options):
     if not options.reference and made.get("data_id") != real.record.get("id"):
         raise ValueError(f"{real.path} was packed anew since the network of {samples.path} was trained, or its "
                          "samples.json does not say of which it is: pass "
-                         f"--reference {name} to compare them all the same")
+                         f"--reference {name!r} to compare them all the same")
     if options.features == "classifier" and "counts" not in real.record:
         raise ValueError(f"{name} is not a packed data set, the classifier is trained on one: use --features inception")
     size = samples.images[np.arange(1)].shape[1:3]

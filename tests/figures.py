@@ -24,10 +24,10 @@ def weights():
         for space in "xev":
             curve = model.conversion(pred, space, t)[0].double()**2 * density
             curves[f"{space}-loss"] = list(zip(t.tolist(), (curve / torch.trapezoid(curve, t)).numpy().round(3).tolist()))
-        charts.append(model.chart(f"the network predicts {pred}", "t", curves, width=330, height=240))
-    sheet = Image.new("RGB", (990, 240), "white")
+        charts.append(model.chart(f"the network predicts {pred}", "t", curves))
+    sheet = Image.new("RGB", (960, 640), "white")
     for i, chart in enumerate(charts):
-        sheet.paste(chart, (330 * i, 0))
+        sheet.paste(chart, (480 * (i % 2), 320 * (i // 2)))
     return sheet
 
 def balls():

@@ -284,8 +284,8 @@ def main(arguments):
             if not options.solutions.parent.is_dir():
                 raise ValueError(f"--solutions {options.solutions}: there is no folder {options.solutions.parent}")
             sheet = solutions(exercises)
-            with open(options.solutions, "x") as file:
-                file.write(sheet)
+            with new_folder(options.solutions) as part:               # a file, as whole as a folder
+                part.write_text(sheet)
         else:
             with new_folder(options.out) as part:
                 make(part, exercises)

@@ -235,9 +235,9 @@ def test_a_mended_image_is_read_and_foreign_files_are_kept(there, capsys):
     assert pack() == 1 and "class b has no readable image" in capsys.readouterr().err and not Path("data/.set.partial").exists()
     (there / "in/train/b/0.png").write_bytes(good)
     assert pack() == 0
-    for place in (Path("data/.mine.partial"), Path("data/.mine.old")):
-        place.mkdir(), (place / "thesis.txt").write_text("x")
-        assert call(data, "--size", 16, "--count", 100, "--name", "mine") == 1 and "did not write" in capsys.readouterr().err and (place / "thesis.txt").exists()
+    for place, name in ((Path("data/.mine.partial"), "thesis.txt"), (Path("data/.mine.old"), ".notes")):
+        place.mkdir(), (place / name).write_text("x")
+        assert call(data, "--size", 16, "--count", 100, "--name", "mine") == 1 and "did not write" in capsys.readouterr().err and (place / name).exists()
         shutil.rmtree(place)
 
 def test_two_at_once_are_refused(there, capsys):
@@ -304,7 +304,7 @@ def test_a_broken_download_leaves_nothing(there, monkeypatch, capsys):
     (there / "served").mkdir()
     (there / "served" / "cifar-10-binary.tar.gz").write_bytes(b"half a file")
     assert call(data, "--source", "cifar10") == 1
-    assert not list((there / "data" / "downloads").iterdir()) and not Path("data/cifar10").exists()
+    assert os.listdir("data/downloads") == [".cifar-10-binary.tar.gz.lock"] and not Path("data/cifar10").exists()
 
 def test_a_damaged_archive_is_named(there, capsys):
     (there / "in").mkdir()
@@ -390,6 +390,12 @@ def test_what_is_left_out_is_said(there, capsys):
     assert pack() == 0 and sum(len(v[1]) for v in data.open_data("data/set")[1].values()) == 13
     line, = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert line == "4 files are left out, of other kinds, hidden, or in other folders, as in/cat/phone.heic"
+
+def test_names_of_people_and_of_accents_are_classes(there, capsys):
+    """As a Mac and as others write an e with an accent: one letter, or two; and names that begin with @ or #."""
+    for split, accent in (("train", "cafe\u0301"), ("val", "caf\u00e9")):
+        folder(Path("in"), (accent, "@alice", "#beach", "cafz"), splits=[split])
+    assert pack() == 0 and data.open_data("data/set")[0]["classes"] == ["#beach", "@alice", "cafz", "caf\u00e9"]
 
 @pytest.mark.parametrize("loose", [True, False])
 def test_pictures_beside_what_the_scripts_wrote(there, capsys, loose):
@@ -1037,7 +1043,7 @@ def test_nothing_pickled_is_opened(there, monkeypatch):
     monkeypatch.setattr(np, "load", lambda path, **how: asked.append(how["allow_pickle"]) or real(path, **how))
     data.open_data("data/shapes")
     assert asked == [False] * 4
-    with pytest.raises(ValueError, match=r"no data set at data/cats: make it first \(python 01_data.py --name cats --out data \.\.\.;"):
+    with pytest.raises(ValueError, match=r"no data set at data/cats: make it first \(python 01_data.py draws data/shapes;"):
         data.open_data("data/cats")
 
 def test_a_refusal_is_a_line_of_some_length():
@@ -1246,7 +1252,7 @@ def test_a_list_of_names_in_another_form_is_seen_to_say_nothing(there, capsys):
 
 # ---- What refusals say, whole ----------------------------------------------------------------------------------------
 def test_whole_lines_about_data_sets(there, capsys):
-    assert said(data.open_data, "data/cats") == ("no data set at data/cats: make it first (python 01_data.py --name cats --out data ...; python 01_data.py alone draws data/shapes; latents: tests/experiments/), or give its place: NAME means data/NAME, with a slash it is a path")
+    assert said(data.open_data, "data/cats") == ("no data set at data/cats: make it first (python 01_data.py draws data/shapes; --source cifar10 or imagenette-160 makes one of this name; of your own images: --source folder --root IMAGES --name NAME; latents: tests/experiments/), or give its place: NAME means data/NAME, with a slash it is a path")
     assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--name", "set") == 0
     assert capsys.readouterr().out == "data/set: 100 training and 100 held-out images, 16 x 16, 10 classes (circle, square, triangle, star, heart, cross, moon, arrow, ring, drop); look at data/set/preview.png\n"
     assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--name", "set") == 0
@@ -1287,13 +1293,13 @@ def test_whole_lines_about_folders(there, capsys):
     capsys.readouterr()
     data.folder_source(data.Options(source="folder", root=Path("in/val"), size=16))
     assert capsys.readouterr().out == ("folders in in/val, or in its train/, are classes, with all that lies in them (but not data/ and runs/ of the working directory, "
-                                       "where these scripts write); every image is cropped and scaled to 16 x 16, small ones enlarged\n")
-    for name, root, words in (("folder", None, "--source folder needs --root, its folder"), ("shapes", Path("in"), "--root: shapes are drawn, they have no folder")):
+                                       "where these scripts write); every image is cropped and scaled to 16 x 16, small ones enlarged; of 16 bits, 65535 is white\n")
+    for name, root, words in (("folder", None, "--source folder needs --root, its folder"), ("shapes", Path("in"), "--root: shapes are drawn, they have no folder; images in one need --source folder")):
         assert said(data.SOURCES[name], data.Options(source=name, root=root)) == words
     assert said(data.cifar10_source, data.Options(source="cifar10", size=16)) == "--size: cifar10 is 32 pixels" and said(lambda: data.Options(name="a/b")) == "--name a/b: give a name, not a path"
 
 def test_whole_lines_about_images(there, monkeypatch, capsys):
-    assert said(data.to_rgb, Image.new("F", (2, 2))) == "its pixels have neither 8 nor 16 bits, or a sign (F)"
+    assert said(data.to_rgb, Image.new("F", (2, 2))) == "its pixels have neither 8 nor 16 bits, or a sign, or planes of 16 bits (F)"
     folder(Path("in"), ("cat",), splits=None)
     for name in ("1.png", "3.png"):
         Path("in/cat", name).write_bytes(b"x")
@@ -1399,3 +1405,50 @@ def test_a_full_disk_under_the_screens_log_ends_nothing(monkeypatch, terminal):
     assert bar.lines is not terminal
     bar.fp = Full()
     bar.display()
+
+def planar_tiff(path, image):
+    """(H,W,3) uint16 -> an uncompressed TIFF file whose colours lie one after the other, as astronomers write it."""
+    H, W, _ = image.shape
+    planes = image.transpose(2, 0, 1).astype("<u2").tobytes()
+    entries = [(256, 3, 1, W), (257, 3, 1, H), (258, 3, 3, 200), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 3, 208), (277, 3, 1, 3), (278, 3, 1, H), (279, 4, 3, 220), (284, 3, 1, 2)]
+    head = struct.pack("<2sHI", b"II", 42, 8) + struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries) + struct.pack("<I", 0)
+    size = 2 * H * W
+    more = struct.pack("<4H", 16, 16, 16, 0) + struct.pack("<3I", *(240 + k * size for k in range(3))) + struct.pack("<3I", *[size] * 3) + bytes(8)
+    path.write_bytes(head.ljust(200, b"\0") + more + planes)
+
+def test_planes_of_sixteen_bits_are_left_out(there):
+    """Pillow reads them as planes of eight."""
+    image = images_of(1, 8)[0].astype(np.uint16) * 257
+    planar_tiff(Path("a.tif"), image)
+    with Image.open("a.tif") as opened:
+        assert opened.size == (8, 8) and opened.tag_v2[284] == 2
+    with pytest.raises(ValueError, match="a.tif is not a readable image .*planes of 16 bits"):
+        data.read_image(Path("a.tif"))
+
+def test_a_folder_that_is_none_is_named(there, capsys):
+    Path("data").symlink_to("/nowhere/at/all")
+    assert call(data, "--size", 16, "--count", 100) == 1
+    assert capsys.readouterr().err.endswith("error: data is no folder: it is a file, or a link that leads nowhere\n") and not Path("/nowhere").exists()
+
+def test_two_downloads_of_one_archive(there, monkeypatch, capsys):
+    """The second is refused, and takes nothing from the first."""
+    cifar_archive(there / "served.tar.gz")
+    monkeypatch.setitem(data.ARCHIVES, "cifar10", (32, (there / "served.tar.gz").as_uri(), data.file_hash(there / "served.tar.gz", "md5")))
+    real = data.download
+
+    def meanwhile(url, path):
+        real(url, path)
+        monkeypatch.setattr(data, "download", real)
+        assert call(data, "--source", "cifar10", "--name", "other") == 1
+        assert "another process is writing to data/downloads/served.tar.gz" in capsys.readouterr().err
+    monkeypatch.setattr(data, "download", meanwhile)
+    assert call(data, "--source", "cifar10") == 0 and data.open_data("data/cifar10")
+
+def test_grey_sets_made_by_hand_are_refused(packed, there):
+    shutil.copytree(packed / "data/shapes", "grey")
+    for split in ("train", "val"):
+        np.save(f"grey/{split}_images.npy", np.load(f"grey/{split}_images.npy")[..., :1])
+    meta = json.loads(Path("grey/meta.json").read_text())
+    Path("grey/meta.json").write_text(json.dumps(meta | {"channels": 1}))
+    with pytest.raises(ValueError, match="the train arrays do not fit meta.json"):
+        data.open_data("grey")

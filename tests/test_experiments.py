@@ -649,7 +649,7 @@ def test_a_file_of_ones_own(work, capsys):
     for script, more in ((sample, ["--run", "shapes-my_head", "--num", 4]), (train, ["--run", "shapes-my_head", "--resume", "--steps", 6])):
         assert call(script, *more) in (1, 2)
         error = capsys.readouterr().err
-        assert f"pass --experiment {again} again" in error and error.count("\n") == 1
+        assert f"pass --experiment '{again}' again" in error and error.count("\n") == 1
         assert call(script, *more, "--experiment", "lab/my_head.py,nosuch") == 2 and "there is no" in capsys.readouterr().err
         assert call(script, *more, "--experiment", "lab/my_head.py") == 0
     state = torch.load("runs/shapes-my_head/checkpoint.pt", weights_only=True)

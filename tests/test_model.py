@@ -787,7 +787,7 @@ def test_whole_lines_about_experiments(tmp_path, monkeypatch):
     assert said(model.load_experiment, "nope").startswith(f"--experiment nope: there is no {model.EXPERIMENTS_FOLDER / 'nope.py'}; known are the files of {model.EXPERIMENTS_FOLDER}, and to 03_train.py the rows")
     Path("own.py").write_text("1 / 0\n")
     assert said(model.load_experiment, "own.py") == f"--experiment own.py: ZeroDivisionError: division by zero ({tmp_path.resolve() / 'own.py'}, line 1)"
-    assert said(model.load_recorded, ["/lab/x"], "runs/r") == ("runs/r was made with an experiment of your own: pass --experiment /lab/x again (04_sample.py also takes it from a new place; "
+    assert said(model.load_recorded, ["/lab/x"], "runs/r") == ("runs/r was made with an experiment of your own: pass --experiment '/lab/x' again (04_sample.py also takes it from a new place; "
                                                               "a file never makes us run code from outside the project)")
 
 def test_whole_lines_about_checkpoints(tmp_path, monkeypatch):
@@ -807,7 +807,7 @@ def test_whole_lines_about_checkpoints(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
     monkeypatch.setattr(torch, "save", full)
-    assert said(model.save, {}, Path("deep/b.pt")) == "cannot write deep/b.pt (No space left on device); what was there is intact: make room, and give the same command again"
+    assert said(model.save, {}, Path("deep/b.pt")) == "cannot write deep/b.pt (No space left on device); what was there is intact: if a disk is full, make room, and give the same command again"
     Path("deep/mine.png").write_bytes(b"x")
     assert said(model.save_picture, Path("deep/mine.png"), None) == "deep/mine.png is there, and was not drawn by these scripts: move it away"
     assert said(model.save_picture, Path(os.devnull), None) == "/dev/null is there, and was not drawn by these scripts: move it away"
@@ -816,7 +816,7 @@ def test_whole_lines_about_devices(monkeypatch):
     def out_of_memory():
         with model.torchs_errors():
             raise MemoryError
-    assert said(out_of_memory) == "out of memory: pass a smaller --micro-batch or --batch-size"
+    assert said(out_of_memory) == "out of memory: pass a smaller --micro-batch, --batch-size or network"
     for name, value in (("RANK", "5"), ("LOCAL_RANK", "3"), ("WORLD_SIZE", "8")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True), monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -206,7 +206,7 @@ def test_samples_are_neither_overwritten_nor_ignored(run, capsys):
     Path("mine").mkdir()
     Image.new("RGB", (9, 9)).save("mine/holiday.png")
     assert call(sample, "--run", "r", "--num", 4, "--out", "mine", "--overwrite") == 1 and "did not write" in capsys.readouterr().err
-    assert call(sample, "--run", "r", "--num", 4, "--out", "mine/holiday.png") == 1 and "Not a directory" in capsys.readouterr().err
+    assert call(sample, "--run", "r", "--num", 4, "--out", "mine/holiday.png") == 1 and "File exists" in capsys.readouterr().err
 
 def test_official_checkpoint_is_sampled(there, monkeypatch):
     monkeypatch.setitem(model.MODELS, "JiT-tiny", TINY)
@@ -418,7 +418,7 @@ def test_a_kill_while_old_samples_are_removed(run, monkeypatch):
         assert call(sample, "--run", "r", "--num", 4, "--amp", "off", "--out", "a", "--seed", 1, "--overwrite") == 130
     assert np.array_equal(draw("a", "--seed", 1, "--overwrite", num=4), draw("b", "--seed", 1, num=4))
 
-@pytest.mark.parametrize("name", ["samples.json.jit-part", "samples.npz.jit-part", "arr_0.npy.jit-part", "arr_0.npy", "0000002.png.jit-part"])
+@pytest.mark.parametrize("name", ["samples.json.jit-part", "samples.npz.jit-part", "arr_0.jit-part.jit-part", "arr_0.jit-part", "0000002.png.jit-part"])
 def test_what_a_kill_leaves_is_no_foreign_file(run, name):
     """The record is written first: before it there is only a part of it."""
     if name != "samples.json.jit-part":
@@ -702,3 +702,16 @@ def test_whole_lines_about_sampling(run, capsys):
     draw("deep/a", "--seed", 5, num=3)
     assert capsys.readouterr().out == "deep/a: 3 images (ring, star, dot), heun 4 steps, shift 1, w 2.0, seed 5: deep/a-grid.png\n"
     assert call(sample, "--run", "r", "--trajectory", "--steps", 1, "--amp", "off") == 0 and capsys.readouterr().out == "look at runs/r/trajectory.png\n"
+
+def test_names_of_a_part_of_the_classes_are_refused(run, capsys):
+    state = model.read_checkpoint("runs/r/checkpoint.pt")
+    state["info"]["classes"] = ["ring"]
+    model.save(state, Path("runs/r/checkpoint.pt"))
+    assert call(sample, "--run", "r", "--num", 4) == 1 and "checkpoint.pt cannot be used: it names only a part of its classes" in capsys.readouterr().err
+    assert not Path("runs/r/samples").exists()
+
+def test_arrays_beside_the_samples_are_not_ours(run, capsys):
+    draw("a", "--npz", num=4)
+    np.save("a/arr_0.npy", np.arange(3))
+    assert call(sample, "--run", "r", "--num", 4, "--out", "a", "--npz", "--overwrite") == 1 and "a holds arr_0.npy, which this script did not write" in capsys.readouterr().err
+    assert np.load("a/arr_0.npy").tolist() == [0, 1, 2]

@@ -133,7 +133,7 @@ def test_what_may_differ_when_a_run_goes_on_and_what_is_no_flag():
 
 OF_FUNCTIONS = {  # what a function takes if it is not told
     data: {"arc": (0.0, 2.0, 0.0), "picture": ((), ()), "write": ("la", "black")},
-    model: {"RMSNorm.__init__": (1e-6,), "conversion": (0.05,), "convert": ("linear", 0.05), "load_network": (0, ""), "to_float": ("cpu",), "autocast": (True,), "chart": (False, 480, 320)},
+    model: {"RMSNorm.__init__": (1e-6,), "conversion": (0.05,), "convert": ("linear", 0.05), "load_network": (0, ""), "to_float": ("cpu",), "autocast": (True,), "reading": ("",), "chart": (False,)},
     train: {"Trainer.__init__": (0, 1, None)},
     sample: {"predict": ("v", 0.05), "guided": (1.0, (0.0, 1.0), "v", 0.05), "noise_for": (-1,), "Sampler.__init__": (None,)},
     evaluate: {"inception_score": (10,), "kernel_distance": (100, 1000), "share_inside": (3, 1000), "Inception.chain": (1, True), "Inception.mixed": (None, 1), "ImageSet.__init__": ("train",)},
@@ -152,7 +152,7 @@ def test_what_functions_take_by_default(module):
 def test_constants():
     assert train.SUMMED == ["loss_t0.0", "loss_t0.2", "loss_t0.4", "loss_t0.6", "loss_t0.8", "aux", "grad_norm"]
     assert (model.T_EPS, train.BINS, train.MAX_BAD, evaluate.KEPT, evaluate.NEIGHBOURS) == (0.05, 5, 10, 50_000, 10_000)
-    assert data.HIDDEN == (".", "@", "#", "$", "__", "lost+found", "System Volume Information") and data.FORMATS == "JPEG PNG WEBP BMP GIF TIFF PPM".split()
+    assert data.HIDDEN == (".", "@eaDir", "@Re", "@tmp", "#recycle", "#snapshot", "$RECYCLE", "__MACOSX", "lost+found", "System Volume") and data.FORMATS == "JPEG PNG WEBP BMP GIF TIFF PPM".split()
     assert [(head.after, head.weight) for head in (model.AuxHead, model.TimeHead, model.RotationHead)] == [(-1, 0.1)] * 3 and (model.TimeHead.outputs, model.RotationHead.outputs) == (1, 4)
     assert evaluate.WEIGHTS_URL == "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 

@@ -1148,7 +1148,7 @@ def test_a_run_that_another_process_has_gone_on_with_is_not_ours(work, monkeypat
         assert call(train, "--resume", "--steps", 4, "--lr", "1e-4") == 0
         return real(path)
     monkeypatch.setattr(data, "locked", busy)
-    assert call(train, "--resume", "--steps", 4) == 1 and "another process has gone on with runs/shapes meanwhile" in capsys.readouterr().err
+    assert call(train, "--resume", "--steps", 4) == 1 and "another process has gone on with runs/shapes: look at what it made" in capsys.readouterr().err
 
 def test_a_dry_run_is_dry_on_every_process(work, monkeypatch):
     monkeypatch.setattr(train, "Trainer", lambda *_: pytest.fail("it trains"))
@@ -1489,7 +1489,7 @@ def test_a_run_with_an_experiment_of_ones_own_can_be_gone_on_from(work, capsys):
     Path("head.py").write_text('SETTINGS = {"p_mean": -0.5}')
     assert call(train, *TINY_FLAGS, "--steps", 2, "--experiment", "head.py", "--run", "a") == 0 and ": JiT-T/8 with " in capsys.readouterr().out
     assert call(train, *TINY_FLAGS, "--steps", 2, "--experiment", "head.py", "--init", "a", "--run", "b") == 0 and ": sizes as --init with " in capsys.readouterr().out
-    assert call(train, *TINY_FLAGS, "--steps", 2, "--init", "a", "--run", "c") == 1 and "head.py again" in capsys.readouterr().err
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--init", "a", "--run", "c") == 1 and "head.py' again" in capsys.readouterr().err
 
 # ---- What refusals say, whole ----------------------------------------------------------------------------------------
 def test_whole_lines_about_settings(there):
@@ -1516,11 +1516,11 @@ def test_whole_lines_about_runs(work, capsys):
         assert call(train, *flags, "--run", "./lab/a") in (1, 2) and capsys.readouterr().err.endswith(f"error: {words}\n")
     options, config, arrays = settings("--steps", 99)
     trainer = train.Trainer(options, config, torch.device("cpu"))
-    assert said(train.restore, trainer, train.training_state(trainer) | {"rows": None, "skipped": "x"}, "runs/r").startswith("the checkpoint of runs/r is damaged, or of an older version (")
+    assert said(train.restore, trainer, train.training_state(trainer) | {"rows": None, "skipped": "x"}, "runs/r").startswith("runs/r cannot be used: TypeError ")
     state = train.training_state(trainer)                 # an average more, or less
-    assert "version (zip() argument" in said(train.restore, trainer, state | {"ema": []}, "runs/r") and "version (zip() argument" in said(train.restore, trainer, state | {"ema": state["ema"] * 2}, "runs/r")
+    assert "used: zip() argument" in said(train.restore, trainer, state | {"ema": []}, "runs/r") and "used: zip() argument" in said(train.restore, trainer, state | {"ema": state["ema"] * 2}, "runs/r")
     short = [{name: value.flatten()[:1] for name, value in state["ema"][0].items()}]                     # it would fill any shape
-    assert "of an older version (pos_embed has another shape)" in said(train.restore, trainer, state | {"ema": short * len(state["ema"])}, "runs/r")
+    assert "used: one of its tensors has the shape (1,), not (1, 4, 32)" in said(train.restore, trainer, state | {"ema": short * len(state["ema"])}, "runs/r")
     recorder = recorder_of(trainer, arrays)
     trainer.bad.fill_(10)
     trainer.step = 10
@@ -1539,3 +1539,27 @@ def test_every_average_is_saved_and_restored(work):
 def test_files_in_a_list_of_experiments_become_absolute(there):
     Path("lab").mkdir(), Path("lab/plain.py").write_text("SETTINGS = {}\n")
     assert train.read_flags(["--experiment", "lab/plain.py,exp3"])["experiment"] == f"{there.resolve()}/lab/plain.py,exp3"
+
+def test_what_is_edited_in_a_checkpoint_is_one_line(work, capsys):
+    """Where neither torch nor Python would look, or only hours later."""
+    assert call(train, *TINY_FLAGS, "--steps", 5) == 0
+    path = Path("runs/shapes/checkpoint.pt")
+    good = path.read_bytes()
+    for (*places, last), value in (["options", "amp"], None), (["options", "sampling"], "abc"), (["rows"], [1, 2]), (["rows", 0, "loss"], "abc"), (["rows", 0, "step"], None), \
+                                  (["optimizer", "state", 2, "exp_avg"], torch.zeros(3)), (["optimizer", "state", 2], {"step": torch.tensor(5.0)}):
+        path.write_bytes(good)
+        state = place = model.read_checkpoint(path)
+        for name in places:
+            place = place[name]
+        place[last] = value
+        model.save(state, path)
+        capsys.readouterr()
+        assert call(train, *TINY_FLAGS, "--steps", 7, "--resume") == 1, (last, value)
+        assert "cannot be used: " in (error := capsys.readouterr().err) and error.count("\n") == 1, error
+
+def test_a_shift_of_nothing_is_one(work):
+    shutil.copytree(Path("data/shapes").resolve(), "set")
+    meta = json.loads(Path("set/meta.json").read_text())
+    Path("set/meta.json").write_text(json.dumps(meta | {"shift": None}))
+    assert call(train, *TINY_FLAGS, "--steps", 1, "--data", "./set") == 0
+    assert model.read_checkpoint("runs/shapes/checkpoint.pt")["options"]["shift"] == 1.0
