@@ -97,10 +97,10 @@ def open_data(folder):
     """
     folder = Path(folder)
     if not (folder / "meta.json").is_file():
-        raise ValueError(f"no data set at {folder}: make it first (python 01_data.py draws data/shapes; --source "
-                         "cifar10 or imagenette-160 makes one of this name; of your own images: --source folder "
-                         "--root IMAGES --name NAME; latents: tests/experiments/), or give its place: NAME means "
-                         "data/NAME, with a slash it is a path")
+        raise ValueError(f"no data set at {folder}: make it first (python 01_data.py draws data/shapes, with "
+                         "--source cifar10 it makes data/cifar10, imagenette alike; of your own images: --source "
+                         "folder --root IMAGES --name NAME; latents: tests/experiments/), or give its place: NAME "
+                         "means data/NAME, with a slash it is a path")
     try:
         meta = load_json(folder / "meta.json", id=str, size=int, classes=list, counts=dict, recipe=dict)
         "".join(meta["classes"])                          # TypeError, unless all of them are texts
@@ -191,10 +191,11 @@ def to_rgb(image):
     with suppress(Exception):                             # a camera's odd entry does not spoil the picture
         ImageOps.exif_transpose(image, in_place=True)
     deep = image.mode.startswith("I;16") or image.mode == "I" and image.format != "TIFF"
-    tags = getattr(image, "tag_v2", {})                   # of a TIFF file: 258 bits, 262 what zero means, 339 signs,
-    planes = tags.get(284) == 2 and 16 in tags.get(258)[1:]                # 284 colours apart, misread by Pillow
-    if image.mode in ("I", "F") and not deep or tags.get(258) == (12,) or 2 in tags.get(339, ()) or planes:
-        raise ValueError(f"its pixels have neither 8 nor 16 bits, or a sign, or planes of 16 bits ({image.mode})")
+    tags = getattr(image, "tag_v2", {})                   # of a TIFF file: 262 what zero means, 339 signs
+    bits = tags.get(258, ())
+    if (image.mode in ("I", "F") and not deep or bits == (12,) or 2 in tags.get(339, ())
+            or tags.get(284) == 2 and 16 in bits[1:]):    # subtle: planes, one after the other, which Pillow misreads
+        raise ValueError(f"its pixels must have 8 or 16 bits, no sign, and no planes of 16 bits ({image.mode})")
     if deep:                                              # grey; subtle: convert("RGB") would cut it off at 255
         grey = np.array(image, np.float32)
         if tags.get(262) == 0:                            # white is zero
@@ -225,7 +226,8 @@ def decode(path, size):
     return center_crop(image, size)
 
 # beginnings of names that drives, networks and Macs give
-HIDDEN = tuple(".|@eaDir|@Re|@tmp|#recycle|#snapshot|$RECYCLE|__MACOSX|lost+found|System Volume".split("|"))
+HIDDEN = tuple(".|@eaDir|@Recycle|@recycle|@Recently|@tmp|@__thumb|@appstore|@Transcode|#Recycle|#recycle|#snapshot|"
+               "$RECYCLE|$Recycle|__MACOSX|__pycache__|lost+found|System Volume".split("|"))
 
 PACKED = {"train_images.npy", "meta.json"}                # where both lie is a data set, and no folder of images
 
@@ -363,17 +365,18 @@ def fetch(options):
     folder = options.root or options.out / "downloads"
     _, url, md5 = ARCHIVES[options.source]
     path = folder / Path(url).name
-    if not path.exists():
-        try:
-            with locked(path), whole(path) as part:
-                download(url, part)
-                if file_hash(part, "md5") != md5:
-                    raise OSError(f"its md5 is not {md5}")
-        except Exception as error:                        # urllib, http and ssl each have their own
-            raise ValueError(f"cannot download {url} ({type(error).__name__}: {error}): fetch it yourself and put it "
-                             f"into {folder}")
-    elif file_hash(path, "md5") != md5:
-        raise ValueError(f"{path} is damaged: its md5 is not {md5}; remove it and run again")
+    with locked(path):
+        if not path.exists():
+            try:
+                with whole(path) as part:
+                    download(url, part)
+                    if file_hash(part, "md5") != md5:
+                        raise OSError(f"its md5 is not {md5}")
+            except Exception as error:                    # urllib, http and ssl each have their own
+                raise ValueError(f"cannot download {url} ({type(error).__name__}: {error}): fetch it yourself and put "
+                                 f"it into {folder}")
+        elif file_hash(path, "md5") != md5:
+            raise ValueError(f"{path} is damaged: its md5 is not {md5}; remove it and run again")
     return path
 
 def download(url, path):
@@ -422,6 +425,7 @@ def folder_source(options):
 
 def called(names, text):
     """What a classes.txt calls the class folders, in lines like "n01440764 tench, Tinca tinca"; others keep theirs."""
+    text = unicodedata.normalize("NFC", text)
     known = dict(line.strip().split(maxsplit=1) for line in text.splitlines() if len(line.split()) > 1)
     print(f"{len(known.keys() & set(names))} of {len(names)} classes are named by a line FOLDER NAME of the list "
           "(of two for one folder the last counts)")
@@ -450,7 +454,7 @@ class UsageError(ValueError):
     """A wrong flag or value: exit code 2."""
 
 def refuse(bad, message, error=UsageError):
-    """One rule: raise UsageError if the options break it, or ValueError if what they lead to does."""
+    """One rule: raise UsageError if the options break it; another error if what was found does."""
     if bad:
         raise error(message)
 
@@ -588,7 +592,7 @@ def whole(path):
 def load_json(path, **kinds):
     """The dict in a JSON file, whose entries named here have these types.  Raises ValueError."""
     try:
-        refuse(path.exists() and not path.is_file(), "it is no file")          # a pipe's reading might never end
+        refuse(not path.is_file(), "there is no such file")                    # a pipe's reading might never end
         record = json.loads(path.read_text())
         json.dumps(record, allow_nan=False)               # ValueError: a number in it is none
         expect(record, **kinds)
@@ -627,10 +631,7 @@ def in_parts(rows, size):
 def locked(path):
     """Keep other processes of this machine from writing to the same path.  Raises ValueError if one does."""
     refuse(not path.name, f"{path}: give this folder by its name, as ../NAME")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise ValueError(f"{error.filename} is no folder: it is a file, or a link that leads nowhere")
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK) and not os.access(path, os.W_OK):   # it may be looked at; nobody writes
         yield
         return
@@ -644,7 +645,7 @@ def locked(path):
 
 def only_ours(folder, patterns, advice):
     """Raise ValueError if a folder that is about to be replaced holds more than files of these names."""
-    for path in sorted(folder.glob("*")):
+    for path in sorted(folder.iterdir()) if folder.exists() else ():
         if path.is_dir() or not any(map(path.match, patterns)):
             raise ValueError(f"{folder} holds {path.name}, which this script did not write: {advice}")
 
@@ -712,7 +713,7 @@ def class_picture(labels, names, image_of):
     return picture([*rows], titles)
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
-# the caches are of 05, .DS_Store of a Mac
+# the last lines: 05's caches; what kills and Macs leave
 SET_FILES = """train_images.npy train_labels.npy val_images.npy val_labels.npy meta.json preview.png skipped.txt
                coder.pt reconstructions.npz classifier-????????.*.npz statistics-*????????-????????.npz
                *.jit-part .*.lock .DS_Store""".split()

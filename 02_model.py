@@ -609,8 +609,7 @@ def load_coder(folder, made_by):
         return None
     data.expect(made_by, experiment=str)
     load_recorded([made_by["experiment"]], folder)
-    with reading(folder):
-        return load_experiment(made_by["experiment"]).load_coder(folder, made_by)
+    return load_experiment(made_by["experiment"]).load_coder(folder, made_by)
 
 def to_pictures(x, coder=None):
     """(B,C,H,W) in [-1,1], or latents and their coder -> numpy uint8 (B,H,W,3), as files and pictures want it."""
@@ -623,10 +622,11 @@ def reading(path, advice=""):
     """Inside, whatever goes wrong is said to be this file's fault.  Raises ValueError."""
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:                            # other content may raise any kind
         what = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
-        raise ValueError(f"{path} cannot be used: {what}"
-                         f"{str(error).strip().rpartition(chr(10))[2].strip()[:300]}{advice}")
+        raise ValueError(f"{path} cannot be used: {what}{' '.join(str(error).split())[:300]}{advice}")
 
 def read_checkpoint(path):
     """Open a checkpoint file without running anything in it.  Raises ValueError with one line that names the file."""
@@ -774,7 +774,7 @@ def torchs_errors():
         yield
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
-            raise ValueError("out of memory: pass a smaller --micro-batch, --batch-size or network")
+            raise ValueError("out of memory: pass a smaller --micro-batch, --batch-size or --model")
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise ValueError(f"torch.compile failed ({str(error).strip().splitlines()[0][:100]}): pass --no-compile, "
                              "or to 04_sample.py no --compile")
@@ -892,8 +892,7 @@ def print_shapes(config):
     z = torch.randn(2, config.in_channels, config.image_size, config.image_size)
     show("z: the noised images", z.shape)
     with torch.no_grad():
-        x_pred = net(z, torch.rand(2), torch.zeros(2).long())
-    show("unpatchify: the predicted clean images", x_pred.shape)
+        show("unpatchify: the predicted clean images", net(z, torch.rand(2), torch.zeros(2).long()).shape)
 
 def main(argv=None):
     data.parse(argv, "Print the table of sizes, and walk one batch through the network of the first command.")

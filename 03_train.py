@@ -321,7 +321,7 @@ def fitting(saved, own):
         raise ValueError(f"one of its tensors has the shape {(*saved.shape,)}, not {(*own.shape,)}")
     return saved
 
-OTHER_RUN = (": is it damaged, or of an older version, or not the state of a training run?  Else pass --run NAME, or "
+OTHER_RUN = (": is it damaged, or of an older version, or not the state of a training run?  Pass --run NAME, or "
              "--overwrite to move it aside")
 
 @torch.no_grad()

@@ -400,7 +400,7 @@ class ImageSet:
 
 def read_npz(path):
     """(images, labels, statistics) of a sample batch (arr_0, arr_1), or of statistics (mu, sigma, mu_s, sigma_s, n)."""
-    with model.reading(path), np.load(path, allow_pickle=False) as file:
+    with model.reading(path, ": is it an .npz file?"), np.load(path, allow_pickle=False) as file:
         content = {name: np.asarray(file[name])
                    for name in "arr_0 arr_1 mu sigma mu_s sigma_s n".split() if name in file}
     images = content.pop("arr_0", None)

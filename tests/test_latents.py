@@ -615,12 +615,3 @@ def test_channels_that_do_not_vary_are_measured():
     coder.mean, coder.std, coder.features = torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1), lambda x: torch.full_like(x, 0.1)
     latents.measure(coder, Images(9), np.arange(9), torch.device("cpu"))
     assert torch.allclose(coder.mean, torch.full((1, 3, 1, 1), 0.1)) and torch.allclose(coder.std, torch.full((1, 3, 1, 1), 1e-5**0.5), rtol=1e-3)
-
-def test_an_experiment_without_a_coder_is_one_line(work, capsys):
-    assert make("vae") == 0
-    meta = Path("latents/vae/meta.json")
-    good = json.loads(meta.read_text())
-    meta.write_text(json.dumps(good | {"coder": good["coder"] | {"experiment": "differential"}}))
-    capsys.readouterr()
-    assert call(train, *LATENT_FLAGS, "--data", "latents/vae", "--run", "new") == 1
-    assert "error: latents/vae cannot be used: AttributeError " in capsys.readouterr().err and not Path("runs/new").exists()

@@ -816,7 +816,7 @@ def test_whole_lines_about_devices(monkeypatch):
     def out_of_memory():
         with model.torchs_errors():
             raise MemoryError
-    assert said(out_of_memory) == "out of memory: pass a smaller --micro-batch, --batch-size or network"
+    assert said(out_of_memory) == "out of memory: pass a smaller --micro-batch, --batch-size or --model"
     for name, value in (("RANK", "5"), ("LOCAL_RANK", "3"), ("WORLD_SIZE", "8")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True), monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

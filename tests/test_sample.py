@@ -206,7 +206,7 @@ def test_samples_are_neither_overwritten_nor_ignored(run, capsys):
     Path("mine").mkdir()
     Image.new("RGB", (9, 9)).save("mine/holiday.png")
     assert call(sample, "--run", "r", "--num", 4, "--out", "mine", "--overwrite") == 1 and "did not write" in capsys.readouterr().err
-    assert call(sample, "--run", "r", "--num", 4, "--out", "mine/holiday.png") == 1 and "File exists" in capsys.readouterr().err
+    assert call(sample, "--run", "r", "--num", 4, "--out", "mine/holiday.png") == 1 and "Not a directory" in capsys.readouterr().err
 
 def test_official_checkpoint_is_sampled(there, monkeypatch):
     monkeypatch.setitem(model.MODELS, "JiT-tiny", TINY)

@@ -152,7 +152,7 @@ def test_what_functions_take_by_default(module):
 def test_constants():
     assert train.SUMMED == ["loss_t0.0", "loss_t0.2", "loss_t0.4", "loss_t0.6", "loss_t0.8", "aux", "grad_norm"]
     assert (model.T_EPS, train.BINS, train.MAX_BAD, evaluate.KEPT, evaluate.NEIGHBOURS) == (0.05, 5, 10, 50_000, 10_000)
-    assert data.HIDDEN == (".", "@eaDir", "@Re", "@tmp", "#recycle", "#snapshot", "$RECYCLE", "__MACOSX", "lost+found", "System Volume") and data.FORMATS == "JPEG PNG WEBP BMP GIF TIFF PPM".split()
+    assert data.HIDDEN == (".", "@eaDir", "@Recycle", "@recycle", "@Recently", "@tmp", "@__thumb", "@appstore", "@Transcode", "#Recycle", "#recycle", "#snapshot", "$RECYCLE", "$Recycle", "__MACOSX", "__pycache__", "lost+found", "System Volume") and data.FORMATS == "JPEG PNG WEBP BMP GIF TIFF PPM".split()
     assert [(head.after, head.weight) for head in (model.AuxHead, model.TimeHead, model.RotationHead)] == [(-1, 0.1)] * 3 and (model.TimeHead.outputs, model.RotationHead.outputs) == (1, 4)
     assert evaluate.WEIGHTS_URL == "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
