@@ -105,16 +105,16 @@ def open_data(folder):
         meta = load_json(folder / "meta.json", id=str, size=int, classes=list, counts=dict, recipe=dict)
         "".join(meta["classes"])                          # TypeError, unless all of them are texts
         kind = np.uint8
-        channels = 3
         if "coder" in meta:                               # latents
             expect(meta["coder"], experiment=str, pixels=str)
             kind = np.float16
-            channels = meta["channels"]
+        else:
+            meta["channels"] = 3
         arrays = {}
         for split in "train", "val":
             images = np.load(folder / f"{split}_images.npy", mmap_mode="r", allow_pickle=False)
             labels = np.load(folder / f"{split}_labels.npy", allow_pickle=False)
-            shape = (meta["counts"][split], *[meta["size"]] * 2, channels)
+            shape = (meta["counts"][split], *[meta["size"]] * 2, meta["channels"])
             if (images.shape, images.dtype, labels.shape, labels.dtype) != (shape, kind, shape[:1], np.int64):
                 raise ValueError(f"the {split} arrays do not fit meta.json")
             found = {*labels.tolist()}
@@ -213,7 +213,8 @@ def read_image(path):
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             return to_rgb(image)
     except Exception as error:                            # subtle: Pillow raises many kinds, also SyntaxError
-        raise ValueError(f"{path} is not a readable image ({type(error).__name__}: {error})".splitlines()[0])
+        raise ValueError(f"{path} is not a readable image ({type(error).__name__}: "
+                         f"{' '.join(str(error).splitlines())})")
 
 def decode(path, size):
     """Read and crop one file.  Returns (size,size,3) uint8, or a string that says why not."""
@@ -307,6 +308,7 @@ def list_folder(root, val_fraction, seed):
     found = hold_out(pairs, val_fraction, seed)
     if val:
         refuse(val_fraction != Options.val_fraction, f"--val-fraction: {val} is what is held out")
+        print(f"{train} is to be trained on, {val} is held out")
         val_names, found["val"] = list_classes(val)
         found["train"] = pairs
         if names != val_names:

@@ -557,7 +557,7 @@ JiT-G/16    256     16   1664     40     16        256     10      32     0.2   
 """, image="image_size", patch="patch_size", hidden="hidden_size", heads="num_heads", bottleneck="bottleneck_dim",
                     start="in_context_start", context="in_context_len", classes="num_classes")
 # the paper's cost, called "Gflops" there; B/64's 30 leaves out the bottleneck
-PAPER_GMAC = {name: row.pop("gmac") for name, row in MODELS.items() if "gmac" in row}
+PAPER_GMAC = {name: row.pop("gmac", "-") for name, row in MODELS.items()}
 
 def build(config):
     """The network that a configuration describes."""
@@ -594,7 +594,7 @@ def load_recorded(names, place, given=""):
     """Import the experiments that a file names.  Those from elsewhere must be given again: data never chooses code."""
     for name in names:
         plain = "/" not in name and (EXPERIMENTS_FOLDER / f"{name}.py").is_file()
-        refuse(not plain and Path(name).stem not in [Path(path).stem for path in filter(None, given.split(","))],
+        refuse(not plain and Path(name).stem not in [Path(path).stem for path in given.split(",")],
                f"{place} was made with an experiment of your own: pass --experiment {name!r} again (04_sample.py also "
                "takes it from a new place; a file never makes us run code from outside the project)")
         if plain:
@@ -668,12 +668,13 @@ def load_network(path, ema=0, experiment=""):
             data.expect(info, sampling=dict, classes=list, experiments=list)
             json.dumps(info)                              # plain values only, whoever edited it
             "".join(info["classes"])                      # TypeError, unless all of them are texts
-            load_recorded(info["experiments"], path, experiment)
         if info.get("step") == 0:
             raise ValueError("it has not been trained for a step")
-        if not (0 <= ema < len(averages) or ema == -1 and "model" in state):
-            raise ValueError(f"--ema {ema}: its averaged weights are numbered 0 to {len(averages) - 1}, and -1 stands "
-                             f"for the raw weights{'' if 'model' in state else ', which it does not hold'}")
+    load_recorded(info["experiments"], path, experiment)
+    refuse(not (0 <= ema < len(averages) or ema == -1 and "model" in state),
+           f"--ema {ema}: the averaged weights of {path} are numbered 0 to {len(averages) - 1}, and -1 stands for the "
+           f"raw weights{'' if 'model' in state else ', which it does not hold'}")
+    with reading(path):
         kind = NETWORKS[config.get("network", "jit")][0]
         net = build(kind(**config | {"aux": "none"}))
         weights = state["model"] if ema == -1 else averages[ema]
@@ -878,7 +879,7 @@ def print_table():
         config = JiTConfig(**row)
         print(f"{name:9s}{config.image_size:6d} {config.patch_size:6d} {config.hidden_size:6d} {config.depth:6d} "
               f"{config.num_heads:6d} {count_parameters(config):14,d} {count_macs(config) / 1e9:7.2f} "
-              f"{PAPER_GMAC.get(name, '-'):>6}")
+              f"{PAPER_GMAC[name]:>6}")
 
 def print_shapes(config):
     """Send a batch of two through a fresh network and print the shape after each step."""

@@ -30,7 +30,8 @@ from importlib import import_module
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.modules.pop("02_model", None)                     # %run again: forget what the last run's experiments added
+    for name in ("02_model", "03_train"):                 # %run again: forget what the last run's experiments added
+        sys.modules.pop(name, None)
 data = import_module("01_data")
 model = import_module("02_model")                         # before torch: it sets GOMP_SPINCOUNT, which torch reads
 import numpy as np
@@ -321,7 +322,7 @@ def fitting(saved, own):
         raise ValueError(f"one of its tensors has the shape {(*saved.shape,)}, not {(*own.shape,)}")
     return saved
 
-OTHER_RUN = (": is it damaged, or of an older version, or not the state of a training run?  Pass --run NAME, or "
+OTHER_RUN = (": is it damaged, or of an older version, or not the state of a training run?  Then pass --run NAME, or "
              "--overwrite to move it aside")
 
 @torch.no_grad()
@@ -913,5 +914,4 @@ def main(argv=None):
         train_run(given, device, rank, world)
 
 if __name__ == "__main__":
-    sys.modules["03_train"] = sys.modules[__name__]       # subtle: experiments import this module, not a second one
-    sys.exit(data.run(main))
+    sys.exit(data.run(import_module("03_train").main))    # subtle: experiments import this module, too: one for all

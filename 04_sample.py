@@ -20,7 +20,8 @@ from importlib import import_module
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.modules.pop("02_model", None)                     # %run again: forget what the last run's experiments added
+    for name in ("02_model", "04_sample"):                # %run again: forget what the last run's experiments added
+        sys.modules.pop(name, None)
 data = import_module("01_data")
 model = import_module("02_model")                         # before torch: it sets GOMP_SPINCOUNT, which torch reads
 import numpy as np
@@ -312,7 +313,7 @@ def write_samples(options, sampler, record, folder, rank, world):
             names = textwrap.shorten(", ".join(drawn), 90)
             print(f"{out}: {record['num']} images{names and f' ({names})'}, {record['solver']} {record['steps']} "
                   f"steps, shift {record['shift']:g}, w {record['cfg']}, seed {options.seed}: {grid}"
-                  f"{'' if made else ' (nothing was missing; --overwrite makes all anew)'}")
+                  f"{'' if made or world > 1 else ' (nothing was missing; --overwrite makes all anew)'}")
 
 # ---- A picture of the way from noise to image ------------------------------------------------------------------------
 def draw_trajectory(sampler, path):
@@ -404,5 +405,4 @@ def main(argv=None):
         write_samples(options, sampler, record, path.parent, rank, world)
 
 if __name__ == "__main__":
-    sys.modules["04_sample"] = sys.modules[__name__]      # subtle: experiments import this module, not a second one
-    sys.exit(data.run(main))
+    sys.exit(data.run(import_module("04_sample").main))   # subtle: experiments import this module, too: one for all

@@ -14,6 +14,7 @@ that is written to deceive it.
 """
 import argparse
 import csv
+import errno
 import gc
 import importlib.util
 import io
@@ -21,6 +22,7 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -70,6 +72,7 @@ def read_script(submission, name):
 def run_tests(place, number):
     """A process of its own: the tests of an exercise in the folder `place`, where they leave output.txt and report.xml."""
     os.setsid()                                           # whatever it starts can be ended with it
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**8, 10**8))              # endless printing fills no disk
     try:
         os.chdir(place)
         output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
@@ -93,6 +96,8 @@ def read_report(place, file, code):
         return 1 - len(wrong) / len(cases), "\n".join(dict.fromkeys(wrong))
     errors = [line[1:].strip() for line in output.splitlines() if line.startswith("E  ")]
     lines = re.findall(f'{re.escape(file)}(?::|", line )([0-9]+)', output)
+    if not errors and shutil.disk_usage(place).free < 10**6:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place))  # that is not the student's fault
     if not errors:
         return 0.0, f"the tests did not come to an end (exit code {code})"
     return 0.0, f"{file}, line {lines[-1]}: {errors[-1]}" if lines else f"{file}: {errors[-1]}"
@@ -230,10 +235,10 @@ def show(results, exercises, out):
 
 def grade_class(folder, exercises, limit, out):
     """Print a line for each submission in the folder, and write a .json each and points.csv to the folder `out`."""
-    submissions = [path for path in sorted(folder.iterdir()) if not path.name.startswith((".", "__MACOSX")) and path.resolve() != out.resolve()]
+    submissions = [path for path in sorted(folder.iterdir()) if not path.name.startswith((".", "__MACOSX")) and os.path.realpath(path) != os.path.realpath(out)]
     if not submissions:
         raise ValueError(f"{folder} holds neither scripts nor submissions")
-    if out.resolve() == folder.resolve():
+    if os.path.realpath(out) == os.path.realpath(folder):
         raise ValueError(f"--out {out}: there lie the submissions, give another folder")
     out.mkdir(exist_ok=True)
     for name in ("points.csv", *(f"{path.name}.json" for path in submissions)):
@@ -298,5 +303,7 @@ def main(arguments):
     return 0
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)              # as Ctrl-C, which leaves no process behind
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:    # as nohup has it
+            signal.signal(number, signal.default_int_handler)              # as Ctrl-C, which leaves no process behind
     sys.exit(main(sys.argv[1:]))

@@ -151,7 +151,7 @@ def tracked():
     done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     names = [name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
     if done.returncode or not names:
-        raise ValueError(f"{ROOT} is not a git checkout, which says which files to copy: clone the repository")
+        raise ValueError(f"{ROOT} is not a git checkout, which says which files to copy: clone the repository (git: {done.stderr.partition(chr(10))[0] or 'no files'})")
     return [name for name in names if name in HANDED_OUT or name.startswith(".github/")]
 
 def readme(text, out):

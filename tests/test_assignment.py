@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import grade
 import make_assignment
@@ -188,6 +189,7 @@ def test_a_class(tmp_path, monkeypatch, capsys):
     hand_in(students / "empty", **empty)
     hand_in(students / "endless", d04_sample=with_body(empty["d04_sample"], "heun_step", ENDLESS))
     hand_in(students / "broken", d04_sample=solved + "\ndef broken(:\n")
+    hand_in(students / "printing", d04_sample=solved + "\nwhile True: print('x' * 10**6)\n")
     pack(students / "zipped.zip", students / "right", "assignment/")
     hand_in(students / "deep" / "assignment")
     hand_in(students / "edited", **empty)
@@ -209,10 +211,10 @@ def test_a_class(tmp_path, monkeypatch, capsys):
     none = dict.fromkeys(full, 0)
     assert points == {
         "right": full, "zipped.zip": full, "deep": full, "empty": none, "edited": none, "damaged.zip": none, "M?ller.zip": none, "endless": full | {"total": 16, "heun": 0},
-        "broken": full | {"total": 16, "heun": 0}, "missing": none | {"total": 4, "mix": 4}, "half": {"total": 12.4, "mix": 4, "step": 8.4, "heun": 0}}
+        "broken": full | {"total": 16, "heun": 0}, "printing": full | {"total": 16, "heun": 0}, "missing": none | {"total": 4, "mix": 4}, "half": {"total": 12.4, "mix": 4, "step": 8.4, "heun": 0}}
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert f"04_sample.py, line {len(solved.splitlines()) + 2}: SyntaxError" in lines["broken"]
-    assert "endless loop?" in lines["endless"] and "cannot be read: File is not a zip file" in lines["damaged.zip"] and "step, heun" in lines["half"]
+    assert "endless loop?" in lines["endless"] and "endless" not in lines["printing"] and "cannot be read: File is not a zip file" in lines["damaged.zip"] and "step, heun" in lines["half"]
     assert lines["right"].split() == ["right", "21", "of", "21"]
     assert {path.name for path in (tmp_path / "marks").iterdir()} == {"points.csv", *(f"{name}.json" for name in points)} - {"M?ller.zip.json"} | {"M\udcfcller.zip.json"}
     assert json.loads((tmp_path / "marks/missing.json").read_text())["tests"][1]["output"] == "03_train.py is missing"
@@ -357,3 +359,9 @@ def test_a_script_that_python_does_not_start_has_no_points(tmp_path):
         else:
             with pytest.raises(ValueError, match="01_data.py is not a text that Python reads"):
                 grade.read_script(tmp_path, "01_data.py")
+
+def test_a_disk_that_is_full_is_nobodys_mistake(tmp_path, monkeypatch):
+    assert grade.read_report(tmp_path, "02_model.py", 1)[0] == 0
+    monkeypatch.setattr(grade.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match="No space left"):
+        grade.read_report(tmp_path, "02_model.py", 1)

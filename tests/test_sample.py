@@ -1,6 +1,8 @@
 """Sampling as a user sees it: the same pictures whatever the batches, processes, order or interruption; nothing overwritten."""
 import json
+import runpy
 import shutil
+import sys
 from dataclasses import asdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -359,19 +361,19 @@ BROKEN = {"image size": (lambda s: s["config"].update(image_size="16"), "broken.
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_checkpoints_are_refused_in_one_line(run, capsys, name):
     broken(BROKEN[name][0])
-    assert call(sample, "--checkpoint", "broken.pt", "--ema", -1 if name == "no raw" else 0) == 1
+    assert call(sample, "--checkpoint", "broken.pt", "--ema", -1 if name == "no raw" else 0) == 1 + (name == "no raw")
     error = capsys.readouterr().err
     assert BROKEN[name][1] in error and error.count("\n") == 1 and not Path("samples").exists()
 
 def test_another_ema_than_there_is_is_refused(work, capsys):
     """One set of averages: --ema 1 would be the raw weights."""
     assert call(train, *TINY_FLAGS, "--steps", 2, "--ema", "0.9") == 0
-    assert call(sample, "--ema", 1) == 1 and "numbered 0 to 0" in capsys.readouterr().err
+    assert call(sample, "--ema", 1) == 2 and "numbered 0 to 0" in capsys.readouterr().err
     assert call(sample, "--ema", -1, "--num", 2, "--steps", 2) == 0
 
 @pytest.mark.parametrize("flags,words,code", [
     (["--steps", -1], "[1, 100000]", 2), (["--interval", "0.5"], "two times", 2), (["--interval", "0,0.5,1"], "two times", 2), (["--interval", "0.9,0.1"], "two times", 2), (["--interval", "0,2"], "in [0, 1]", 2), (["--solver", "rk4"], "is unknown", 2),
-    (["--labels", "moon"], "is not a class", 2), (["--ema", 3], "averaged weights are numbered 0 to 0", 1), (["--run", "nope"], "no checkpoint file at runs/nope/checkpoint.pt: train one first (python 03_train.py)", 1), (["--checkpoint", "x.pth"], "no checkpoint file at x.pth", 1), (["--seed", -1], "[0, 1e18]", 2), (["--seed", "9" * 400], "[0, 1e18]", 2),
+    (["--labels", "moon"], "is not a class", 2), (["--ema", 3], "averaged weights of runs/r/checkpoint.pt are numbered 0 to 0", 2), (["--run", "nope"], "no checkpoint file at runs/nope/checkpoint.pt: train one first (python 03_train.py)", 1), (["--checkpoint", "x.pth"], "no checkpoint file at x.pth", 1), (["--seed", -1], "[0, 1e18]", 2), (["--seed", "9" * 400], "[0, 1e18]", 2),
     (["--device", "gpu"], "give cuda or cpu", 2), (["--num", 0], "[1, 10000000]", 2), (["--num", "9999999999"], "[1, 10000000]", 2), (["--cfg", "nan"], "give a number", 2),
     (["--t-eps", "inf"], "in (0, 1)", 2), (["--shift", "inf"], "in [0.001, 1000]", 2), (["--checkpoint", "notes.txt"], "notes.txt is not a checkpoint: no access, damaged, not written by torch.save", 1)])
 def test_wrong_requests(run, capsys, flags, words, code):
@@ -715,3 +717,11 @@ def test_arrays_beside_the_samples_are_not_ours(run, capsys):
     np.save("a/arr_0.npy", np.arange(3))
     assert call(sample, "--run", "r", "--num", 4, "--out", "a", "--npz", "--overwrite") == 1 and "a holds arr_0.npy, which this script did not write" in capsys.readouterr().err
     assert np.load("a/arr_0.npy").tolist() == [0, 1, 2]
+
+def test_a_script_that_was_run_in_a_notebook_leaves_a_module_of_its_own(run, monkeypatch):
+    """IPython empties the module that %run made: an entry of sys.modules that is it would end the next import of torch's compiler."""
+    monkeypatch.setattr(sys, "argv", ["04_sample.py", "--run", "r", "--num", "2", "--steps", "1"])
+    monkeypatch.setitem(sys.modules, "04_sample", sample), monkeypatch.setitem(sys.modules, "02_model", model)
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(ROOT / "04_sample.py"), run_name="__main__")
+    assert done.value.code == 0 and sys.modules["04_sample"].__name__ == "04_sample" and sys.modules["04_sample"] is not sample

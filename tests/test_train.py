@@ -1489,7 +1489,7 @@ def test_a_run_with_an_experiment_of_ones_own_can_be_gone_on_from(work, capsys):
     Path("head.py").write_text('SETTINGS = {"p_mean": -0.5}')
     assert call(train, *TINY_FLAGS, "--steps", 2, "--experiment", "head.py", "--run", "a") == 0 and ": JiT-T/8 with " in capsys.readouterr().out
     assert call(train, *TINY_FLAGS, "--steps", 2, "--experiment", "head.py", "--init", "a", "--run", "b") == 0 and ": sizes as --init with " in capsys.readouterr().out
-    assert call(train, *TINY_FLAGS, "--steps", 2, "--init", "a", "--run", "c") == 1 and "head.py' again" in capsys.readouterr().err
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--init", "a", "--run", "c") == 2 and "head.py' again" in capsys.readouterr().err
 
 # ---- What refusals say, whole ----------------------------------------------------------------------------------------
 def test_whole_lines_about_settings(there):
