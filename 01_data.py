@@ -96,7 +96,7 @@ def open_data(folder):
     what to run.
     """
     folder = Path(folder)
-    if not (folder / "meta.json").is_file():
+    if not (folder / "train_images.npy").is_file():
         raise ValueError(f"no data set at {folder}: make it first (python 01_data.py draws data/shapes, with "
                          "--source cifar10 it makes data/cifar10, imagenette alike; of your own images: --source "
                          "folder --root IMAGES --name NAME; latents: tests/experiments/), or give its place: NAME "
@@ -123,8 +123,8 @@ def open_data(folder):
                 raise ValueError(f"{split}_labels.npy has a label outside 0..{max(known)}, or a class has no image")
             arrays[split] = images, labels
     except Exception as error:                            # numpy raises many kinds
-        raise ValueError(f"the data set at {folder} cannot be read ({error}): if it is damaged or outdated, delete the "
-                         "folder, and pack it again")
+        raise ValueError(f"the data set at {folder} cannot be read ({error}): if it is damaged or outdated, move the "
+                         "folder away, and pack it again")
     return meta, arrays
 
 # ---- Source "shapes": outlines in about the unit circle, y pointing down, all symmetric left to right ---
@@ -258,7 +258,7 @@ def every_file(folder):
     seen = no_pictures(folder) - {folder.resolve()}
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         real = Path(parent).resolve()
-        if real in seen or PACKED <= {*names} or "checkpoint.pt" in names:          # the last: a run
+        if real in seen or PACKED <= {*names} or "checkpoint.pt" in names and "config.json" in names:     # a run
             folders.clear()
             continue
         seen.add(real)
@@ -427,7 +427,6 @@ def folder_source(options):
 
 def called(names, text):
     """What a classes.txt calls the class folders, in lines like "n01440764 tench, Tinca tinca"; others keep theirs."""
-    text = unicodedata.normalize("NFC", text)
     known = dict(line.strip().split(maxsplit=1) for line in text.splitlines() if len(line.split()) > 1)
     print(f"{len(known.keys() & set(names))} of {len(names)} classes are named by a line FOLDER NAME of the list "
           "(of two for one folder the last counts)")
@@ -560,7 +559,8 @@ def run(main):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)     # ends the others in this time; one that fails alone speaks
         time.sleep(3)
         message = f"[rank {RANK}] {message}"
-    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(message).splitlines())}", file=sys.stderr)
+    with suppress(OSError):                               # a full disk under stderr's file
+        print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(message).splitlines())}", file=sys.stderr)
     return code
 
 @contextmanager
@@ -594,7 +594,7 @@ def whole(path):
 def load_json(path, **kinds):
     """The dict in a JSON file, whose entries named here have these types.  Raises ValueError."""
     try:
-        refuse(not path.is_file(), "there is no such file")                    # a pipe's reading might never end
+        refuse(not path.is_file(), "it is not there, or is no file")           # a pipe's reading might never end
         record = json.loads(path.read_text())
         json.dumps(record, allow_nan=False)               # ValueError: a number in it is none
         expect(record, **kinds)
@@ -814,7 +814,7 @@ def already_packed(folder, recipe, overwrite):
     """True if the folder holds what is asked for.  Raises ValueError if it holds anything else."""
     if not folder.exists():
         return False
-    if not (folder / "meta.json").exists():
+    if not (folder / "train_images.npy").exists():
         raise ValueError(f"{folder} exists and is not a packed data set: nothing is touched; choose --name or --out")
     if overwrite:
         load_json(folder / "meta.json", id=str, recipe=dict)

@@ -710,7 +710,8 @@ def save(state, path):
 
 # ---- Plumbing of the later scripts: device and processes ------------------------------------------------------------
 def warn(message):
-    print(f"warning: {message}", file=sys.stderr)
+    with suppress(OSError):                               # a full disk under stderr's file is no reason to stop
+        print(f"warning: {message}", file=sys.stderr)
 
 def check_fields(self, given=None, where=""):
     """Raise UsageError unless the values of a dataclass, or those given for it, are what its fields' option() says.

@@ -30,7 +30,7 @@ from importlib import import_module
 from pathlib import Path
 
 if __name__ == "__main__":
-    for name in ("02_model", "03_train"):                 # %run again: forget what the last run's experiments added
+    for name in "02_model", "03_train":                   # %run again: forget what the last run's experiments added
         sys.modules.pop(name, None)
 data = import_module("01_data")
 model = import_module("02_model")                         # before torch: it sets GOMP_SPINCOUNT, which torch reads
@@ -599,8 +599,8 @@ class Options:
                              f"between: {', '.join(EXPERIMENTS)}, ... (default: none)")
     data: str = option("shapes", "data set: data/NAME, or a folder")
     run: str = option(None, "runs/NAME, or a folder (default: PRESET, or PRESET-EXPERIMENT)")
-    steps: int = option(None, "optimizer steps; they take precedence over --epochs", "[1, inf)")
-    epochs: float = option(600.0, "passes over the data", "(0, inf)")
+    steps: int = option(None, "optimizer steps; they take precedence over --epochs", "[1, 1e15]")
+    epochs: float = option(600.0, "passes over the data", "(0, 1e9]")
     seed: int = option(0, "of weights, data order and noise", "[0, 1e18]")
     init: str = option(None, "begin with the averaged weights, and sizes, of runs/NAME, a folder, or a checkpoint file")
     model: str = option("JiT-B/16", "row of MODELS in 02_model.py; the flags under `network` override parts of it",
@@ -619,7 +619,7 @@ class Options:
     micro_batch: int = option(None, "images per pass and process (default: by memory)", "[1, inf)")
     lr: float = option(None, "learning rate (default: 5e-5 x batch size / 256)", "(0, inf)")
     schedule: str = option("constant", "after the warm-up", choices=lambda: ("constant", "cosine"))
-    warmup: int = option(None, "steps (default: 5 epochs, at most 1/20 of the run)", "[0, inf)")
+    warmup: int = option(None, "steps (default: 5 epochs, at most 1/20 of the run)", "[0, 1e15]")
     weight_decay: float = option(0.0, "of AdamW", "[0, 1000]")
     ema: tuple = option((0.9999, 0.9996), "decays of the averaged weights", "[0, 1)")
     amp: str = option(None, "mixed precision (default: bf16 where it is fast)", choices=lambda: ("bf16", "fp16", "off"),
@@ -821,12 +821,12 @@ def refuse_other_settings(state, options, config, folder):
     refuse(step > options.steps, f"{options.steps} steps: the run in {folder} is at step {step} already")
     if state["info"]["data_id"] != options.data_id:
         raise ValueError(f"data set {options.data} is another, or was packed anew, since {folder} was begun: pass "
-                         "--run NAME, or --overwrite")
+                         "--run NAME, or --overwrite, without --resume")
     free = WITH_RESUME if options.resume else MAY_DIFFER
     new = {name: value for name, value in (asdict(options) | asdict(config)).items() if name not in free}
     old = asdict(Options()) | asdict(type(config)()) | state["options"] | state["config"]      # it may lack a setting
-    data.refuse_other(old, new, folder, "pass --run NAME for a new run, --overwrite, or, to go on with other steps, "
-                      "epochs, lr or amp, --resume")
+    data.refuse_other(old, new, folder, f"pass {'without --resume ' * options.resume}--run NAME for a new run, "
+                      "--overwrite, or, to go on with other steps, epochs, lr or amp, --resume")
 
 def open_init(name, state, experiment):
     """(Averaged weights, configuration, classes) of what --init names; without it None each.

@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 
 if __name__ == "__main__":
-    for name in ("02_model", "04_sample"):                # %run again: forget what the last run's experiments added
+    for name in "02_model", "04_sample":                  # %run again: forget what the last run's experiments added
         sys.modules.pop(name, None)
 data = import_module("01_data")
 model = import_module("02_model")                         # before torch: it sets GOMP_SPINCOUNT, which torch reads

@@ -374,7 +374,7 @@ class ImageSet:
         self.labels = None
         self.record = {}
         self.statistics = {}
-        if (path / "meta.json").exists():
+        if (path / "train_images.npy").exists():
             self.record, arrays = data.open_data(path)
             if "coder" in self.record:
                 raise ValueError(f"{path} holds latents: give the pixels they were made of, "

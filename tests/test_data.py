@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT, call, data, images_of, said, sample, shell, train
+from conftest import ROOT, call, data, evaluate, images_of, said, sample, shell, train
 
 def photo(seed=0, size=(40, 30), mode="RGB"):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode)
@@ -396,7 +396,6 @@ def test_names_of_people_and_of_accents_are_classes(there, capsys):
     for split, accent in (("train", "cafe\u0301"), ("val", "caf\u00e9")):
         folder(Path("in"), (accent, "@alice", "#beach", "cafz"), splits=[split])
     assert pack() == 0 and data.open_data("data/set")[0]["classes"] == ["#beach", "@alice", "cafz", "caf\u00e9"]
-    assert data.called(["caf\u00e9"], "cafe\u0301 bar") == ["bar"]
 
 @pytest.mark.parametrize("loose", [True, False])
 def test_pictures_beside_what_the_scripts_wrote(there, capsys, loose):
@@ -483,7 +482,7 @@ def test_depths(there):
 
 def test_a_run_of_another_working_directory_is_no_class(there, capsys):
     folder(Path("in"), splits=None)
-    Path("in/runs/shapes/samples").mkdir(parents=True), Path("in/runs/shapes/checkpoint.pt").touch()
+    Path("in/runs/shapes/samples").mkdir(parents=True), Path("in/runs/shapes/checkpoint.pt").touch(), Path("in/runs/shapes/config.json").touch()
     photo().save("in/runs/shapes/samples/0000000.png")
     assert pack() == 1 and "in/runs holds no images" in capsys.readouterr().err
     shutil.rmtree("in/runs")
@@ -759,7 +758,7 @@ def test_images_below_a_hidden_folder_are_read(there):
 def test_another_programs_meta_is_no_permission(there, capsys):
     Path("data/shapes").mkdir(parents=True)
     Path("data/shapes/meta.json").write_text('{"title": "mine"}'), Path("data/shapes/preview.png").write_bytes(b"mine")
-    assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--overwrite") == 1 and "meta.json is damaged" in capsys.readouterr().err
+    assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--overwrite") == 1 and "is not a packed data set: nothing is touched" in capsys.readouterr().err
     assert Path("data/shapes/preview.png").read_bytes() == b"mine"
 
 def test_the_seed_reaches_the_pencil(there):
@@ -1122,7 +1121,7 @@ def test_a_damaged_set_is_not_already_packed(there, capsys):
 def test_a_foreign_meta_with_an_id_is_no_permission(there, capsys):
     Path("data/shapes").mkdir(parents=True)
     Path("data/shapes/meta.json").write_text('{"id": "mine"}'), Path("data/shapes/preview.png").write_bytes(b"mine")
-    assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--overwrite") == 1 and "recipe is not of the type dict" in capsys.readouterr().err
+    assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--overwrite") == 1 and "is not a packed data set: nothing is touched" in capsys.readouterr().err
     assert Path("data/shapes/preview.png").read_bytes() == b"mine"
 
 def test_threads_and_locks_are_those_asked_for(there, monkeypatch):
@@ -1258,7 +1257,7 @@ def test_whole_lines_about_data_sets(there, capsys):
     assert capsys.readouterr().out == "data/set: 100 training and 100 held-out images, 16 x 16, 10 classes (circle, square, triangle, star, heart, cross, moon, arrow, ring, drop); look at data/set/preview.png\n"
     assert call(data, "--size", 16, "--count", 100, "--workers", 1, "--name", "set") == 0
     assert capsys.readouterr().out == "data/set is there, made with these settings of files with these names; nothing to do (--overwrite packs it again)\n"
-    why = "the data set at data/set cannot be read ({}): if it is damaged or outdated, delete the folder, and pack it again"
+    why = "the data set at data/set cannot be read ({}): if it is damaged or outdated, move the folder away, and pack it again"
     labels = np.load("data/set/val_labels.npy")
     np.save("data/set/val_labels.npy", np.full(100, 10))
     assert said(data.open_data, "data/set") == why.format("val_labels.npy has a label outside 0..9, or a class has no image")
@@ -1267,13 +1266,13 @@ def test_whole_lines_about_data_sets(there, capsys):
     Path("data/set/notes.txt").touch()
     assert call(data, "--size", 16, "--count", 100, "--name", "set", "--overwrite") == 1
     assert capsys.readouterr().err.endswith("error: data/set holds notes.txt, which this script did not write: nothing is touched; move it away, or choose --name or --out\n")
-    Path("data/set/meta.json").unlink()
+    Path("data/set/train_images.npy").unlink()
     assert call(data, "--size", 16, "--count", 100, "--name", "set") == 1
     assert capsys.readouterr().err.endswith("error: data/set exists and is not a packed data set: nothing is touched; choose --name or --out\n")
     assert said(data.refuse_other, {}, {"seed": 0}, "data/x", "choose --name") == "data/x was made with other settings (seed None, now 0): choose --name"
     Path("deep").mkdir(), Path("deep/a.json").write_text("[]")
     assert pytest.raises(ValueError, data.load_json, Path("deep/a.json"), a=int).value.args[0] == "deep/a.json is damaged, or not ours (a is not of the type int)"
-    assert said(data.load_json, Path(os.devnull)) == "/dev/null is damaged, or not ours (there is no such file)"
+    assert said(data.load_json, Path(os.devnull)) == "/dev/null is damaged, or not ours (it is not there, or is no file)"
     with pytest.raises(data.UsageError, match=r"^\.: give this folder by its name, as \.\./NAME$"):
         with data.locked(Path(".")):
             pass
@@ -1448,3 +1447,11 @@ def test_grey_sets_made_by_hand_are_refused(packed, there):
     Path("grey/meta.json").write_text(json.dumps(meta | {"channels": 1}))
     with pytest.raises(ValueError, match="the train arrays do not fit meta.json"):
         data.open_data("grey")
+
+def test_what_others_call_a_checkpoint_or_meta_json_hides_no_pictures(there, capsys):
+    folder(Path("in"), splits=None)
+    Path("in/cat/checkpoint.pt").touch(), Path("in/meta.json").write_text('{"classes": [{"title": "cat"}]}')
+    assert pack() == 0 and sum(data.open_data("data/set")[0]["counts"].values()) == 12
+    assert evaluate.ImageSet("in").images.shape[2] == 3
+    with pytest.raises(ValueError, match="no data set at in"):
+        data.open_data("in")

@@ -1001,7 +1001,7 @@ def test_what_refusals_advise(work, capsys):
     assert call(evaluate, "--table") == 2
 
 def test_latents_name_the_pixels_to_give_instead(there, monkeypatch):
-    Path("set").mkdir(), Path("set/meta.json").touch()
+    Path("set").mkdir(), Path("set/train_images.npy").touch()
     monkeypatch.setattr(data, "open_data", lambda path: ({"coder": {"experiment": "vae", "pixels": "photos", "id": "0a"}}, {}))
     with pytest.raises(ValueError, match="set holds latents: give the pixels they were made of, photos$"):
         evaluate.ImageSet("set")

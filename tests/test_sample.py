@@ -714,6 +714,7 @@ def test_names_of_a_part_of_the_classes_are_refused(run, capsys):
 
 def test_arrays_beside_the_samples_are_not_ours(run, capsys):
     draw("a", "--npz", num=4)
+    assert {path.name for path in Path("a").iterdir()} == {"samples.json", "samples.npz", *(f"000000{i}.png" for i in range(4))}
     np.save("a/arr_0.npy", np.arange(3))
     assert call(sample, "--run", "r", "--num", 4, "--out", "a", "--npz", "--overwrite") == 1 and "a holds arr_0.npy, which this script did not write" in capsys.readouterr().err
     assert np.load("a/arr_0.npy").tolist() == [0, 1, 2]

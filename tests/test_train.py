@@ -287,7 +287,7 @@ def test_a_folder_that_is_in_use_is_not_taken(work, capsys):
     assert "what was runs/keep is runs/keep.old now" in capsys.readouterr().out
     Path("runs/lone.old").symlink_to("nowhere"), Path("runs/lone").mkdir(), Path("runs/lone/a").write_text("mine")
     assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "lone", "--overwrite") == 0 and Path("runs/lone.old/a").exists() and Path("runs/lone.old.old").is_symlink()
-    assert call(train, *TINY_FLAGS, "--steps", "1" + "0" * 340, "--run", "long") == 1 and len(capsys.readouterr().err.splitlines()) == 1
+    assert call(train, *TINY_FLAGS, "--steps", "1" + "0" * 340, "--run", "long") == 2 and len(capsys.readouterr().err.splitlines()) == 1
     assert call(train, *TINY_FLAGS, "--steps", 2, "--run", "keep", "--overwrite") == 0 and Path("runs/keep.old/config.json").exists() and Path("runs/keep.old.old/preview/holiday.png").exists()
 
 def test_resume_does_not_overwrite(work):
@@ -778,7 +778,7 @@ def test_what_a_finished_run_answers(work, capsys, monkeypatch):
 
 @pytest.mark.parametrize("flags,words,code", [
     (["--times", "unifrom"], "one of logit-normal, uniform", 2),
-    (["--steps", -1], "give a number in [1, inf)", 2), (["--lr", "nan"], "give a number", 2), (["--p-mean", "inf"], "give a number", 2), (["--num-classes", 5], "the data set has 10", 2), (["--preset", "nope"], "unknown", 2), (["--experiment", "exp9"], "there is no", 2), (["--model", "JiT-Z"], "unknown", 2),
+    (["--steps", -1], "give a number in [1, 1e15]", 2), (["--lr", "nan"], "give a number", 2), (["--p-mean", "inf"], "give a number", 2), (["--num-classes", 5], "the data set has 10", 2), (["--preset", "nope"], "unknown", 2), (["--experiment", "exp9"], "there is no", 2), (["--model", "JiT-Z"], "unknown", 2),
     (["--batch-size", 10, "--micro-batch", 4], "give a multiple of 4", 2), (["--patch-size", 5], "not a multiple", 2), (["--ema", "fast"], "--ema", 2), (["--ema", "0.9,1"], "in [0, 1)", 2), (["--label-drop", 1], "label-drop", 2),
     (["--lr", 0], "(0, inf)", 2), (["--patch-embed", "nonlinear", "--bottleneck-dim", 0], "needs a bottleneck", 2), (["--pred", "y"], "one of x, e, v", 2), (["--steps", "many"], "invalid int", 2),
     (["--data", "nope"], "no data set at data/nope", 1), (["--resume"], "there is no", 1), (["--device", "cuda"], "this machine has 0", 2), (["--device", "gpu"], "give cuda or cpu", 2), (["--device", "meta"], "give cuda or cpu", 2), (["--device", "cpu:1"], "give cuda or cpu", 2), (["--nonsense"], "unrecognized", 2)])
@@ -1563,3 +1563,19 @@ def test_a_shift_of_nothing_is_one(work):
     Path("set/meta.json").write_text(json.dumps(meta | {"shift": None}))
     assert call(train, *TINY_FLAGS, "--steps", 1, "--data", "./set") == 0
     assert model.read_checkpoint("runs/shapes/checkpoint.pt")["options"]["shift"] == 1.0
+
+def test_a_full_disk_under_what_is_said_ends_nothing(work):
+    """A warning, a refusal: said or not, the work is done, and the exit code is right."""
+    assert call(train, *TINY_FLAGS, "--steps", 2) == 0
+    Path("runs/shapes/loss.png").write_bytes(b"mine")
+    for flags, code in ((["--resume", "--steps", "8"], 0), (["--foo"], 2)):
+        full = os.open("/dev/full", os.O_WRONLY)
+        assert subprocess.run([sys.executable, ROOT / "03_train.py", *flags], stderr=full).returncode == code
+        os.close(full)
+    assert model.read_checkpoint(Path("runs/shapes/checkpoint.pt"))["info"]["step"] == 8
+
+def test_advice_under_resume_leads_out(work, capsys):
+    assert call(train, *TINY_FLAGS, "--steps", 2) == 0
+    assert call(train, "--resume", "--steps", 4, "--seed", 3) == 1 and "pass without --resume --run NAME for a new run, --overwrite, or" in capsys.readouterr().err
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--seed", 3) == 1 and "pass --run NAME for a new run, --overwrite, or" in capsys.readouterr().err
+    assert call(train, *TINY_FLAGS, "--steps", 2, "--seed", 3, "--run", "new") == 0 == call(train, *TINY_FLAGS, "--steps", 2, "--seed", 3, "--overwrite")
