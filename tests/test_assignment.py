@@ -93,6 +93,8 @@ def test_the_readme_for_students_names_only_what_is_there(tmp_path):
     for names in re.findall(r'"([^"]+)"', " ".join(day for _, day in DAYS)):
         assert f"**{names}" in text and names in reading, names            # its paragraph is there
     assert DAYS[-1][0] == len(EXERCISES)
+    days = dict(re.findall(r"(?m)^\| ([1-5]) \| ([a-z, ]+) \| ", reading))               # each exercise on its day
+    assert days == {"1": "crop, mix, conversion", "2": "patchify, rotate, block", "3": "loss, ema, step", "4": "guidance, euler, heun", "5": "frechet, inception"}
 
 def test_untracked_files_stay(tmp_path):
     clone = tmp_path / "clone"
