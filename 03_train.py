@@ -305,10 +305,10 @@ def restore(trainer, state, folder):
                 getattr(trainer, name).load_state_dict(state[key])
         for average, saved in zip(trainer.ema, state["ema"], strict=True):
             for name, value in average.items():
-                value.copy_(fitting(saved[name], value))
+                value.copy_(same_shape(saved[name], value))
         for weight, moments in trainer.optimizer.state.items():
-            fitting(moments["exp_avg"], weight)
-            fitting(moments["exp_avg_sq"], weight)
+            same_shape(moments["exp_avg"], weight)
+            same_shape(moments["exp_avg_sq"], weight)
         if trainer.rank == 0:                             # they are of all processes together: one takes them
             trainer.log.sums.copy_(state["sums"])
         trainer.log.rows = state["rows"]
@@ -316,7 +316,7 @@ def restore(trainer, state, folder):
         trainer.skipped.fill_(state["skipped"])
         trainer.bad.fill_(state["bad"])
 
-def fitting(saved, own):
+def same_shape(saved, own):
     """A saved tensor, if it has the shape of one's own: neither copy_() nor AdamW look."""
     if saved.shape != own.shape:
         raise ValueError(f"one of its tensors has the shape {(*saved.shape,)}, not {(*own.shape,)}")

@@ -1248,7 +1248,9 @@ def test_a_checkpoint_with_another_kind_of_entry_is_refused(work, capsys):
     path = Path("runs/shapes/checkpoint.pt")
     good = path.read_bytes()
     for (*places, last), value in (["info"], "x"), (["info", "step"], "x"), (["info", "step"], 1.5), (["info", "data_id"], None), (["info", "experiments"], 5), (["options"], [1]), (["config"], []), \
-                                  (["rows"], 5), (["skipped"], "x"), (["sums"], [1]), (["ema"], {}), (["model"], []), (["optimizer"], []):
+                                  (["rows"], 5), (["skipped"], "x"), (["sums"], [1]), (["ema"], {}), (["model"], []), (["optimizer"], []), \
+                                  (["options", "amp"], None), (["options", "sampling"], "abc"), (["rows"], [1, 2]), (["rows", 0, "loss"], "abc"), (["rows", 0, "step"], None), \
+                                  (["optimizer", "state", 2, "exp_avg"], torch.zeros(3)), (["optimizer", "state", 2], {"step": torch.tensor(5.0)}):
         path.write_bytes(good)
         state = place = model.read_checkpoint(path)
         for name in places:
@@ -1257,7 +1259,7 @@ def test_a_checkpoint_with_another_kind_of_entry_is_refused(work, capsys):
         model.save(state, path)
         capsys.readouterr()
         assert call(train, *TINY_FLAGS, "--steps", 4, "--resume") == 1, (last, value)
-        assert "or of an older version" in capsys.readouterr().err
+        assert "or of an older version" in (error := capsys.readouterr().err) and error.count("\n") == 1, error
 
 def test_options_are_checked_wherever_they_come_from():
     with pytest.raises(data.UsageError, match="steps '3': it must be of the type int"):
@@ -1539,23 +1541,6 @@ def test_every_average_is_saved_and_restored(work):
 def test_files_in_a_list_of_experiments_become_absolute(there):
     Path("lab").mkdir(), Path("lab/plain.py").write_text("SETTINGS = {}\n")
     assert train.read_flags(["--experiment", "lab/plain.py,exp3"])["experiment"] == f"{there.resolve()}/lab/plain.py,exp3"
-
-def test_what_is_edited_in_a_checkpoint_is_one_line(work, capsys):
-    """Where neither torch nor Python would look, or only hours later."""
-    assert call(train, *TINY_FLAGS, "--steps", 5) == 0
-    path = Path("runs/shapes/checkpoint.pt")
-    good = path.read_bytes()
-    for (*places, last), value in (["options", "amp"], None), (["options", "sampling"], "abc"), (["rows"], [1, 2]), (["rows", 0, "loss"], "abc"), (["rows", 0, "step"], None), \
-                                  (["optimizer", "state", 2, "exp_avg"], torch.zeros(3)), (["optimizer", "state", 2], {"step": torch.tensor(5.0)}):
-        path.write_bytes(good)
-        state = place = model.read_checkpoint(path)
-        for name in places:
-            place = place[name]
-        place[last] = value
-        model.save(state, path)
-        capsys.readouterr()
-        assert call(train, *TINY_FLAGS, "--steps", 7, "--resume") == 1, (last, value)
-        assert "cannot be used: " in (error := capsys.readouterr().err) and error.count("\n") == 1, error
 
 def test_a_shift_of_nothing_is_one(work):
     shutil.copytree(Path("data/shapes").resolve(), "set")
