@@ -74,9 +74,25 @@ def test_two_micro_batches_are_the_big_batch_at_once(work, amp):
         assert (a - b).abs().max() < (1e-5 if amp == "off" else 5e-3)
     assert split.log.sums[-1, 0] == pytest.approx(float(sum(norms)), rel=1e-4 if amp == "off" else 2e-2)
 
-def torchrun(*args, cwd, processes=2):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--", ROOT / args[0],
+def torchrun(*args, cwd):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", ROOT / args[0],
                            *map(str, args[1:])], cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+def environments(processes):
+    """What torchrun tells each process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return [{**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
+            for rank in range(processes)]
+
+def two_processes(*args, cwd):
+    """Without torchrun, which takes as long to start as they do."""
+    children = [subprocess.Popen([sys.executable, ROOT / args[0], *map(str, args[1:])], cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                for env in environments(2)]
+    for child in children:
+        said = child.communicate(timeout=300)[1]
+        assert child.returncode == 0, said
 
 THREADS = """
 import importlib, os, sys
@@ -95,11 +111,7 @@ print(within - count())
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="where threads can be counted")
 def test_processes_end_their_threads(tmp_path):
     """Gloo has three.  One that is left, and frees a tensor while the interpreter ends, aborts the process, now and then."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", THREADS, ROOT], env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", THREADS, ROOT], env=environments(1)[0], cwd=tmp_path, capture_output=True, text=True)
     assert int(done.stdout) >= 3, done.stderr
 
 def test_two_processes_train_the_same_model_as_one(work):
@@ -113,19 +125,16 @@ def test_two_processes_train_the_same_model_as_one(work):
     assert done.stdout.count("step 0 to 5") == 1          # one process speaks
     logs = [list(csv.DictReader(open(f"runs/{run}/log.csv"))) for run in ("one", "two")]
     assert all(abs(float(a["loss"]) - float(b["loss"])) < 1e-4 for a, b in zip(*logs, strict=True))
-    done = torchrun("04_sample.py", "--run", "two", "--num", 30, "--batch-size", 4, "--steps", 2, "--amp", "off", cwd=work)
-    assert done.returncode == 0, done.stderr
+    two_processes("04_sample.py", "--run", "two", "--num", 30, "--batch-size", 4, "--steps", 2, "--amp", "off", cwd=work)
     assert len(list(Path("runs/two/samples").glob("0*.png"))) == 30 and Path("runs/two/grid.png").exists()
     assert call(evaluate, "--run", "two", "--batch-size", 4) == 0                                      # trains and caches the classifier
     done = torchrun("04_sample.py", "--run", "two", "--num", 30, "--steps", 3, "--amp", "off", cwd=work)
     assert done.returncode and done.stderr.count("04_sample.py: error") == 1 and '04_sample.py", line' not in done.stderr
     assert done.stdout == ""
-    done = torchrun("05_eval.py", "--run", "two", "--batch-size", 4, "--out", "two.json", cwd=work)
-    assert done.returncode == 0, done.stderr
+    two_processes("05_eval.py", "--run", "two", "--batch-size", 4, "--out", "two.json", cwd=work)
     more = ["--resume", "--steps", 8, "--save-minutes", 0]                     # a save after every step, asked of both
     assert call(train, *flags, *more, "--run", "one") == 0
-    done = torchrun("03_train.py", *flags, *more, "--run", "two", cwd=work)
-    assert done.returncode == 0, done.stderr
+    two_processes("03_train.py", *flags, *more, "--run", "two", cwd=work)
     for a, b in zip(weights("runs/one/checkpoint.pt"), weights("runs/two/checkpoint.pt")):
         assert (a - b).abs().max() < 1e-5
     sums = [model.read_checkpoint(f"runs/{run}/checkpoint.pt")["sums"] for run in ("one", "two")]
