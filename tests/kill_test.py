@@ -52,7 +52,7 @@ def torture(folder, kills, steps, seed=0):
 
 # script, flags, what a call with the name NAME makes, what else it remembers (removed to begin again)
 STAGES = {"01": ("01_data.py", "--size 32 --count 8000 --name NAME", "data/NAME", ()),
-          "04": ("04_sample.py", "--num 400 --batch-size 10 --amp off --out NAME", "NAME", ("NAME-grid.png",)),
+          "04": ("04_sample.py", "--num 400 --batch-size 10 --steps 12 --amp off --out NAME", "NAME", ("NAME-grid.png",)),
           "05": ("05_eval.py", "--out NAME.json", "NAME.json", ("data/shapes/classifier-*", "data/shapes/statistics-*"))}
 
 def content(path):
