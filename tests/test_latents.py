@@ -247,11 +247,14 @@ def test_dice_subtracts_noise_in_latents(work):
 def test_the_shift_of_the_data_is_used_in_sampling_too(work):
     assert make("rae") == 0
     meta, _ = data.open_data("latents/rae")
-    gathered = train.gather(train.read_flags([*map(str, LATENT_FLAGS), "--preset", "photos", "--data", "latents/rae"]))
-    options, config = train.settle(gathered, meta, torch.device("cpu"), 1)
+    def settled(*flags):
+        gathered = train.gather(train.read_flags([*map(str, LATENT_FLAGS), "--preset", "photos", "--data", "latents/rae", *flags]))
+        return train.settle(gathered, meta, torch.device("cpu"), 1)
+    options, config = settled()
     shift = (192 * 16 / 4096)**0.5
     assert options.shift == pytest.approx(shift) and train.sampling_state(train.Trainer(options, config, torch.device("cpu")))["info"]["sampling"]["shift"] == options.shift
     assert config.bottleneck_dim == 0 and config.noise_scale == 1.0 and config.in_channels == 192
+    assert settled("--shift", "2")[0].shift == 2.0        # a flag comes first
 
 def test_dinov2_latents(there, weights, capsys):
     assert call(data, "--size", 32, "--count", 100, "--workers", 1) == 0
