@@ -643,7 +643,14 @@ def read_checkpoint(path):
                          "or holding more than tensors and plain values")
     if not {"ema", "model_ema1"} & state.keys():
         raise ValueError(f"{path} is not a JiT checkpoint: it holds neither ema nor model_ema1")
+    refuse(state.get("digest", digest_of(state)) != digest_of(state), f"{path}: its settings or its log were edited "
+           "since it was written: put the file back as it was, or train anew; flags change settings", ValueError)
     return state
+
+def digest_of(state):
+    """A number that tells whether a checkpoint's plain values are those that were saved."""
+    # subtle: what repr() makes of a letter depends on Python's version
+    return zlib.crc32(ascii([state.get(name) for name in ("config", "info", "options", "rows")]).encode())
 
 def load_network(path, ema=0, experiment=""):
     """A checkpoint file -> (network in eval mode, without auxiliary head; info).  Raises ValueError.
@@ -666,8 +673,6 @@ def load_network(path, ema=0, experiment=""):
             averages = list(state["ema"])
             info |= state.get("info", {})
             data.expect(info, sampling=dict, classes=list, experiments=list)
-            json.dumps(info)                              # plain values only, whoever edited it
-            "".join(info["classes"])                      # TypeError, unless all of them are texts
         if info.get("step") == 0:
             raise ValueError("it has not been trained for a step")
     load_recorded(info["experiments"], path, experiment)
@@ -679,8 +684,6 @@ def load_network(path, ema=0, experiment=""):
         net = build(kind(**config | {"aux": "none"}))
         weights = state["model"] if ema == -1 else averages[ema]
         load_weights(net, weights)
-        if 0 < len(info["classes"]) < net.config.num_classes:
-            raise ValueError("it names only a part of its classes")
     return net.eval(), info
 
 def fingerprint(arrays):
@@ -700,10 +703,10 @@ def load_weights(net, weights):
             raise ValueError(f"weight {name} holds NaN or infinity")
 
 def save(state, path):
-    """torch.save, whole.  Raises ValueError when the disk is full."""
+    """torch.save, whole, with the digest of plain values.  Raises ValueError when the disk is full."""
     try:
         with data.whole(path) as part:
-            torch.save(state, part)
+            torch.save(state | {"digest": digest_of(state)}, part)
     except (OSError, RuntimeError) as error:              # subtle: torch reports a full disk as a RuntimeError
         raise ValueError(f"cannot write {path} ({str(error).splitlines()[0][:100]}); what was there is intact: if a "
                          "disk is full, make room, and give the same command again")

@@ -581,10 +581,11 @@ def test_samples_are_not_given_up_for_numbers_that_are_none(run, capsys):
     assert np.array_equal(pictures("a"), before) and draw("a", num=4).any()
 
 def test_info_of_other_types_is_refused_before_anything_is_removed(run, capsys):
-    before, state = draw("a", num=4), torch.load("runs/r/checkpoint.pt", weights_only=True)
-    for name, value in (("step", torch.tensor(4)), ("data_id", b"x"), ("classes", [1, 2, 3]), ("classes", 5), ("sampling", [1]), ("experiments", 5)):
-        torch.save(state | {"info": state["info"] | {name: value}}, "runs/r/checkpoint.pt")
-        assert call(sample, "--run", "r", "--num", 4, "--out", "a", "--labels", 1, "--overwrite") == 1 and "checkpoint.pt cannot be used: " in capsys.readouterr().err
+    before, path = draw("a", num=4), Path("runs/r/checkpoint.pt")
+    for name, value in (("classes", 5), ("sampling", [1]), ("experiments", 5)):
+        state = model.read_checkpoint(path)
+        torch.save(state | {"info": state["info"] | {name: value}}, "b.pt")
+        assert call(sample, "--checkpoint", "b.pt", "--num", 4, "--out", "a", "--labels", 1, "--overwrite") == 1 and "b.pt cannot be used: " in capsys.readouterr().err
     assert np.array_equal(pictures("a"), before)
 
 @pytest.mark.parametrize("num", [2, 10**12, "x"])
@@ -705,12 +706,23 @@ def test_whole_lines_about_sampling(run, capsys):
     assert capsys.readouterr().out == "deep/a: 3 images (ring, star, dot), heun 4 steps, shift 1, w 2.0, seed 5: deep/a-grid.png\n"
     assert call(sample, "--run", "r", "--trajectory", "--steps", 1, "--amp", "off") == 0 and capsys.readouterr().out == "look at runs/r/trajectory.png\n"
 
-def test_names_of_a_part_of_the_classes_are_refused(run, capsys):
-    state = model.read_checkpoint("runs/r/checkpoint.pt")
-    state["info"]["classes"] = ["ring"]
-    model.save(state, Path("runs/r/checkpoint.pt"))
-    assert call(sample, "--run", "r", "--num", 4) == 1 and "checkpoint.pt cannot be used: it names only a part of its classes" in capsys.readouterr().err
+def test_values_edited_into_a_checkpoint_are_refused(run, capsys):
+    """Averages of one's own are not: they are weights, and no settings."""
+    path = Path("runs/r/checkpoint.pt")
+    model.save(torch.load(path, weights_only=True), path)
+    good = path.read_bytes()
+    for part, name, value in (("info", "classes", ["ring"]), ("info", "classes", [1, 2, 3]), ("info", "step", torch.tensor(4)), ("info", "data_id", b"x"), ("info", "sampling", {"cfg": 3.0}),
+                              ("config", "noise_scale", 2.0), ("config", "network", "mine")):
+        path.write_bytes(good)
+        state = torch.load(path, weights_only=True)
+        state[part][name] = value
+        torch.save(state, path)
+        assert call(sample, "--run", "r", "--num", 4) == 1 and "checkpoint.pt: its settings or its log were edited since it was written" in capsys.readouterr().err
     assert not Path("runs/r/samples").exists()
+    path.write_bytes(good)
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"ema": [{name: value * 0.9 for name, value in state["ema"][0].items()}]}, path)
+    assert call(sample, "--run", "r", "--num", 4, "--amp", "off") == 0
 
 def test_arrays_beside_the_samples_are_not_ours(run, capsys):
     draw("a", "--npz", num=4)
