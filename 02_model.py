@@ -643,14 +643,16 @@ def read_checkpoint(path):
                          "or holding more than tensors and plain values")
     if not {"ema", "model_ema1"} & state.keys():
         raise ValueError(f"{path} is not a JiT checkpoint: it holds neither ema nor model_ema1")
-    refuse(state.get("digest", digest_of(state)) != digest_of(state), f"{path}: its settings or its log were edited "
-           "since it was written: put the file back as it was, or train anew; flags change settings", ValueError)
+    found = digest_of(state)
+    refuse(found.items() - state.get("digest", found).items(), f"{path}: its settings or its log were edited since it "
+           "was written: put the file back as it was, or train anew; flags change settings", ValueError)
     return state
 
 def digest_of(state):
-    """A number that tells whether a checkpoint's plain values are those that were saved."""
+    """{name: a number that tells whether it is what was saved} of a checkpoint's parts that are plain values."""
     # subtle: what repr() makes of a letter depends on Python's version
-    return zlib.crc32(ascii([state.get(name) for name in ("config", "info", "options", "rows")]).encode())
+    return {name: zlib.crc32(ascii(state[name]).encode())
+            for name in "config info options rows".split() if name in state}
 
 def load_network(path, ema=0, experiment=""):
     """A checkpoint file -> (network in eval mode, without auxiliary head; info).  Raises ValueError.
@@ -673,6 +675,7 @@ def load_network(path, ema=0, experiment=""):
             averages = list(state["ema"])
             info |= state.get("info", {})
             data.expect(info, sampling=dict, classes=list, experiments=list)
+            "".join(info["classes"])                      # TypeError, unless all of them are texts
         if info.get("step") == 0:
             raise ValueError("it has not been trained for a step")
     load_recorded(info["experiments"], path, experiment)

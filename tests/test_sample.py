@@ -582,7 +582,7 @@ def test_samples_are_not_given_up_for_numbers_that_are_none(run, capsys):
 
 def test_info_of_other_types_is_refused_before_anything_is_removed(run, capsys):
     before, path = draw("a", num=4), Path("runs/r/checkpoint.pt")
-    for name, value in (("classes", 5), ("sampling", [1]), ("experiments", 5)):
+    for name, value in (("classes", 5), ("classes", [1, 2, 3]), ("sampling", [1]), ("experiments", 5)):
         state = model.read_checkpoint(path)
         torch.save(state | {"info": state["info"] | {name: value}}, "b.pt")
         assert call(sample, "--checkpoint", "b.pt", "--num", 4, "--out", "a", "--labels", 1, "--overwrite") == 1 and "b.pt cannot be used: " in capsys.readouterr().err
@@ -723,6 +723,14 @@ def test_values_edited_into_a_checkpoint_are_refused(run, capsys):
     state = torch.load(path, weights_only=True)
     torch.save(state | {"ema": [{name: value * 0.9 for name, value in state["ema"][0].items()}]}, path)
     assert call(sample, "--run", "r", "--num", 4, "--amp", "off") == 0
+
+def test_a_part_of_the_names_is_of_no_use(run, capsys):
+    """In a file made by hand: ids, as where there are no names."""
+    state = torch.load("runs/r/checkpoint.pt", weights_only=True)
+    state["info"]["classes"] = ["ring"]
+    torch.save(state, "part.pt")
+    assert call(sample, "--checkpoint", "part.pt", "--num", 4, "--steps", 1, "--out", "a", "--labels", "ring") == 2 and "names are not known" in capsys.readouterr().err
+    assert call(sample, "--checkpoint", "part.pt", "--num", 4, "--steps", 1, "--out", "a") == 0 and json.loads(Path("a/samples.json").read_text())["classes"] == []
 
 def test_arrays_beside_the_samples_are_not_ours(run, capsys):
     draw("a", "--npz", num=4)

@@ -1270,6 +1270,10 @@ def test_a_checkpoint_with_another_kind_of_entry_is_refused(work, capsys):
         assert call(train, *TINY_FLAGS, "--steps", 4, "--resume") == 1, (last, value)
         edited = {*places, last} & {"config", "info", "options", "rows"}
         assert ("edited since it was written" if edited else "or of an older version") in (error := capsys.readouterr().err) and error.count("\n") == 1, error
+    path.write_bytes(good)
+    slim = {name: value for name, value in torch.load(path, weights_only=True).items() if name in ("config", "info", "ema", "digest")}
+    torch.save(slim, "slim.pt")                           # without what sampling does not need
+    assert model.load_network("slim.pt")[1]["step"] == 2
 
 def test_options_are_checked_wherever_they_come_from():
     with pytest.raises(data.UsageError, match="steps '3': it must be of the type int"):
