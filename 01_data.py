@@ -467,7 +467,7 @@ def refuse_other(old, new, place, advice):
                              f"{new[name]!s:.40}): {advice}")
 
 def flag(name):
-    return "--" + name.replace("_", "-")
+    return f"--{name.replace('_', '-')}"
 
 def option(default, text, within="(-inf, inf)", choices=None, group=None):
     """A dataclass field that is also a command-line flag.  None as default: worked out later, as the text says.
@@ -598,7 +598,7 @@ def load_json(path, **kinds):
         record = json.loads(path.read_text())
         json.dumps(record, allow_nan=False)               # ValueError: a number in it is none
         expect(record, **kinds)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, or not ours ({error})")
     return record
 

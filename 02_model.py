@@ -594,7 +594,7 @@ def load_recorded(names, place, given=""):
     """Import the experiments that a file names.  Those from elsewhere must be given again: data never chooses code."""
     for name in names:
         plain = "/" not in name and (EXPERIMENTS_FOLDER / f"{name}.py").is_file()
-        refuse(not plain and Path(name).stem not in [Path(path).stem for path in given.split(",")],
+        refuse(not plain and Path(name).stem not in [Path(path).stem for path in filter(None, given.split(","))],
                f"{place} was made with an experiment of your own: pass --experiment {name!r} again (04_sample.py also "
                "takes it from a new place; a file never makes us run code from outside the project)")
         if plain:
@@ -687,6 +687,8 @@ def load_network(path, ema=0, experiment=""):
         net = build(kind(**config | {"aux": "none"}))
         weights = state["model"] if ema == -1 else averages[ema]
         load_weights(net, weights)
+        if 0 < len(info["classes"]) < net.config.num_classes:
+            raise ValueError("it names only a part of its classes")
     return net.eval(), info
 
 def fingerprint(arrays):

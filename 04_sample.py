@@ -382,8 +382,7 @@ def main(argv=None):
     with model.device_and_processes(options.device) as (device, rank, world):
         path = options.checkpoint or model.folder_of(options.run, "runs") / "checkpoint.pt"
         net, info = model.load_network(path, options.ema, options.experiment)
-        # an unconditional one has none; and a part of the names is of no use
-        classes = info["classes"] if len(info["classes"]) == net.config.num_classes else []
+        classes = info["classes"] if net.config.num_classes else []            # an unconditional one has none
         labels = parse_labels(options.labels, options.num, classes, net.config.num_classes)
         settings = settings_of(given, info, net)
         amp = model.choose_precision(options.amp, device)

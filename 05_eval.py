@@ -166,7 +166,7 @@ def describe(images, net, device, batch_size, title, chosen=None):
     result = {"n": len(chosen), "features": features, "logits": logits, "seen": seen}
     for name in sums:
         suffix = "_s" if name == "spatial" else ""
-        result["mu" + suffix], result["sigma" + suffix] = moments(sums[name].cpu().numpy())
+        result[f"mu{suffix}"], result[f"sigma{suffix}"] = moments(sums[name].cpu().numpy())
     return result
 
 # ---- Inception-v3 as the original FID uses it, three differences from torchvision's marked ---------------------------
@@ -445,8 +445,8 @@ def describe_reference(real, net, digest, device, batch_size):
 # ---- From two image sets to a result ---------------------------------------------------------------------------------
 def frechet(suffix):
     """The score that is the distance of two descriptions: of their features (suffix ""), or the spatial ones ("_s")."""
-    mu = "mu" + suffix
-    sigma = "sigma" + suffix
+    mu = f"mu{suffix}"
+    sigma = f"sigma{suffix}"
     return lambda fake, real: frechet_distance(fake[mu], fake[sigma], real[mu], real[sigma])
 
 def neighbours(real):
@@ -516,7 +516,7 @@ def report(result):
     """Print a result, every number with its N, then what was left out and what to be wary of."""
     for name, (title, about, *_) in (SCORES | JUDGED).items():
         if name in result:
-            spread = f" +- {result[name + '_std']:.4f}" if name + "_std" in result else ""
+            spread = f" +- {result[f'{name}_std']:.4f}" if f"{name}_std" in result else ""
             print(f"{title.format(**result):32s} {result[name]:10.4f}{spread}   ({about.format(**result)})")
     for metric, reason in result["left_out"].items():
         print(f"{metric:32s}   left out   ({reason})")

@@ -613,8 +613,9 @@ def test_an_experiment_that_was_moved_is_found_by_its_name(work, capsys):
     assert call(sample, "--run", "r", "--num", 2, "--steps", 1, "--experiment", "lab2/my_loss.py") == 0
     assert call(train, "--run", "r", "--resume", "--steps", 4, "--experiment", "exp1") == 2       # another one is not taken for it
     model.load_recorded(["/old/a.py", "/old/b.py"], "runs/r", "new/a.py,b.py")             # both are given again
-    with pytest.raises(data.UsageError, match="never makes us run code"):                  # nothing was given
-        model.load_recorded(["/old/a.py"], "runs/r")
+    for name in ("/old/a.py", "/", ".", ""):              # nothing was given
+        with pytest.raises(data.UsageError, match="never makes us run code"):
+            model.load_recorded([name], "runs/r")
 
 def test_the_last_experiment_wins(work):
     Path("z.py").write_text("SETTINGS = {'p_mean': -1.0, 'p_std': 0.5}"), Path("a.py").write_text("SETTINGS = {'p_mean': -2.0}")
@@ -703,7 +704,7 @@ def test_pairs_that_make_no_sense_are_refused(more, words):
 # ---- Experiments that are no variant of the five scripts: spiral, width, collapse ---------------------------------------
 def test_only_x_prediction_survives_512_dimensions():
     """The spiral is about 3 wide and its turns 0.8 apart; a quarter of that gap still shows the curve."""
-    distance = {pred: manifold.experiment(512, pred, steps=steps)[1] for pred, steps in (("x", 120), ("e", 20), ("v", 20))}
+    distance = {pred: manifold.experiment(512, pred, steps=120)[1] for pred in "xev"}
     assert distance["x"] < 0.25, distance
     assert distance["e"] > 3 * distance["x"] and distance["v"] > 3 * distance["x"], distance
 

@@ -724,13 +724,13 @@ def test_values_edited_into_a_checkpoint_are_refused(run, capsys):
     torch.save(state | {"ema": [{name: value * 0.9 for name, value in state["ema"][0].items()}]}, path)
     assert call(sample, "--run", "r", "--num", 4, "--amp", "off") == 0
 
-def test_a_part_of_the_names_is_of_no_use(run, capsys):
-    """In a file made by hand: ids, as where there are no names."""
+def test_names_of_a_part_of_the_classes_are_refused(run, capsys):
+    """In a file made by hand."""
     state = torch.load("runs/r/checkpoint.pt", weights_only=True)
     state["info"]["classes"] = ["ring"]
-    torch.save(state, "part.pt")
-    assert call(sample, "--checkpoint", "part.pt", "--num", 4, "--steps", 1, "--out", "a", "--labels", "ring") == 2 and "names are not known" in capsys.readouterr().err
-    assert call(sample, "--checkpoint", "part.pt", "--num", 4, "--steps", 1, "--out", "a") == 0 and json.loads(Path("a/samples.json").read_text())["classes"] == []
+    torch.save(state, "runs/r/checkpoint.pt")
+    assert call(sample, "--run", "r", "--num", 4) == 1 and "checkpoint.pt cannot be used: it names only a part of its classes" in capsys.readouterr().err
+    assert not Path("runs/r/samples").exists()
 
 def test_arrays_beside_the_samples_are_not_ours(run, capsys):
     draw("a", "--npz", num=4)

@@ -125,7 +125,8 @@ def test_two_processes_train_the_same_model_as_one(work):
     assert done.stdout.count("step 0 to 5") == 1          # one process speaks
     logs = [list(csv.DictReader(open(f"runs/{run}/log.csv"))) for run in ("one", "two")]
     assert all(abs(float(a["loss"]) - float(b["loss"])) < 1e-4 for a, b in zip(*logs, strict=True))
-    two_processes("04_sample.py", "--run", "two", "--num", 30, "--batch-size", 4, "--steps", 2, "--amp", "off", cwd=work)
+    done = torchrun("04_sample.py", "--run", "two", "--num", 30, "--batch-size", 4, "--steps", 2, "--amp", "off", cwd=work)
+    assert done.returncode == 0, done.stderr
     assert len(list(Path("runs/two/samples").glob("0*.png"))) == 30 and Path("runs/two/grid.png").exists()
     assert call(evaluate, "--run", "two", "--batch-size", 4) == 0                                      # trains and caches the classifier
     done = torchrun("04_sample.py", "--run", "two", "--num", 30, "--steps", 3, "--amp", "off", cwd=work)
